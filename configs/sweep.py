@@ -1,0 +1,35 @@
+"""A sweep: ablate every attention and MLP layer of a model at the last token of many prompts.
+
+    python -m launch.sweep --config=configs/sweep.py:smollm2-135m --workdir=DIR
+
+After the colon stands the model: a name that `python -m launch.fetch --list` shows, a .gguf file, a
+Hugging Face directory, or a Hub id. Any setting below is changed with --config.NAME=VALUE. On two CPU
+cores the built-in facts take about ten minutes, a --config.prompts.limit of 64 about one.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
+    """The defaults; `hydra_jax/config.py` says what each setting means and what it may be."""
+    return config_dict.create(
+        model=model,
+        dtype="float32",  # or bfloat16: half the memory; on accelerators, faster
+        precision="highest",  # of float32 products: highest, high or default (TF32 on a GPU)
+        prompts=dict(
+            path="",  # the built-in facts; or known_1000.json, CounterFact, or JSON lines
+            correct_only=True,  # as the paper: prompts that the model answers right
+            limit=0,  # of prompts swept; 0: no limit
+        ),
+        ablation=dict(
+            kind="resample",  # or mean, zero, noise
+            replacements=15,
+            sites="attn,mlp",
+            layers="all",  # or e.g. "0,5,10-14"
+        ),
+        seed=0,
+        rows=0,  # edits replayed at once; 0: 512 on a CPU, 4096 on an accelerator
+        identity_tolerance=1e-4,  # logits
+        bootstrap=1000,
+        example="",  # prompt_id for the single-prompt figure; "": where repair is largest
+    )

@@ -1,0 +1,161 @@
+"""From an ml_collections ConfigDict to frozen dataclasses, with every check of what a run is asked to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from hydra_jax.edits import KINDS, RANDOM_KINDS, SITES, Component
+from hydra_jax.errors import UserError
+from hydra_jax.models.config import DTYPES, PRECISIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsConfig:
+    """Which prompts are swept.
+
+    Attributes:
+      path: a file that `prompts.read` knows; "" for the built-in facts.
+      correct_only: keep the prompts whose most likely next token begins the answer, as the paper does.
+      limit: at most this many, picked by seed and id; 0 for all.
+    """
+
+    path: str = ""
+    correct_only: bool = True
+    limit: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AblationConfig:
+    """What is ablated, and how.
+
+    Attributes:
+      kind: "resample", "mean", "zero" or "noise".
+      replacements: R, drawn for each ablation of a random kind (resample, noise).
+      sites: "attn", "mlp" or "attn,mlp".
+      layers: "all", or numbers and ranges, as in "0,5,10-14".
+    """
+
+    kind: str = "resample"
+    replacements: int = 15
+    sites: str = "attn,mlp"
+    layers: str = "all"
+
+    @property
+    def draws(self) -> int:
+        """R as it is computed: one where every replacement would be the same."""
+        return self.replacements if self.kind in RANDOM_KINDS else 1
+
+    def components(self, layers: int) -> list[Component]:
+        """The ablated components of a model of `layers` layers, in forward order.
+
+        Raises:
+          UserError: if a layer or site is not one of the model's.
+        """
+        sites = [_one_of("ablation.sites", site.strip(), SITES) for site in self.sites.split(",")]
+        chosen = _layers(self.layers, layers)
+        return sorted({Component(layer, SITES.index(site)) for layer in chosen for site in sites})
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """A sweep: see `configs/sweep.py` for the defaults and how to change them.
+
+    Attributes:
+      model: what `hydra_jax.load` takes.
+      dtype: "float32" or "bfloat16", of weights, keys and values.
+      precision: "highest", "high" or "default", of float32 matrix products.
+      prompts: which prompts.
+      ablation: which ablations.
+      seed: of every draw: prompts under a limit, replacement sources, noise, bootstrap.
+      rows: edits replayed at once; 0 picks 512 on a CPU and 4096 on an accelerator.
+      identity_tolerance: how far design's identity may be off before the run stops, in logits.
+      bootstrap: resamples behind each interval.
+      example: id of the prompt for the single-prompt figure; "" picks one.
+    """
+
+    model: str = "smollm2-135m"
+    dtype: str = "float32"
+    precision: str = "highest"
+    prompts: PromptsConfig = PromptsConfig()
+    ablation: AblationConfig = AblationConfig()
+    seed: int = 0
+    rows: int = 0
+    identity_tolerance: float = 1e-4
+    bootstrap: int = 1000
+    example: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("ablation.kind", self.ablation.kind, KINDS)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("precision", self.precision, PRECISIONS)
+        smallest = {
+            "ablation.replacements": (self.ablation.replacements, 1),
+            "prompts.limit": (self.prompts.limit, 0),
+            "seed": (self.seed, 0),
+            "rows": (self.rows, 0),
+            "bootstrap": (self.bootstrap, 1),
+        }
+        for name, (value, least) in smallest.items():
+            if value < least:
+                raise UserError(f"config.{name}: is {value}; give {least} or more")
+        if not 0 < self.identity_tolerance < 1:
+            raise UserError(f"config.identity_tolerance: is {self.identity_tolerance}; give one between 0 and 1")
+
+
+def sweep_config(config: Mapping[str, Any]) -> SweepConfig:
+    """A SweepConfig of a ConfigDict or any mapping of the same shape.
+
+    Raises:
+      UserError: if a key is unknown, or a value is of the wrong type or out of range.
+    """
+    return _parse(SweepConfig, config, "config")
+
+
+def _parse(kind: type, given: Any, where: str) -> Any:
+    if not isinstance(given, Mapping) and not hasattr(given, "items"):
+        raise UserError(f"{where}: is {given!r}; it has settings of its own, as in --{where}.KEY=VALUE")
+    types = typing.get_type_hints(kind)
+    values = {}
+    for key, value in given.items():
+        if key not in types:
+            raise UserError(f"{where}.{key}: is not a setting; {_suggest(key, list(types))}")
+        wanted = types[key]
+        if dataclasses.is_dataclass(wanted):
+            values[key] = _parse(typing.cast(type, wanted), value, f"{where}.{key}")
+        elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            values[key] = float(value)
+        elif type(value) is wanted:
+            values[key] = value
+        else:
+            raise UserError(f"{where}.{key}: {value!r} is not of type {wanted.__name__}; give one that is")
+    return kind(**values)
+
+
+def _one_of(name: str, value: str, allowed: typing.Sequence[str]) -> str:
+    if value not in allowed:
+        raise UserError(f"config.{name}: {value!r} is unknown; {_suggest(value, allowed)}")
+    return value
+
+
+def _suggest(word: str, allowed: typing.Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, allowed, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(allowed)}"
+
+
+def _layers(text: str, layers: int) -> set[int]:
+    if text == "all":
+        return set(range(layers))
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(f"config.ablation.layers: {part!r} is not a layer; give 'all' or e.g. '0,5,10-14'")
+        span = range(int(first), int(last or first) + 1)
+        if not span or span[-1] >= layers:
+            raise UserError(f"config.ablation.layers: {part!r} is not within 0-{layers - 1}; name layers the model has")
+        chosen |= set(span)
+    return chosen

@@ -1,0 +1,59 @@
+"""What an ablation did, as pure functions of a clean and an ablated run (design equations in the README).
+
+Every effect is in units of the target's centred logit, the logit minus its mean over the vocabulary.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+
+from hydra_jax.edits import ATTN, MLP
+from hydra_jax.prefill import Clean
+from hydra_jax.replay import Replayed
+
+
+class Effects(flax.struct.PyTreeNode):
+    """Of one ablation in one prompt; a tilde marks the ablated run, c the ablated component.
+
+    Attributes:
+      total_effect: [], pi(clean) - pi(ablated); positive where c was promoting the target.
+      direct_effect: [], u(w_c) - u(w~_c), the drop if only the direct path were cut.
+      compensation: [L, 2], u(w~_d) - u(w_d); positive where d repairs, 0 upstream of c.
+      attn_compensation: [], its sum over attention.
+      mlp_compensation: [], its sum over MLPs.
+      norm_compensation: [], <z~, r> (1 / sigma~ - 1 / sigma), the final norm's repair.
+      residual: [], how far the identity below is from holding; rounding alone where all is well.
+
+    total_effect = direct_effect - sum(compensation) - norm_compensation
+    """
+
+    total_effect: jax.Array
+    direct_effect: jax.Array
+    compensation: jax.Array
+    attn_compensation: jax.Array
+    mlp_compensation: jax.Array
+    norm_compensation: jax.Array
+    residual: jax.Array
+
+
+def delta_unembed(clean: Clean) -> jax.Array:
+    """[L, 2], u(w_d): what each write of the clean run adds to the target's centred logit."""
+    return jax.vmap(jax.vmap(clean.lens))(clean.writes)
+
+
+def effects(clean: Clean, delta: jax.Array, replayed: Replayed) -> Effects:
+    """The effects of the edit `delta` [D], whose run was `replayed`."""
+    total = clean.lens(clean.resid_post[-1]) - replayed.logit
+    direct = clean.lens(-delta)
+    norm = replayed.logit * (1 - replayed.final_scale / clean.final_scale)
+    by_site = replayed.compensation.sum(axis=0)
+    return Effects(
+        total_effect=total,
+        direct_effect=direct,
+        compensation=replayed.compensation,
+        attn_compensation=by_site[ATTN],
+        mlp_compensation=by_site[MLP],
+        norm_compensation=norm,
+        residual=total - (direct - by_site.sum() - norm),
+    )

@@ -1,0 +1,203 @@
+"""The decoder as pure functions of its parameters.
+
+`forward` is the general path: one sequence, every position, edits anywhere. The functions after it
+are the pieces that `prefill` and `replay` are made of, each for one token [D].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.layers import MLP, Attention, Norm, product
+
+
+class Params(flax.struct.PyTreeNode):
+    """A model: its weights and, static under `jax.jit`, its config.
+
+    Attributes:
+      weights: linen's nested dict; under "layers" every array is stacked along a leading axis L.
+      config: shape and switches.
+    """
+
+    weights: dict[str, Any]
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+
+
+class Edits(flax.struct.PyTreeNode):
+    """Replacements of writes, as data: `write = where(mask, value, write)`.
+
+    Attributes:
+      mask: [L, 2, T] bool, which writes are replaced (second axis: attention, MLP).
+      value: [L, 2, T or 1, D], by what; an axis of 1 serves every position.
+    """
+
+    mask: jax.Array
+    value: jax.Array
+
+
+class Trace(flax.struct.PyTreeNode):
+    """What every layer read and wrote. What a caller does not use costs nothing under `jax.jit`.
+
+    Attributes:
+      resid_pre: [L, T, D], the residual stream before the layer.
+      attn_out: [L, T, D], the attention's write (after any edit).
+      mlp_out: [L, T, D], the MLP's write (after any edit).
+      keys: [L, T, K, head_dim], rotated.
+      values: [L, T, K, head_dim].
+    """
+
+    resid_pre: jax.Array
+    attn_out: jax.Array
+    mlp_out: jax.Array
+    keys: jax.Array
+    values: jax.Array
+
+    @property
+    def resid_mid(self) -> jax.Array:
+        """[L, T, D], the stream between a layer's two writes."""
+        return self.resid_pre + self.attn_out
+
+    @property
+    def resid_post(self) -> jax.Array:
+        """[L, T, D], the stream after the layer."""
+        return self.resid_mid + self.mlp_out
+
+
+class Layer(nn.Module):
+    """The two writes of a layer, each computed from the stream it reads."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.attn_norm = Norm(self.config)
+        self.attn = Attention(self.config)
+        self.mlp_norm = Norm(self.config)
+        self.mlp = MLP(self.config)
+
+    def __call__(self, resid_pre: jax.Array, edits: Edits | None) -> tuple[jax.Array, Trace]:
+        attn_out, keys, values = self.attn(self.attn_norm(resid_pre))
+        attn_out = _edited(attn_out, edits, 0)
+        resid_mid = resid_pre + attn_out
+        mlp_out = _edited(self.mlp_write(resid_mid), edits, 1)
+        return resid_mid + mlp_out, Trace(resid_pre, attn_out, mlp_out, keys, values)
+
+    def attn_decode(self, resid_pre: jax.Array, position: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        return self.attn.decode(self.attn_norm(resid_pre), position, keys, values)
+
+    def mlp_write(self, resid_mid: jax.Array) -> jax.Array:
+        return self.mlp(self.mlp_norm(resid_mid))
+
+
+def _edited(write: jax.Array, edits: Edits | None, site: int) -> jax.Array:
+    return write if edits is None else jnp.where(edits.mask[site][:, None], edits.value[site], write)
+
+
+class Decoder(nn.Module):
+    """Embedding, scanned layers, final norm, unembedding; for one sequence."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.width), c.dtype)
+        stacked = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=0, length=c.layers)
+        self.layers = stacked(c)
+        self.final_norm = Norm(c)
+        if not c.tied:
+            shape = (c.width, c.vocab_size)
+            self.unembedding = self.param("unembedding", nn.initializers.lecun_normal(), shape, c.dtype)
+
+    def __call__(self, tokens: jax.Array, edits: Edits | None) -> tuple[jax.Array, Trace]:
+        embedded = self.embedding[tokens].astype(jnp.float32)
+        resid, trace = self.layers(embedded, edits)
+        return self.unembed(resid), trace
+
+    def unembed(self, resid: jax.Array) -> jax.Array:
+        return product(self.config, "...d,dv->...v", self.final_norm(resid), self.unembedding_matrix())
+
+    def unembedding_matrix(self) -> jax.Array:
+        return self.embedding.T if self.config.tied else self.unembedding
+
+    def final_divisor(self, resid: jax.Array) -> jax.Array:
+        return self.final_norm.divisor(resid)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random weights in the model's layout, for tests and for training from scratch."""
+    weights = Decoder(config).init(key, jnp.zeros(1, jnp.int32), None)["params"]
+    return Params(weights=weights, config=config)
+
+
+def _apply(params: Params, *arguments: Any, method: str | None = None) -> Any:
+    return Decoder(params.config).apply({"params": params.weights}, *arguments, method=method)
+
+
+def forward(params: Params, tokens: jax.Array, edits: Edits | None = None) -> tuple[jax.Array, Trace]:
+    """One forward pass of one sequence.
+
+    Args:
+      params: the model.
+      tokens: [T] int32.
+      edits: which writes to replace by what, at any layers, sites and positions.
+
+    Returns:
+      Logits [T, V] in float32, and the trace of the pass.
+    """
+    return _apply(params, tokens, edits)
+
+
+def unembed(params: Params, resid: jax.Array) -> jax.Array:
+    """The final stream [D] -> logits [V]."""
+    return _apply(params, resid, method="unembed")
+
+
+def final_scale(params: Params, resid: jax.Array) -> jax.Array:
+    """sigma: what the final norm divides the final stream [D] by."""
+    return _apply(params, resid, method="final_divisor")
+
+
+def readout(params: Params, target: jax.Array) -> jax.Array:
+    """r [D], with which the centred logit of token `target` [] is <final stream, r> / sigma.
+
+    r = gain * (W_U[:, target] - mean over v of W_U[:, v]).
+    """
+    matrix = _apply(params, method="unembedding_matrix")
+    gain = params.weights["final_norm"]["scale"]
+    return gain * (matrix[:, target].astype(jnp.float32) - matrix.astype(jnp.float32).mean(axis=1))
+
+
+def attn_decode(
+    params: Params,
+    layer: jax.Array,
+    resid_pre: jax.Array,
+    position: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+) -> jax.Array:
+    """What attention `layer` writes for one token: resid_pre [D] -> attn_out [D].
+
+    Args:
+      params: the model.
+      layer: [] int, an array like any other: all layers share one compilation.
+      resid_pre: [D], the stream at the token.
+      position: [] int, the token's place; only keys before it are attended to, and itself.
+      keys: [K, head_dim, T], that layer's, of the clean run.
+      values: [K, T, head_dim].
+    """
+    return _apply_layer(params, layer, resid_pre, position, keys, values, method="attn_decode")
+
+
+def mlp_write(params: Params, layer: jax.Array, resid_mid: jax.Array) -> jax.Array:
+    """What MLP `layer` writes for one token: resid_mid [D] -> mlp_out [D]."""
+    return _apply_layer(params, layer, resid_mid, method="mlp_write")
+
+
+def _apply_layer(params: Params, layer: jax.Array, *arguments: jax.Array, method: str) -> Any:
+    weights = jax.tree.map(lambda stacked: stacked[layer], params.weights["layers"])
+    return Layer(params.config).apply({"params": weights}, *arguments, method=method)

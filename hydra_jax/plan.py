@@ -1,0 +1,249 @@
+"""What a sweep computes with: prompts as tokens, their clean runs, which are kept, and all draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from hydra_jax.config import AblationConfig, PromptsConfig
+from hydra_jax.edits import Component, WriteStatistics, draw_sources, prompt_keys
+from hydra_jax.effects import delta_unembed
+from hydra_jax.errors import UserError
+from hydra_jax.models.load import Model
+from hydra_jax.models.tokenizer import answer_token, encode
+from hydra_jax.models.transformer import Params
+from hydra_jax.prefill import MOST_LIKELY, Clean, prefill
+from hydra_jax.prompts import Prompt
+
+PREFILL_TOKENS = 8192
+"""Tokens of clean runs at once: their traces are the largest thing in memory when prompts are long."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A prompt as the model reads it: its tokens, and its answer's first (None without an answer)."""
+
+    prompt: Prompt
+    tokens: tuple[int, ...]
+    answer: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanRow:
+    """A prompt's clean run as the host keeps it: `writes` is [2L, D], `delta_unembed` [2L]."""
+
+    item: Item
+    target: int
+    writes: np.ndarray
+    delta_unembed: np.ndarray
+    clean_logit: float
+    clean_probability: float
+    final_scale: float
+
+    @property
+    def correct(self) -> bool:
+        """Whether the most likely next token begins the answer."""
+        return self.target == self.item.answer
+
+
+def itemise(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
+    """Tokens of every prompt.
+
+    Raises:
+      UserError: if a prompt is longer than the model's context.
+    """
+    items = []
+    for prompt in prompts:
+        tokens = tuple(encode(model.tokenizer, prompt.text))
+        if not 0 < len(tokens) <= model.config.context:
+            raise UserError(
+                f"prompt {prompt.id!r}: has {len(tokens):,} tokens, {model.name} takes 1 to"
+                f" {model.config.context:,}; shorten or remove it"
+            )
+        answer = answer_token(model.tokenizer, prompt.text, prompt.answer) if prompt.answer else None
+        items.append(Item(prompt, tokens, answer))
+    return items
+
+
+def padded_length(tokens: int, context: int) -> int:
+    """What a length is padded to: few different ones, as each is compiled for anew."""
+    step = 32 if tokens > 32 else 8
+    return min(math.ceil(tokens / step) * step, context)
+
+
+def default_rows() -> int:
+    """Edits at once that fill the device's matrix units: measured with `launch.benchmark`."""
+    return 512 if jax.default_backend() == "cpu" else 4096
+
+
+def batch_of(items: Sequence[Item], size: int, context: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens [size, T] and lengths [size]; the last item fills what is left over."""
+    items = [*items, *[items[-1]] * (size - len(items))]
+    tokens = np.zeros((size, padded_length(max(len(i.tokens) for i in items), context)), np.int32)
+    for row, item in enumerate(items):
+        tokens[row, : len(item.tokens)] = item.tokens
+    return jnp.asarray(tokens), jnp.asarray([len(item.tokens) for item in items], jnp.int32)
+
+
+def evenly(count: int, most: int) -> list[slice]:
+    """Slices of `count` things into as few as possible of at most `most`, of one size but the last."""
+    size = math.ceil(count / math.ceil(count / most))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+@jax.jit
+def prefill_batch(params: Params, tokens: jax.Array, lengths: jax.Array, targets: jax.Array) -> Clean:
+    """`prefill` of [P, T] tokens, [P] lengths and [P] targets."""
+    together = max(1, PREFILL_TOKENS // tokens.shape[1])
+    run = functools.partial(prefill, params)
+    return jax.lax.map(lambda each: run(*each), (tokens, lengths, targets), batch_size=together)
+
+
+@jax.jit
+def _read(clean: Clean) -> tuple[jax.Array, ...]:
+    """What the host keeps of P clean runs: in the order of CleanRow's fields, after `item`."""
+    flat = (len(clean.target), -1)
+    contributions = jax.vmap(delta_unembed)(clean).reshape(flat)
+    writes = clean.writes.reshape(len(clean.target), -1, clean.writes.shape[-1])
+    return clean.target, writes, contributions, clean.centred_logit, clean.probability, clean.final_scale
+
+
+def _clean_rows(
+    model: Model, items: Sequence[Item], batch: int, keep: Callable[[CleanRow], bool], bar: tqdm
+) -> Iterator[CleanRow]:
+    """The clean runs of `items`, shortest first; those that `keep` refuses come without `writes`."""
+    items = sorted(items, key=_by_length)
+    slices = evenly(len(items), batch)
+    for part in slices:
+        chosen, size = items[part], slices[0].stop
+        tokens, lengths = batch_of(chosen, size, model.config.context)
+        clean = prefill_batch(model.params, tokens, lengths, jnp.full(size, MOST_LIKELY))
+        columns = jax.device_get(_read(clean))
+        for item, target, writes, contributions, *scalars in zip(chosen, *columns, strict=False):
+            row = CleanRow(item, int(target), writes, contributions.copy(), *map(float, scalars))
+            # A copy, or the batch that it is a view of would stay in memory with it.
+            yield dataclasses.replace(row, writes=writes.copy() if keep(row) else np.empty(0, np.float32))
+        bar.update(len(chosen))
+
+
+def clean_rows(model: Model, items: Sequence[Item], batch: int, progress: bool) -> list[CleanRow]:
+    """The clean runs of all of `items`, shortest first."""
+    with _bar(len(items), progress) as bar:
+        return list(_clean_rows(model, items, batch, lambda row: True, bar))
+
+
+def choose(
+    model: Model, items: Sequence[Item], wanted: PromptsConfig, seed: int, batch: int, progress: bool
+) -> tuple[list[CleanRow], list[CleanRow]]:
+    """Which prompts are swept.
+
+    Under a limit, prompts are examined in an order drawn from seed and id until enough are kept.
+
+    Returns:
+      The kept ones' clean runs, shortest first, and those of all that were examined to find them.
+
+    Raises:
+      UserError: if none can be kept.
+    """
+    limit, correct_only = wanted.limit, wanted.correct_only
+    if correct_only and all(item.answer is None for item in items):
+        raise UserError("prompts: none has an answer to be right about; set --config.prompts.correct_only=False")
+
+    def keep(row: CleanRow) -> bool:
+        return row.correct or not correct_only
+
+    step = len(items)
+    if limit:
+        items = sorted(items, key=lambda i: hashlib.sha256(f"{seed} {i.prompt.id}".encode()).digest())
+        step = 2 * max(limit, batch) if correct_only else limit
+    kept: list[CleanRow] = []
+    examined: list[CleanRow] = []
+    with _bar(len(items), progress) as bar:
+        for start in range(0, len(items), step):
+            block = items[start : start + step]
+            rows = {row.item.prompt.id: row for row in _clean_rows(model, block, batch, keep, bar)}
+            examined += rows.values()
+            kept += [rows[item.prompt.id] for item in block if keep(rows[item.prompt.id])]
+            if limit and len(kept) >= limit:
+                break
+        bar.total = bar.n
+    if not kept:
+        raise UserError(
+            f"prompts: {model.name} answers none of the {len(examined)} right; give prompts that it knows, or"
+            " set --config.prompts.correct_only=False"
+        )
+    return sorted(kept[: limit or None], key=lambda row: _by_length(row.item)), examined
+
+
+def _by_length(item: Item) -> tuple[int, str]:
+    return len(item.tokens), item.prompt.id
+
+
+def _bar(prompts: int, progress: bool) -> tqdm:
+    return tqdm(total=prompts, desc="clean pass", unit=" prompts", disable=not progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that a sweep computes with, prompts in order of length.
+
+    Attributes:
+      model: the model.
+      rows: P clean runs, with their writes.
+      ablation: what is ablated, and how.
+      seed: of the draws.
+      chunks: runs of prompts that are computed and stored together.
+      tolerance: of the identity, in logits.
+    """
+
+    model: Model
+    rows: Sequence[CleanRow]
+    ablation: AblationConfig
+    seed: int
+    chunks: Sequence[slice]
+    tolerance: float
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        """The prompts' ids."""
+        return [row.item.prompt.id for row in self.rows]
+
+    @functools.cached_property
+    def keys(self) -> jax.Array:
+        """[P] keys."""
+        return prompt_keys(self.seed, self.ids)
+
+    @functools.cached_property
+    def sources(self) -> np.ndarray:
+        """[P, R], -1 where the kind takes nothing from another prompt."""
+        if self.ablation.kind == "resample":
+            return draw_sources(self.keys, self.ids, self.ablation.draws)
+        if self.ablation.kind != "zero" and len(self.rows) < 2:
+            raise UserError(f"prompts: a {self.ablation.kind} over one prompt says nothing; give more prompts")
+        return np.full((len(self.rows), self.ablation.draws), -1)
+
+    @functools.cached_property
+    def components(self) -> list[Component]:
+        """The ablated ones."""
+        return self.ablation.components(self.model.config.layers)
+
+    @functools.cached_property
+    def writes(self) -> np.ndarray:
+        """[P, 2L, D], every component's in every prompt."""
+        return np.stack([row.writes for row in self.rows])
+
+    @functools.cached_property
+    def statistics(self) -> WriteStatistics:
+        """[2L, D], every component's over the prompt set."""
+        # Summed in order of id, so that the order of prompts changes nothing.
+        writes = self.writes[np.argsort(np.asarray(self.ids))]
+        mean, deviation = writes.mean(axis=0, dtype=np.float64), writes.std(axis=0, dtype=np.float64)
+        return WriteStatistics(mean.astype(np.float32), deviation.astype(np.float32))

@@ -1,0 +1,77 @@
+"""One clean pass over one prompt, keeping what every ablation of its last token needs."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from hydra_jax.models import transformer
+from hydra_jax.models.transformer import Params
+
+MOST_LIKELY = -1
+
+
+class Clean(flax.struct.PyTreeNode):
+    """A prompt's clean run, read at its last token.
+
+    Attributes:
+      writes: [L, 2, D], each component's write (second axis: attention, MLP).
+      resid_mid: [L, D], the stream between a layer's writes.
+      resid_post: [L, D], the stream after a layer.
+      keys: [L, K, head_dim, T], every position's, laid out for `replay`.
+      values: [L, K, T, head_dim].
+      position: [] int, the last token's place.
+      target: [] int, the token whose logit is read.
+      readout: [D], r of that token.
+      final_scale: [], sigma.
+      centred_logit: [], the target's logit minus the mean over the vocabulary.
+      probability: [], the target's.
+    """
+
+    writes: jax.Array
+    resid_mid: jax.Array
+    resid_post: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    position: jax.Array
+    target: jax.Array
+    readout: jax.Array
+    final_scale: jax.Array
+    centred_logit: jax.Array
+    probability: jax.Array
+
+    def lens(self, vector: jax.Array) -> jax.Array:
+        """u(w) = <w, r> / sigma: what `vector` [D] in the final stream adds to the centred logit."""
+        return vector @ self.readout / self.final_scale
+
+
+def prefill(params: Params, tokens: jax.Array, length: jax.Array, target: jax.Array | int = MOST_LIKELY) -> Clean:
+    """The clean run of one prompt.
+
+    Args:
+      params: the model.
+      tokens: [T] int32, padded on the right.
+      length: [] int, how many of `tokens` are the prompt.
+      target: [] int, the token to read; MOST_LIKELY for the clean run's most likely next token.
+    """
+    _, trace = transformer.forward(params, tokens)
+    position = length - 1
+    writes = jnp.stack([trace.attn_out[:, position], trace.mlp_out[:, position]], axis=1)
+    resid_mid = trace.resid_pre[:, position] + writes[:, 0]
+    resid_post = resid_mid + writes[:, 1]
+    logits = transformer.unembed(params, resid_post[-1])
+    target = jnp.where(target == MOST_LIKELY, jnp.argmax(logits), target)
+    return Clean(
+        writes=writes,
+        resid_mid=resid_mid,
+        resid_post=resid_post,
+        keys=jnp.transpose(trace.keys, (0, 2, 3, 1)),
+        values=jnp.swapaxes(trace.values, 1, 2),
+        position=position,
+        target=target,
+        readout=transformer.readout(params, target),
+        final_scale=transformer.final_scale(params, resid_post[-1]),
+        centred_logit=logits[target] - logits.mean(),
+        probability=jax.nn.softmax(logits)[target],
+    )

@@ -1,0 +1,170 @@
+"""Prompts: the built-in facts, and readers for the files the field uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.resources
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A text that ends right before its answer.
+
+    Attributes:
+      id: unique in its set; randomness follows it.
+      text: what the model reads.
+      answer: what is right, without the space before it; "" where there is none.
+      relation: the kind of fact; "" where it is not known.
+    """
+
+    id: str
+    text: str
+    answer: str = ""
+    relation: str = ""
+
+
+def builtin() -> list[Prompt]:
+    """The project's own facts, a template a relation (`facts.toml`)."""
+    tables = tomllib.loads(importlib.resources.files("hydra_jax").joinpath("facts.toml").read_text("utf-8"))
+    return [
+        Prompt(f"{relation}/{subject}", table["template"].format(subject), answer, relation)
+        for relation, table in tables.items()
+        for subject, answer in table["facts"].items()
+    ]
+
+
+def as_prompts(texts: Iterable[str | Prompt]) -> list[Prompt]:
+    """Prompts of plain texts, each its own id.
+
+    Raises:
+      UserError: if one is empty or stands there twice.
+    """
+    return _checked([p if isinstance(p, Prompt) else Prompt(p, p) for p in texts], "prompts")
+
+
+def read(path: str) -> list[Prompt]:
+    """The prompts of a file, or the built-in ones for "".
+
+    The layout is recognised: ROME's `known_1000.json`; CounterFact nested (ROME) or flat (one object a
+    fact); JSON lines with `prompt` and optional `answer`, `id` and `relation`. Each may be gzipped.
+
+    Raises:
+      UserError: if the file is missing, empty, not UTF-8, not JSON, or a record lacks what it needs.
+    """
+    if not path:
+        return builtin()
+    text = _text(Path(path).expanduser())
+    records = _array(text, path) if text.lstrip().startswith("[") else _lines(text, path)
+    if not records:
+        raise UserError(f"{path}: has no prompts; give at least one")
+    return _checked([_prompt(record, where, number) for number, (where, record) in enumerate(records)], path)
+
+
+def content_hash(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 (hex) of a set of prompts, whatever their order."""
+    rows = sorted(json.dumps(dataclasses.astuple(prompt)) for prompt in prompts)
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: is not a whole gzip file ({error}); fetch it again") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a file that can be read") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
+
+
+def _array(text: str, path: str) -> list[tuple[str, Any]]:
+    try:
+        records = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"{path}:{line}: is not JSON ({getattr(error, 'msg', error)}); mend the line") from error
+    return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)]
+
+
+def _lines(text: str, path: str) -> list[tuple[str, Any]]:
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            records.append((where, json.loads(line)))
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise UserError(f'{where}: is not JSON ({reason}); a line is {{"prompt": "..."}}') from error
+    return records
+
+
+def _known(record: dict[str, Any]) -> tuple[Any, ...]:
+    return record["known_id"], record["prompt"], record["attribute"], record["relation_id"]
+
+
+def _counterfact_nested(record: dict[str, Any]) -> tuple[Any, ...]:
+    rewrite = record["requested_rewrite"]
+    text = rewrite["prompt"].replace("{}", rewrite["subject"])
+    return record["case_id"], text, rewrite["target_true"]["str"], rewrite["relation_id"]
+
+
+def _counterfact_flat(record: dict[str, Any]) -> tuple[Any, ...]:
+    return record.get("case_id"), record["prompt"], record["ground_truth"], ""
+
+
+def _plain(record: dict[str, Any]) -> tuple[Any, ...]:
+    return record.get("id"), record["prompt"], record.get("answer", ""), record.get("relation", "")
+
+
+LAYOUTS: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
+    "known_id": _known,
+    "requested_rewrite": _counterfact_nested,
+    "ground_truth": _counterfact_flat,
+    "prompt": _plain,
+}
+"""How a record is read, by the first of these keys that it has; each gives id, text, answer, relation."""
+
+
+def _prompt(record: Any, where: str, number: int) -> Prompt:
+    remedy = 'a record is {"prompt": "..."} with optional "answer", "id" and "relation"'
+    layout = next((key for key in LAYOUTS if isinstance(record, dict) and key in record), None)
+    if layout is None:
+        raise UserError(f"{where}: has no prompt; {remedy}")
+    try:
+        identity, text, answer, relation = LAYOUTS[layout](record)
+    except KeyError as error:
+        raise UserError(f"{where}: has {layout} but no {error}; {remedy}") from error
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{where}: is malformed ({error}); {remedy}") from error
+    for name, value in (("prompt", text), ("answer", answer), ("relation", relation)):
+        if not isinstance(value, str):
+            raise UserError(f"{where}: {name} is {type(value).__name__}, not a string; {remedy}")
+    if not isinstance(identity, str | int | None):
+        raise UserError(f"{where}: id is {type(identity).__name__}, not a string or a number; {remedy}")
+    return Prompt(str(number if identity is None else identity), text.rstrip(), answer.strip(), relation)
+
+
+def _checked(prompts: list[Prompt], where: str) -> list[Prompt]:
+    seen: set[str] = set()
+    for prompt in prompts:
+        if not prompt.text.strip():
+            raise UserError(f"{where}: prompt {prompt.id!r} is empty; remove it or write its text")
+        if prompt.id in seen:
+            raise UserError(f"{where}: id {prompt.id!r} stands there twice; give each prompt an id of its own")
+        seen.add(prompt.id)
+    return prompts

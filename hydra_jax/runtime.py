@@ -1,0 +1,62 @@
+"""What every command does around its work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from hydra_jax.errors import UserError
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def main(command: Callable[[], None], config: str | None = None, on_interrupt: str = "stopped") -> None:
+    """Run an absl command; a mistake of the user's is one line on standard error and a non-zero exit.
+
+    Args:
+      command: the work, flags parsed.
+      config: the file in `configs/` that `--config` is by default.
+      on_interrupt: what to say when the user stops it.
+    """
+    logging.set_verbosity(logging.WARNING)
+
+    def parse(arguments: list[str]) -> list[str]:
+        if config and not any(a == "--config" or a.startswith("--config=") for a in arguments):
+            arguments = [arguments[0], f"--config={CONFIGS / config}", *arguments[1:]]
+        try:
+            rest = flags.FLAGS(arguments)
+            if config and not flags.FLAGS["help"].value:
+                dict(flags.FLAGS["config"].value or {})  # a file that did not load says so only when it is read
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            _stop(f"error: {_one_line(error)}; see --help and the config file", 1)
+        if len(rest) > 1:
+            _stop(f"error: argument {rest[1]!r} is unknown; see --help", 1)
+        if flags.FLAGS["help"].value:
+            print(sys.modules["__main__"].__doc__)
+            print(flags.FLAGS.module_help(sys.modules["__main__"]))
+            sys.exit(0)
+        return rest
+
+    def run(arguments: list[str]) -> None:
+        del arguments
+        try:
+            command()
+        except UserError as error:
+            _stop(f"error: {error}", 1)
+        except KeyboardInterrupt:
+            _stop(f"\n{on_interrupt}", INTERRUPTED)
+
+    app.run(run, flags_parser=parse)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).replace("\\n", " ").replace('"', "").split())
+
+
+def _stop(message: str, status: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,248 @@
+"""The result store: one zarr group that `xarray.open_zarr` reads, written chunk by chunk.
+
+A chunk is a run of prompts. Its effects are written first and its `finished` flags last, so whatever
+stops a run, the prompts that are flagged are whole and the others are computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from hydra_jax.edits import SITES, Component, all_components
+from hydra_jax.errors import UserError
+
+NAME = "effects.zarr"
+EXAMPLE = "example.zarr"
+
+LOGITS = "logits"
+EFFECTS = {
+    "total_effect": "drop of the target's centred logit under the ablation",
+    "direct_effect": "drop if only the direct path were cut",
+    "attn_compensation": "repair by downstream attention",
+    "mlp_compensation": "repair by downstream MLPs",
+    "norm_compensation": "repair by the final norm's rescaling",
+}
+"""The variables of (prompt, ablated, replacement), and what they mean."""
+
+DIMS = dict.fromkeys(EFFECTS, ("prompt", "ablated", "replacement")) | {
+    "compensation": ("prompt", "ablated", "component")
+}
+"""Dimensions of what a chunk writes."""
+
+
+def labels(dim: str, components: Sequence[Component], prefix: str = "") -> dict[str, Any]:
+    """Coordinates `layer` and `site` along `dim`, their names prefixed."""
+    # Fixed-width strings have no place in zarr's specification; objects become variable-length ones.
+    sites = np.array([SITES[c.site] for c in components], dtype=object)
+    return {f"{prefix}layer": (dim, np.array([c.layer for c in components])), f"{prefix}site": (dim, sites)}
+
+
+def frame(
+    prompts: Mapping[str, Sequence[Any]],
+    ablated: Sequence[Component],
+    layers: int,
+    clean: Mapping[str, np.ndarray],
+    source: np.ndarray,
+) -> xr.Dataset:
+    """A dataset with every coordinate and clean-run variable, its effects still NaN.
+
+    Args:
+      prompts: columns of P values: `prompt_id`, `text`, `relation`, `answer_text`, `target_id`,
+        `target_text`, `length`.
+      ablated: the components to be ablated.
+      layers: L; the components that respond are all 2L.
+      clean: `clean_logit`, `clean_probability`, `final_scale` [P] and `delta_unembed` [P, 2L].
+      source: [P, R], the position in this dataset of each replacement's prompt; -1 where there is none.
+    """
+    rows, replacements = source.shape
+    every = all_components(layers)
+    text = {"prompt_id", "text", "relation", "answer_text", "target_text"}
+    coordinates = {
+        name: ("prompt", np.asarray(values, dtype=object if name in text else np.int64))
+        for name, values in prompts.items()
+    }
+    coordinates |= {
+        **labels("ablated", ablated, "ablated_"),
+        **labels("component", every),
+    }
+    units = {"units": LOGITS}
+    sizes = {"prompt": rows, "ablated": len(ablated), "replacement": replacements, "component": len(every)}
+    variables: dict[str, Any] = {
+        "clean_logit": ("prompt", clean["clean_logit"], units | {"long_name": "centred logit of the target"}),
+        "clean_probability": ("prompt", clean["clean_probability"], {"long_name": "probability of the target"}),
+        "final_scale": ("prompt", clean["final_scale"], {"long_name": "the final norm's divisor"}),
+        "delta_unembed": (
+            ("prompt", "component"),
+            clean["delta_unembed"],
+            units | {"long_name": "direct contribution to the target's centred logit"},
+        ),
+        "source": (("prompt", "replacement"), source, {"long_name": "position of the replacement's prompt; -1: none"}),
+        "finished": ("prompt", np.zeros(rows, bool), {"long_name": "whether the prompt's effects are computed"}),
+    }
+    meanings = EFFECTS | {"compensation": "change of a component's contribution, mean over replacements"}
+    for name, meaning in meanings.items():
+        unknown = np.broadcast_to(np.float32(np.nan), [sizes[d] for d in DIMS[name]])
+        variables[name] = (DIMS[name], unknown, units | {"long_name": meaning})
+    return xr.Dataset(variables, coordinates)
+
+
+@contextlib.contextmanager
+def directory(workdir: Path) -> Iterator[None]:
+    """A directory to write results into, made if need be, and unmade if nothing came to be in it.
+
+    Raises:
+      UserError: for whatever the file system refuses, then or later.
+    """
+    made = not workdir.exists()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):  # before hours of work, not after
+            pass
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or workdir}: {error.strerror or error}; free the disk or give another --workdir"
+        ) from error
+    finally:
+        if made and workdir.is_dir() and not any(workdir.iterdir()):
+            workdir.rmdir()
+
+
+def exists(workdir: Path) -> bool:
+    """Whether there is a store in `workdir`."""
+    return (workdir / NAME).is_dir()
+
+
+def create(workdir: Path, dataset: xr.Dataset, chunk: int) -> None:
+    """Write a dataset as a new store, or nothing at all.
+
+    Args:
+      workdir: the directory that holds the store.
+      dataset: from `frame`, its attributes set.
+      chunk: prompts a chunk, the unit in which effects will be written.
+    """
+    encoding = {
+        name: {"chunks": tuple(chunk if d == "prompt" else n for d, n in variable.sizes.items())}
+        for name, variable in dataset.variables.items()
+    }
+    with _whole(workdir / NAME) as part:
+        dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` only once all is written."""
+    part = path.with_name(f"{path.name}.part")
+    _remove(part)
+    try:
+        yield part
+        _remove(path)
+        part.rename(path)
+    finally:
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` write a file or directory, which becomes `path` only once all of it is there."""
+    with _whole(path) as part:
+        write(part)
+
+
+def has_example(workdir: Path, prompt_id: str) -> bool:
+    """Whether the example is there and of the prompt that is asked for ("" asks for none in particular)."""
+    path = workdir / EXAMPLE
+    return path.is_dir() and prompt_id in ("", open_example(workdir).attrs["prompt_id"])
+
+
+def open_example(workdir: str | Path) -> xr.Dataset:
+    """One prompt's ablation, every replacement of it."""
+    return xr.open_zarr(Path(workdir) / EXAMPLE, consolidated=False, chunks=None)
+
+
+def write_example(workdir: Path, dataset: xr.Dataset) -> None:
+    """Write the example, or nothing at all."""
+    with _whole(workdir / EXAMPLE) as part:
+        dataset.to_zarr(part, mode="w-", zarr_format=3, consolidated=False)
+
+
+def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write the effects of one run of prompts (see `DIMS`), then its flags."""
+    effects = xr.Dataset({name: (DIMS[name], array) for name, array in arrays.items()})
+    flags = xr.Dataset({"finished": ("prompt", np.ones(effects.sizes["prompt"], bool))})
+    for part in (effects, flags):
+        part.to_zarr(workdir / NAME, region={"prompt": chunk}, consolidated=False)
+
+
+def seal(workdir: Path) -> None:
+    """Gather the metadata of a finished store in one place, so that opening it reads one file."""
+    with warnings.catch_warnings():
+        # That it is not in zarr's specification yet is no matter: without it, readers take the long way.
+        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+        zarr.consolidate_metadata(str(workdir / NAME))
+
+
+def open_effects(workdir: str | Path) -> xr.Dataset:
+    """The effects of a sweep, finished or not (see `finished`).
+
+    Raises:
+      UserError: if there is no store, or it cannot be read.
+    """
+    path = Path(workdir) / NAME
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no result store; run `python -m launch.sweep --workdir={workdir}` first")
+    try:
+        return xr.open_zarr(path, consolidated=False, chunks=None)
+    except Exception as error:  # zarr's and the codecs' own kinds
+        raise UserError(f"{path}: cannot be read ({error}); delete it and sweep again") from error
+
+
+def protocol_attributes(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """A protocol as a store's attributes: JSON, and its SHA-256."""
+    text = json.dumps(protocol, sort_keys=True)
+    return {"protocol": text, "protocol_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def check_protocol(dataset: xr.Dataset, protocol: Mapping[str, Any], where: Path) -> None:
+    """Refuse to go on with results of another protocol.
+
+    Raises:
+      UserError: if the store's protocol differs, with every setting that does.
+    """
+    stored = _flat(json.loads(dataset.attrs.get("protocol", "{}")))
+    asked = _flat(protocol)
+    differing = [
+        f"{key} was {stored.get(key)!r}, is {asked.get(key)!r}"
+        for key in sorted(stored.keys() | asked.keys())
+        if stored.get(key) != asked.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{where}: holds results of another protocol ({'; '.join(differing)});"
+            " give another --workdir, or delete this one"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

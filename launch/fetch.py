@@ -1,0 +1,28 @@
+"""Fetch a model into the cache and verify it.
+
+python -m launch.fetch --model=smollm2-135m
+python -m launch.fetch --list
+"""
+
+from absl import flags
+
+from hydra_jax import runtime
+from hydra_jax.models import hub
+
+MODEL = flags.DEFINE_string("model", "smollm2-135m", "a named model, or a Hugging Face Hub id")
+LIST = flags.DEFINE_bool("list", False, "show the named models and where they are kept")
+
+
+def main() -> None:
+    if LIST.value:
+        for name, source in hub.MODELS.items():
+            print(f"{name:16} {source.about}")
+        print(f"kept in {hub.cache_dir()} (set {hub.CACHE_VARIABLE} to move it)")
+        return
+    print(f"fetching {MODEL.value} into {hub.cache_dir()} ...", flush=True)
+    path = hub.locate(MODEL.value)
+    print(f"verified {path}" if MODEL.value in hub.MODELS else f"found {path}")
+
+
+if __name__ == "__main__":
+    runtime.main(main)
