@@ -7,7 +7,9 @@ import gzip
 import hashlib
 import importlib.resources
 import json
+import os
 import tomllib
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ def read(path: str) -> list[Prompt]:
     """
     if not path:
         return builtin()
-    text = _text(Path(path).expanduser())
+    text = _text(Path(os.path.expanduser(path)))
     records = _array(text, path) if text.lstrip().startswith("[") else _lines(text, path)
     if not records:
         raise UserError(f"{path}: has no prompts; give at least one")
@@ -79,7 +81,7 @@ def _text(path: Path) -> str:
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: is not a whole gzip file ({error}); fetch it again") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a file that can be read") from error
@@ -93,7 +95,7 @@ def _text(path: Path) -> str:
 def _array(text: str, path: str) -> list[tuple[str, Any]]:
     try:
         records = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise UserError(f"{path}:{line}: is not JSON ({getattr(error, 'msg', error)}); mend the line") from error
     return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)]
@@ -107,7 +109,7 @@ def _lines(text: str, path: str) -> list[tuple[str, Any]]:
         where = f"{path}:{number}"
         try:
             records.append((where, json.loads(line)))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
             raise UserError(f'{where}: is not JSON ({reason}); a line is {{"prompt": "..."}}') from error
     return records
@@ -164,6 +166,10 @@ def _checked(prompts: list[Prompt], where: str) -> list[Prompt]:
     for prompt in prompts:
         if not prompt.text.strip():
             raise UserError(f"{where}: prompt {prompt.id!r} is empty; remove it or write its text")
+        try:
+            f"{prompt.id}{prompt.text}{prompt.answer}{prompt.relation}".encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: prompt {prompt.id!r} is not Unicode ({error.reason}); mend its text") from error
         if prompt.id in seen:
             raise UserError(f"{where}: id {prompt.id!r} stands there twice; give each prompt an id of its own")
         seen.add(prompt.id)

@@ -50,8 +50,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+            value, kinds = getattr(self, field.name), ("int", "float") if field.type == "float" else (field.type,)
+            if type(value).__name__ not in kinds:
+                raise TypeError(f"model config: {field.name} must be {field.type}, it is {value!r}")
+            if field.type in ("int", "float") and not 0 < value < float("inf"):
                 raise ValueError(f"model config: {field.name} must be positive, it is {value}")
         if self.heads % self.kv_heads:
             raise ValueError(

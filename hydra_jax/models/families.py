@@ -59,10 +59,10 @@ class Family:
 def _llama_from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"config.json: rotary scaling {rope} is not supported; use a model without it")
+        raise UserError(f"rotary scaling {rope} is not supported; use a model without it")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
-            raise UserError(f"config.json: {key} is set; only models without biases are supported")
+            raise UserError(f"{key} is set; only models without biases are supported")
     heads = config["num_attention_heads"]
     return dict(
         vocab_size=config["vocab_size"],
@@ -103,7 +103,7 @@ def _llama_from_gguf(metadata: Mapping[str, Any], tensors: set[str]) -> dict[str
 def _activation(name: str) -> str:
     known = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
     if name not in known:
-        raise UserError(f"config.json: hidden_act {name!r} is not supported; known: {', '.join(known)}")
+        raise UserError(f"hidden_act {name!r} is not supported; known: {', '.join(known)}")
     return known[name]
 
 
@@ -132,7 +132,7 @@ def model_config(where: str, read: Callable[[], dict[str, Any]], **switches: Any
         raise UserError(f"{where}: {error}") from error
     except KeyError as error:
         raise UserError(f"{where}: {error} is missing; fetch the model again") from error
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{where}: {error}; fetch the model again") from error
 
 

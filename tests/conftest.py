@@ -1,0 +1,26 @@
+"""Strict JAX for every test: no silent promotion of types or ranks, and four CPU devices."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# Compiling takes seconds now and then: no deadline. Derandomised: a red run can be run again.
+settings.register_profile("hydra", deadline=None, derandomize=True, max_examples=20)
+settings.load_profile("hydra")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real default model."""
+    import hydra_jax
+
+    return hydra_jax.load("smollm2-135m")

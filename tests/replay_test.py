@@ -1,0 +1,174 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hydra_jax.edits import KINDS, SITES, WriteStatistics, all_components, replacement
+from hydra_jax.effects import delta_unembed, effects
+from hydra_jax.models.transformer import forward
+from hydra_jax.prefill import MOST_LIKELY, prefill
+from hydra_jax.replay import replay
+from tests import toys
+
+jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.jit(replay)
+lengths = st.sampled_from([1, 2, 5, 9])
+seeds = st.integers(0, 5)
+
+
+def full_forward_effects(params, tokens, layer, site, value):
+    """Total effect and compensation [L, 2], from two whole forward passes and the unembedding itself."""
+    logits, clean = jit_forward(params, tokens)
+    ablated_logits, ablated = jit_forward(params, tokens, toys.edit(params.config, len(tokens), layer, site, -1, value))
+    target = logits[-1].argmax()
+    final = clean.resid_post[-1, -1]
+    sigma = np.sqrt(np.mean(np.square(final)) + params.config.norm_eps)
+    unembedding = params.weights["unembedding"]
+    direction = params.weights["final_norm"]["scale"] * (unembedding[:, target] - unembedding.mean(axis=1))
+    moved = np.stack(
+        [ablated.attn_out[:, -1] - clean.attn_out[:, -1], ablated.mlp_out[:, -1] - clean.mlp_out[:, -1]], 1
+    )
+    moved[layer, site] = 0
+
+    def centred(row):
+        return row[-1, target] - row[-1].mean()
+
+    return centred(logits) - centred(ablated_logits), moved @ np.asarray(direction) / sigma
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("component", all_components(toys.config().layers), ids=str)
+def test_replay_equals_the_full_forward(component, kind):
+    params, tokens = toys.params(), toys.tokens(9)
+    clean = jit_prefill(params, jnp.pad(tokens, (0, 3)), len(tokens))
+    key = jax.random.key(7)
+    source, mean, deviation = jax.random.normal(key, (3, params.config.width))
+    value = replacement(kind, source, WriteStatistics(mean, deviation), key)
+    delta = value - clean.writes[component.layer, component.site]
+    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component)), delta))
+    total, compensation = full_forward_effects(params, tokens, *component, value)
+    np.testing.assert_allclose(found.total_effect, total, atol=1e-5)
+    np.testing.assert_allclose(found.compensation, compensation, atol=1e-5)
+    assert abs(total) > 1e-2
+    assert (found.compensation.ravel()[: component.place + 1] == 0).all()
+
+
+@given(seeds, lengths, st.sampled_from(all_components(4)), st.floats(0.01, 10))
+def test_total_effect_is_direct_effect_less_compensation(seed, length, component, size):
+    params = toys.params(seed)
+    clean = jit_prefill(params, toys.tokens(length, seed), length)
+    delta = size * jax.random.normal(jax.random.key(seed), (params.config.width,))
+    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component)), delta))
+    downstream = found.attn_compensation + found.mlp_compensation + found.norm_compensation
+    np.testing.assert_allclose(found.total_effect, found.direct_effect - downstream, atol=1e-4)
+    np.testing.assert_allclose(found.residual, 0, atol=1e-4)
+
+
+@given(seeds, lengths)
+def test_contributions_sum_to_the_centred_logit(seed, length):
+    params, tokens = toys.params(seed), toys.tokens(length, seed)
+    clean = jit_prefill(params, tokens, length)
+    embedding = clean.lens(params.weights["embedding"][tokens[-1]])
+    np.testing.assert_allclose(delta_unembed(clean).sum() + embedding, clean.centred_logit, atol=1e-5)
+
+
+@pytest.mark.parametrize("component", all_components(4), ids=str)
+def test_an_edit_that_changes_nothing_has_no_effect(component):
+    params = toys.params()
+    clean = jit_prefill(params, toys.tokens(8), 8)
+    delta = jnp.zeros(params.config.width)
+    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component)), delta))
+    jax.tree.map(lambda leaf: np.testing.assert_allclose(leaf, 0, atol=1e-5), found)
+
+
+def test_the_last_layer_has_no_downstream_attention():
+    params = toys.params()
+    last = params.config.layers - 1
+    clean = jit_prefill(params, toys.tokens(8), 8)
+    delta = jax.random.normal(jax.random.key(0), (params.config.width,))
+    of = {site: effects(clean, delta, jit_replay(params, clean, (last, s), delta)) for s, site in enumerate(SITES)}
+    assert of["attn"].attn_compensation == 0
+    assert of["attn"].mlp_compensation != 0
+    assert of["mlp"].attn_compensation == of["mlp"].mlp_compensation == 0
+
+
+@given(seeds, lengths, st.sampled_from([1, 4]))
+def test_padding_changes_nothing(seed, length, padding):
+    params, tokens = toys.params(seed), toys.tokens(length, seed)
+    delta = jax.random.normal(jax.random.key(seed), (params.config.width,))
+    found = []
+    for rest in (0, padding):
+        clean = jit_prefill(params, jnp.pad(tokens, (0, rest), constant_values=seed), length)
+        kept = clean.replace(keys=clean.keys[..., :length], values=clean.values[..., :length, :])
+        found.append((kept, effects(clean, delta, jit_replay(params, clean, (1, 0), delta))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *found)
+
+
+def test_batching_over_prompts_and_edits_changes_nothing():
+    params = toys.params()
+    tokens = jnp.stack([toys.tokens(10, seed) for seed in range(3)])
+    lengths = jnp.array([4, 10, 7])
+    deltas = jax.random.normal(jax.random.key(0), (3, 5, params.config.width))
+    clean = jax.jit(jax.vmap(prefill, (None, 0, 0)))(params, tokens, lengths)
+    over_edits = jax.vmap(replay, (None, None, None, 0))
+    together = jax.jit(jax.vmap(over_edits, (None, 0, None, 0)))(params, clean, (1, 1), deltas)
+    for prompt in range(3):
+        alone = jit_prefill(params, tokens[prompt], lengths[prompt])
+        for edit in range(5):
+            one = jit_replay(params, alone, (1, 1), deltas[prompt, edit])
+            jax.tree.map(
+                lambda a, b, at=(prompt, edit): np.testing.assert_allclose(a[at], b, atol=1e-5, rtol=1e-5),
+                together,
+                one,
+            )
+
+
+@pytest.mark.parametrize("over", ["prompts", "all", "cache"])
+def test_vmap_of_what_does_not_share_a_cache_is_right_too(over):
+    """The cached attention's own batching rule covers one case; these are the others."""
+    params = toys.params()
+    clean = jax.jit(jax.vmap(prefill, (None, 0, None)))(params, jnp.stack([toys.tokens(6, s) for s in range(3)]), 6)
+    deltas = jax.random.normal(jax.random.key(0), (3, params.config.width))
+    layers = jnp.array([0, 2, 1])
+    axes = {"prompts": (None, 0, (None, None), 0), "all": (None, 0, (0, 0), 0), "cache": (None, 0, (None, None), None)}
+    component = (layers, jnp.array([0, 1, 0])) if over == "all" else (1, 0)
+    delta = deltas[0] if over == "cache" else deltas
+    together = jax.jit(jax.vmap(replay, axes[over]))(params, clean, component, delta)
+    for i in range(3):
+        where = (layers[i], i % 2) if over == "all" else (1, 0)
+        one = jit_replay(params, jax.tree.map(lambda a, i=i: a[i], clean), where, deltas[0 if over == "cache" else i])
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=1e-5, rtol=1e-5), together, one)
+
+
+def test_all_components_share_one_compilation():
+    params = toys.params(seed=3)
+    clean = jit_prefill(params, toys.tokens(8), 8)
+    fresh = jax.jit(lambda *arguments: replay(*arguments))
+    for component in all_components(params.config.layers):
+        fresh(params, clean, tuple(map(jnp.int32, component)), jnp.ones(params.config.width))
+    assert fresh._cache_size() == 1
+
+
+def test_a_given_target_is_the_one_that_is_read():
+    params, tokens = toys.params(), toys.tokens(8)
+    logits, _ = jit_forward(params, tokens)
+    for target in (3, 17, MOST_LIKELY):
+        clean = jit_prefill(params, tokens, 8, target)
+        chosen = logits[-1].argmax() if target == MOST_LIKELY else target
+        assert clean.target == chosen
+        np.testing.assert_allclose(clean.centred_logit, logits[-1, chosen] - logits[-1].mean(), atol=1e-5)
+        np.testing.assert_allclose(clean.probability, jax.nn.softmax(logits[-1])[chosen], atol=1e-6)
+        np.testing.assert_allclose(clean.lens(clean.resid_post[-1]), clean.centred_logit, atol=1e-5)
+
+
+def test_bfloat16_weights_keep_the_identity():
+    params = toys.params(dtype="bfloat16")
+    clean = jit_prefill(params, toys.tokens(8), 8)
+    assert clean.keys.dtype == jnp.bfloat16
+    assert clean.resid_post.dtype == jnp.float32
+    delta = jax.random.normal(jax.random.key(0), (params.config.width,))
+    found = effects(clean, delta, jit_replay(params, clean, (1, 0), delta))
+    np.testing.assert_allclose(found.residual, 0, atol=1e-4)
+    single = jit_prefill(toys.params(), toys.tokens(8), 8, clean.target)
+    np.testing.assert_allclose(clean.centred_logit, single.centred_logit, rtol=0.05, atol=0.1)

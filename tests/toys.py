@@ -1,0 +1,44 @@
+"""Tiny random models, for parity and property tests."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.transformer import Edits, Params, init_params
+
+
+def config(**changes):
+    shape = dict(
+        vocab_size=61, width=24, layers=4, heads=4, kv_heads=2, head_dim=6, mlp_width=40, context=64, norm_eps=1e-5
+    )
+    return ModelConfig(**shape | changes)
+
+
+@functools.cache
+def params(seed=0, dtype="float32", **changes) -> Params:
+    """A model whose writes are as large as its embedding, so that ablations matter."""
+    made = jax.jit(init_params, static_argnums=0)(config(**changes), jax.random.key(seed))
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
+
+    def spread(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "scale" in name:
+            return leaf + 0.3 * jax.random.normal(next(keys), leaf.shape, leaf.dtype)
+        return leaf / leaf.std() * (1.0 if "embedding" in name else leaf.shape[-2] ** -0.5)
+
+    spread_out = jax.tree_util.tree_map_with_path(spread, made.weights)
+    layout = jax.eval_shape(lambda: init_params(config(dtype=dtype, **changes), jax.random.key(0)))
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), Params(spread_out, layout.config), layout)
+
+
+@functools.cache
+def tokens(length, seed=0):
+    return jax.random.randint(jax.random.key(seed), (length,), 0, config().vocab_size, jnp.int32)
+
+
+def edit(config, tokens, layer, site, position, value) -> Edits:
+    """The general path's spelling of one replaced write."""
+    mask = jnp.zeros((config.layers, 2, tokens), bool).at[layer, site, position].set(True)
+    return Edits(mask, jnp.zeros((config.layers, 2, 1, config.width)).at[layer, site].set(value[None]))
