@@ -91,7 +91,7 @@ def _check_identity(plan: Plan, rows: Sequence[CleanRow], component: Component, 
     wrong = np.flatnonzero(~(worst <= plan.tolerance))  # NaN is wrong too
     if wrong.size:
         raise UserError(
-            f"prompt {rows[wrong[0]].item.prompt.id!r}, {component}: total effect is not direct effect less"
+            f"prompt {rows[wrong[0]].item.prompt.name}, {component}: total effect is not direct effect less"
             f" compensation, by {worst[wrong[0]]:.2g} logits (more than {plan.tolerance:g}); the activations overflow"
             " or lose precision: use float32 and precision=highest, or raise identity_tolerance"
         )

@@ -65,7 +65,7 @@ def itemise(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
         tokens = tuple(encode(model.tokenizer, prompt.text))
         if not 0 < len(tokens) <= model.config.context:
             raise UserError(
-                f"prompt {prompt.id!r}: has {len(tokens):,} tokens, {model.name} takes 1 to"
+                f"prompt {prompt.name}: has {len(tokens):,} tokens, {model.name} takes 1 to"
                 f" {model.config.context:,}; shorten or remove it"
             )
         answer = answer_token(model.tokenizer, prompt.text, prompt.answer) if prompt.answer else None

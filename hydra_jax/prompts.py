@@ -33,6 +33,11 @@ class Prompt:
     answer: str = ""
     relation: str = ""
 
+    @property
+    def name(self) -> str:
+        """The id as errors quote it, a long one cut."""
+        return repr(self.id if len(self.id) <= 60 else f"{self.id[:57]}...")
+
 
 def builtin() -> list[Prompt]:
     """The project's own facts, a template a relation (`facts.toml`)."""
@@ -165,12 +170,12 @@ def _checked(prompts: list[Prompt], where: str) -> list[Prompt]:
     seen: set[str] = set()
     for prompt in prompts:
         if not prompt.text.strip():
-            raise UserError(f"{where}: prompt {prompt.id!r} is empty; remove it or write its text")
+            raise UserError(f"{where}: prompt {prompt.name} is empty; remove it or write its text")
         try:
             f"{prompt.id}{prompt.text}{prompt.answer}{prompt.relation}".encode()
         except UnicodeEncodeError as error:
             raise UserError(f"{where}: prompt {prompt.id!r} is not Unicode ({error.reason}); mend its text") from error
         if prompt.id in seen:
-            raise UserError(f"{where}: id {prompt.id!r} stands there twice; give each prompt an id of its own")
+            raise UserError(f"{where}: id {prompt.name} stands there twice; give each prompt an id of its own")
         seen.add(prompt.id)
     return prompts

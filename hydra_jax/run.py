@@ -87,9 +87,9 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
         )
         if not resumed:
             dataset = frame(plan).assign_attrs(store.protocol_attributes(asked))
-            store.create(workdir, dataset, plan.chunks[0].stop)
             table = examined_table(model, kept, examined)
-            store.write_whole(workdir / "prompts.csv", lambda part: table.to_csv(part, index=False))
+            beside = {"prompts.csv": lambda part: table.to_csv(part, index=False)}
+            store.create(workdir, dataset, plan.chunks[0].stop, beside)
         fill(plan, store.open_effects(workdir)["finished"].values, functools.partial(store.write, workdir), progress)
         effects = store.open_effects(workdir)
         store.write_example(workdir, example(plan, effects, config.example))

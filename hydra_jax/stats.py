@@ -47,7 +47,9 @@ STATISTICS: dict[str, Callable[[Means], jax.Array]] = {
     "mlp_compensation": _mean(lambda means: means["mlp_compensation"]),
     "norm_compensation": _mean(lambda means: means["norm_compensation"]),
     "restored_share": _restored_share,
-    "share_direct_above_total": _mean(lambda means: (means["direct_effect"] > means["total_effect"]) * 1.0),
+    "share_direct_above_total": _mean(
+        lambda means: (means["direct_effect"] > means["total_effect"]).astype(jnp.float32)
+    ),
     "slope": lambda means: _fit(means)[0],
     "r2": lambda means: _fit(means)[1],
 }
@@ -114,7 +116,7 @@ def _bootstrap(arrays: Means, keys: jax.Array) -> Means:
         of_prompts, of_draws = jax.random.split(key)
         chosen = jax.random.randint(of_prompts, (prompts,), 0, prompts)
         drawn = jax.random.randint(of_draws, (prompts, draws), 0, draws)
-        weights = jax.vmap(functools.partial(jnp.bincount, length=draws))(drawn) / draws
+        weights = jax.vmap(functools.partial(jnp.bincount, length=draws))(drawn).astype(jnp.float32) / draws
         return _statistics(
             {
                 name: (

@@ -125,13 +125,16 @@ def exists(workdir: Path) -> bool:
     return (workdir / NAME).is_dir()
 
 
-def create(workdir: Path, dataset: xr.Dataset, chunk: int) -> None:
+def create(
+    workdir: Path, dataset: xr.Dataset, chunk: int, beside: Mapping[str, Callable[[Path], object]] | None = None
+) -> None:
     """Write a dataset as a new store, or nothing at all.
 
     Args:
       workdir: the directory that holds the store.
       dataset: from `frame`, its attributes set.
       chunk: prompts a chunk, the unit in which effects will be written.
+      beside: files of `workdir` by name, and what writes them; where the store is, they are.
     """
     encoding = {
         name: {"chunks": tuple(chunk if d == "prompt" else n for d, n in variable.sizes.items())}
@@ -139,6 +142,8 @@ def create(workdir: Path, dataset: xr.Dataset, chunk: int) -> None:
     }
     with _whole(workdir / NAME) as part:
         dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
+        for name, each in (beside or {}).items():
+            write_whole(workdir / name, each)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from hydra_jax import figures, runtime, stats, store
 from hydra_jax.config import sweep_config
+from hydra_jax.errors import UserError
 from hydra_jax.run import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to sweep: configs/sweep.py:MODEL; see the file itself")
@@ -23,8 +24,11 @@ STRONGEST = 12
 
 def main() -> None:
     config, workdir = sweep_config(CONFIG.value), Path(WORKDIR.value)
+    if not WORKDIR.value:
+        raise UserError("--workdir: is empty; give a directory for the results")
     effects = run(config, workdir)
-    print_kept(pd.read_csv(workdir / "prompts.csv", keep_default_na=False))
+    with store.directory(workdir):
+        print_kept(pd.read_csv(workdir / "prompts.csv", keep_default_na=False))
     print(f"bootstrap intervals from {config.bootstrap:,} resamples ...", flush=True)
     summary = stats.summary(effects, config.bootstrap, config.seed)
     with store.directory(workdir):

@@ -1,0 +1,224 @@
+"""How fast the kernels are: against the machine's matrix products, and against whole forward passes.
+
+All of a length's measurements are taken in turns, so that whatever else the machine does slows all of
+them alike, and a ratio is of times summed over the turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import resource
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hydra_jax.ablations import ablate_batch
+from hydra_jax.edits import ATTN, Component, WriteStatistics, all_components
+from hydra_jax.models import transformer
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.layers import product
+from hydra_jax.models.transformer import Edits, Params
+from hydra_jax.plan import prefill_batch
+from hydra_jax.prefill import MOST_LIKELY
+
+SHAPES = {
+    "random-1b": ModelConfig(
+        vocab_size=128_256,
+        width=2048,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        head_dim=64,
+        mlp_width=8192,
+        context=8192,
+        tied=True,
+    ),
+}
+"""Larger shapes, of random weights: what a speed depends on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One prompt length's figures; rates are per second.
+
+    Attributes:
+      length: tokens of a prompt.
+      rows: edits replayed at once.
+      interventions: of the sweep's kernel, over all components.
+      kernel_flops: useful arithmetic of the kernel, matrix products only.
+      gemm_flops: bare matrix products of the shapes of one layer's weights, at as many rows.
+      kernel_to_gemm: their ratio.
+      forwards: interventions by batched whole forward passes, each with its edit.
+      speedup: interventions to forwards.
+      prefill_prompts: clean runs.
+      compile_seconds: of prefill and kernel.
+      peak_gb: memory in use at most so far: the device's, or on a CPU this process's.
+    """
+
+    length: int
+    rows: int
+    interventions: float
+    kernel_flops: float
+    gemm_flops: float
+    kernel_to_gemm: float
+    forwards: float
+    speedup: float
+    prefill_prompts: float
+    compile_seconds: float
+    peak_gb: float
+
+
+def intervention_flops(config: ModelConfig, component: Component, length: int) -> int:
+    """Matrix-product operations of one edit: all layers downstream of it, for one token."""
+    c = config
+    mlp = 3 * c.width * c.mlp_width
+    projections = 2 * c.width * (c.heads + c.kv_heads) * c.head_dim
+    attention = 2 * c.heads * c.head_dim * length
+    whole = (c.layers - 1 - component.layer) * (projections + attention + mlp)
+    return 2 * (whole + (mlp if component.site == ATTN else 0))
+
+
+def layer_products(config: ModelConfig, rows: int) -> tuple[Callable[[], Any], int]:
+    """A call of bare products [rows, in] x [in, out], one for each weight of a layer, and its operations."""
+    c = config
+    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    shapes = [(c.width, queries), (c.width, keys), (c.width, keys), (queries, c.width)]
+    shapes += [(c.width, c.mlp_width), (c.width, c.mlp_width), (c.mlp_width, c.width)]
+    keys_of = jax.random.split(jax.random.key(0), len(shapes))
+    kernels = [jax.random.normal(key, shape, c.dtype) for key, shape in zip(keys_of, shapes, strict=True)]
+    inputs = [jnp.ones((rows, shape[0]), c.dtype) for shape in shapes]
+    run = jax.jit(lambda xs, ws: [product(c, "ri,io->ro", x, w) for x, w in zip(xs, ws, strict=True)])
+    return lambda: run(inputs, kernels), sum(2 * rows * a * b for a, b in shapes)
+
+
+@jax.jit
+def forward_batch(params: Params, tokens: jax.Array, component: jax.Array, value: jax.Array) -> jax.Array:
+    """The baseline: whole forward passes of [B, T] tokens, component [2] replaced by value [B, D] at the last.
+
+    A strong one: batched, compiled once for all components, and unembedding the last token alone.
+
+    Returns:
+      Logits [B, V] of the last token.
+    """
+
+    def one(tokens: jax.Array, value: jax.Array) -> jax.Array:
+        c = params.config
+        mask = jnp.zeros((c.layers, 2, len(tokens)), bool).at[component[0], component[1], -1].set(True)
+        edits = Edits(mask, jnp.broadcast_to(value, (c.layers, 2, 1, c.width)))
+        _, trace = transformer.forward(params, tokens, edits)
+        return transformer.unembed(params, trace.resid_post[-1, -1])
+
+    return jax.vmap(one)(tokens, value)
+
+
+def measure(params: Params, length: int, rows: int, draws: int, step: int, seed: int = 0) -> Measured:
+    """Measure one prompt length.
+
+    Args:
+      params: the model.
+      length: tokens of a prompt.
+      rows: edits at once.
+      draws: replacements a prompt.
+      step: measure every `step`-th component.
+      seed: of the tokens.
+    """
+    config = params.config
+    prompts = max(1, rows // draws)
+    tokens = jax.random.randint(jax.random.key(seed), (prompts, length), 0, config.vocab_size, jnp.int32)
+    inputs = params, tokens, jnp.full(prompts, length), jnp.full(prompts, MOST_LIKELY)
+    start = time.perf_counter()
+    prefill = prefill_batch.lower(*inputs).compile()
+    compile_seconds = time.perf_counter() - start
+    clean = jax.block_until_ready(prefill(*inputs))
+    prefill_seconds = _seconds(lambda: prefill(*inputs))
+
+    nothing = WriteStatistics(jnp.zeros(config.width), jnp.zeros(config.width))
+    keys = jax.random.split(jax.random.key(seed), prompts)
+    # Each prompt's replacements are other prompts' writes, as in a sweep.
+    sources = jnp.stack([jnp.roll(clean.writes, draw + 1, axis=0) for draw in range(draws)], axis=1)
+
+    def edits(component: Component) -> tuple:
+        where = jnp.int32(component.layer), jnp.int32(component.site)
+        return params, clean, where, "resample", sources[:, :, component.layer, component.site], nothing, keys
+
+    components = all_components(config.layers)[::step]
+    start = time.perf_counter()
+    kernel = ablate_batch.lower(*edits(components[0])).compile()
+    compile_seconds += time.perf_counter() - start
+
+    gemm, gemm_operations = layer_products(config, prompts * draws)
+    batch = max(1, rows // length)
+    whole = tokens[jnp.arange(batch) % prompts], jnp.array([0, 0]), clean.writes[jnp.arange(batch) % prompts, 0, 0]
+    kernel_seconds = gemm_seconds = forward_seconds = 0.0
+    gemms = kernel_operations = 0
+    _seconds(gemm), _seconds(lambda: forward_batch(params, *whole))
+    for component in components:
+        # `kind` is static, and a compiled program takes no static arguments.
+        arguments = edits(component)
+        arguments = jax.block_until_ready((*arguments[:3], *arguments[4:]))
+        seconds = _seconds(functools.partial(kernel, *arguments))
+        kernel_seconds += seconds
+        kernel_operations += prompts * draws * intervention_flops(config, component, length)
+        # About as long on bare products as on the kernel, so that both see the same machine.
+        spent = 0.0
+        while spent < seconds:
+            spent += _seconds(gemm)
+            gemms += 1
+        gemm_seconds += spent
+    turns = max(3, len(components) // 10)
+    for _ in range(turns):
+        forward_seconds += _seconds(lambda: forward_batch(params, *whole))
+    interventions = prompts * draws * len(components) / kernel_seconds
+    forwards = batch * turns / forward_seconds
+    kernel_flops = kernel_operations / kernel_seconds
+    gemm_flops = gemm_operations * gemms / gemm_seconds
+    return Measured(
+        length=length,
+        rows=prompts * draws,
+        interventions=interventions,
+        kernel_flops=kernel_flops,
+        gemm_flops=gemm_flops,
+        kernel_to_gemm=kernel_flops / gemm_flops,
+        forwards=forwards,
+        speedup=interventions / forwards,
+        prefill_prompts=prompts / prefill_seconds,
+        compile_seconds=compile_seconds,
+        peak_gb=_peak_gb(),
+    )
+
+
+def table(rows: Sequence[Measured]) -> str:
+    """The figures, a line a length."""
+    lines = [
+        f"{'tokens':>6} {'rows':>5} {'interventions/s':>16} {'kernel GFLOP/s':>15} {'GEMM GFLOP/s':>13}"
+        f" {'ratio':>6} {'forwards/s':>11} {'speed-up':>9} {'prefills/s':>11} {'compile s':>10} {'peak GB':>8}"
+    ]
+    lines += [
+        f"{m.length:6} {m.rows:5} {m.interventions:16,.0f} {m.kernel_flops / 1e9:15,.0f} {m.gemm_flops / 1e9:13,.0f}"
+        f" {m.kernel_to_gemm:6.0%} {m.forwards:11,.1f} {m.speedup:8.0f}x {m.prefill_prompts:11,.1f}"
+        f" {m.compile_seconds:10.1f} {m.peak_gb:8.2f}"
+        for m in rows
+    ]
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    device = jax.devices()[0]
+    return {"backend": jax.default_backend(), "device": device.device_kind, "devices": jax.device_count()}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def _peak_gb() -> float:
+    statistics = jax.devices()[0].memory_stats() or {}
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return statistics.get("peak_bytes_in_use", kilobytes * 1024) / 1e9

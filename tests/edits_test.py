@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hydra_jax.edits import SITES, Component, WriteStatistics, all_components, draw_sources, prompt_keys, replacement
+from hydra_jax.errors import UserError
+
+ids = st.lists(st.text(min_size=1, max_size=6), min_size=4, max_size=12, unique=True)
+
+
+def test_components_come_in_forward_order():
+    components = all_components(3)
+    assert [c.place for c in components] == list(range(6))
+    assert sorted(components) == components
+    assert [str(c) for c in components[:3]] == ["attn 0", "mlp 0", "attn 1"]
+    assert Component(2, SITES.index("mlp")) == components[-1]
+
+
+@given(ids, st.randoms(), st.integers(0, 3))
+def test_sources_follow_the_id_and_not_the_order(ids, random, seed):
+    other = ids.copy()
+    random.shuffle(other)
+
+    def drawn(ids):
+        sources = draw_sources(prompt_keys(seed, ids), ids, 3)
+        return {i: [ids[s] for s in row] for i, row in zip(ids, sources, strict=True)}
+
+    first = drawn(ids)
+    assert first == drawn(other)
+    for i, sources in first.items():
+        assert i not in sources
+        assert len(set(sources)) == 3
+
+
+def test_sources_are_drawn_evenly():
+    ids = [f"p{number}" for number in range(300)]
+    counts = np.bincount(draw_sources(prompt_keys(0, ids), ids, 15).ravel(), minlength=300)
+    # Each is binomial: mean 15, variance about 15.
+    assert abs(counts.mean() - 15) < 1e-9
+    assert 10 < counts.var() < 20
+
+
+def test_another_seed_draws_others():
+    ids = [f"p{number}" for number in range(30)]
+    first, second = (draw_sources(prompt_keys(seed, ids), ids, 5) for seed in (0, 1))
+    assert (first != second).mean() > 0.5
+
+
+def test_too_few_prompts_for_the_replacements_are_refused():
+    ids = ["a", "b", "c"]
+    with pytest.raises(UserError, match="3 in the sweep, but 3 replacements need 4"):
+        draw_sources(prompt_keys(0, ids), ids, 3)
+
+
+def test_replacements_are_what_their_kind_says():
+    source, mean, deviation = jnp.arange(30_000.0), jnp.full(30_000, 2.0), jnp.full(30_000, 3.0)
+    of = {
+        kind: replacement(kind, source, WriteStatistics(mean, deviation), jax.random.key(0))
+        for kind in ("resample", "mean", "zero", "noise")
+    }
+    np.testing.assert_array_equal(of["resample"], source)
+    np.testing.assert_array_equal(of["mean"], mean)
+    np.testing.assert_array_equal(of["zero"], 0)
+    # Five standard errors of 30,000 draws.
+    assert abs(of["noise"].mean() - 2) < 5 * 3 / 30_000**0.5
+    assert abs(of["noise"].std() - 3) < 5 * 3 / 60_000**0.5
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="patch"):
+        replacement("patch", jnp.zeros(2), WriteStatistics(jnp.zeros(2), jnp.zeros(2)), jax.random.key(0))

@@ -1,0 +1,155 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import xarray as xr
+
+import hydra_jax
+from hydra_jax import ablations, plan
+from hydra_jax.config import PromptsConfig
+from hydra_jax.edits import KINDS
+from hydra_jax.errors import UserError
+from hydra_jax.models.tokenizer import encode
+from hydra_jax.prompts import Prompt
+from hydra_jax.store import EFFECTS
+from tests import builders
+
+TEXTS = ["the", "in the of", "the the in of the", "a b c d e f", "of in", "the of the", "12345 in the", "x"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return hydra_jax.load(str(builders.gguf_file(tmp_path_factory.mktemp("model") / "tiny.gguf")))
+
+
+def by_id(effects: xr.Dataset) -> xr.Dataset:
+    """In order of id, with the sources as ids too."""
+    ids = effects["prompt_id"].values
+    named = effects.assign(source=effects["source"].copy(data=np.append(ids, "")[effects["source"].values]))
+    return named.isel(prompt=np.argsort(ids))
+
+
+def assert_same(left: xr.Dataset, right: xr.Dataset):
+    left, right = by_id(left), by_id(right)
+    np.testing.assert_array_equal(left["source"], right["source"])
+    np.testing.assert_array_equal(left["prompt_id"], right["prompt_id"])
+    for name in (*EFFECTS, "compensation", "delta_unembed", "clean_logit", "final_scale"):
+        np.testing.assert_allclose(left[name], right[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_and_chunking_change_nothing(model, kind):
+    first = hydra_jax.sweep(model, TEXTS, kind=kind, replacements=3)
+    second = hydra_jax.sweep(model, TEXTS[::-1], kind=kind, replacements=3, rows=6)
+    assert_same(first, second)
+    assert first["finished"].all()
+    assert np.abs(first["total_effect"]).max() > 1e-3
+    assert first.sizes["replacement"] == (3 if kind in ("resample", "noise") else 1)
+    assert (first["source"] >= 0).all() == (kind == "resample")
+
+
+def test_the_identity_holds_in_every_entry(model):
+    effects = hydra_jax.sweep(model, TEXTS, replacements=3)
+    repaired = sum(effects[f"{by}_compensation"] for by in ("attn", "mlp", "norm"))
+    np.testing.assert_allclose(effects["total_effect"], effects["direct_effect"] - repaired, atol=1e-4)
+    downstream = (effects["attn_compensation"] + effects["mlp_compensation"]).mean("replacement")
+    np.testing.assert_allclose(effects["compensation"].sum("component"), downstream, atol=1e-5)
+
+
+def test_a_broken_identity_stops_the_sweep_and_names_the_prompt(model):
+    rows = plan.clean_rows(model, plan.itemise(model, [Prompt(text, text) for text in TEXTS]), 8, False)
+    config = hydra_jax.config.AblationConfig(kind="zero")
+    exact = plan.Plan(model, rows, config, seed=0, chunks=plan.evenly(len(rows), 8), tolerance=1e-12)
+    nan = dataclasses.replace(exact, tolerance=1e-4)
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, model.params.weights)
+    nan = dataclasses.replace(nan, model=dataclasses.replace(model, params=model.params.replace(weights=broken)))
+    for bad in (exact, nan):
+        with pytest.raises(UserError, match=r"prompt '.*', (attn|mlp) [01]: total effect") as raised:
+            list(ablations.ablate_chunk(bad, slice(0, 8), 8, bad.components))
+        assert "\n" not in str(raised.value)
+
+
+def test_ablate_is_one_entry_of_a_sweep(model):
+    effects = hydra_jax.sweep(model, TEXTS, kind="mean")
+    place = {"ablated": 2, "prompt": int(np.flatnonzero(effects["prompt_id"] == TEXTS[1])[0])}
+    one = hydra_jax.ablate(model, TEXTS[1], "attn", 1, kind="mean", sources=TEXTS)
+    swept = effects.isel(place)
+    for name in EFFECTS:
+        np.testing.assert_allclose(one[name], swept[name], atol=1e-5)
+    np.testing.assert_allclose(one["compensation"][0], swept["compensation"], atol=1e-5)
+    moved = one["ablated_unembed"] - one["delta_unembed"]
+    np.testing.assert_allclose(moved.sel(component=3), one["compensation"].sel(component=3), atol=1e-5)
+    np.testing.assert_allclose(moved.sel(component=2), -one["direct_effect"], atol=1e-5)
+    assert list(one["layer"].values) == [0, 0, 1, 1]
+    assert list(one["site"].values) == ["attn", "mlp"] * 2
+
+
+def test_a_resampled_write_is_the_sources_own(model):
+    effects = hydra_jax.sweep(model, TEXTS, replacements=2, sites="mlp", layers="1")
+    ids = effects["prompt_id"].values
+    for prompt in range(3):
+        for draw in range(2):
+            source = ids[effects["source"].values[prompt, draw]]
+            one = hydra_jax.ablate(model, ids[prompt], "mlp", 1, replacements=1, sources=[source])
+            swept = effects["total_effect"].values[prompt, 0, draw]
+            np.testing.assert_allclose(one["total_effect"].values[0], swept, atol=1e-5)
+
+
+def test_noise_follows_the_seed(model):
+    first, again, other = (hydra_jax.sweep(model, TEXTS, kind="noise", replacements=2, seed=s) for s in (0, 0, 1))
+    np.testing.assert_array_equal(first["total_effect"], again["total_effect"])
+    assert not np.allclose(first["total_effect"], other["total_effect"])
+    drawn = first["direct_effect"].values
+    assert not np.allclose(drawn[..., 0], drawn[..., 1])
+
+
+def test_chosen_components_are_the_ones_ablated(model):
+    effects = hydra_jax.sweep(model, TEXTS, kind="zero", sites="mlp", layers="1")
+    assert effects["ablated_layer"].values.tolist() == [1]
+    assert effects["ablated_site"].values.tolist() == ["mlp"]
+    whole = hydra_jax.sweep(model, TEXTS, kind="zero")
+    np.testing.assert_allclose(effects["total_effect"][:, 0], whole["total_effect"][:, 3], atol=1e-5)
+
+
+def chosen(model, prompts, **wanted):
+    kept, examined = plan.choose(model, plan.itemise(model, prompts), PromptsConfig(**wanted), 0, 4, False)
+    return [row.item.prompt.id for row in kept], [row.item.prompt.id for row in examined]
+
+
+def test_a_limit_picks_the_same_prompts_in_any_order(model):
+    prompts = [Prompt(str(number), text) for number, text in enumerate(TEXTS)]
+    kept, _ = chosen(model, prompts, correct_only=False, limit=3)
+    assert len(kept) == 3
+    assert kept == chosen(model, prompts[::-1], correct_only=False, limit=3)[0]
+    assert set(kept) <= set(chosen(model, prompts, correct_only=False, limit=5)[0])
+
+
+def test_correct_only_keeps_what_the_model_answers_right(model):
+    effects = hydra_jax.sweep(model, TEXTS, kind="zero")
+    says = dict(zip(effects["text"].values, effects["target_text"].values, strict=True))
+    items = plan.itemise(model, [Prompt(text, text, "z") for text in TEXTS])
+    targets = {row.item.prompt.id: row.target for row in plan.clean_rows(model, items, 4, False)}
+    right = set(TEXTS[::2])
+    answered = [
+        dataclasses.replace(item, answer=targets[item.prompt.id] if item.prompt.id in right else -5) for item in items
+    ]
+    kept, examined = plan.choose(model, answered, PromptsConfig(), 0, 3, False)
+    assert {row.item.prompt.id for row in kept} == right
+    assert {row.item.prompt.id for row in examined} == set(TEXTS) == set(says)
+
+
+def test_the_real_model_knows_where_the_eiffel_tower_is(smollm2):
+    text = "The Eiffel Tower is located in the city of"
+    assert encode(smollm2.tokenizer, text) == [504, 414, 46682, 18669, 314, 3807, 281, 260, 2240, 282]
+    effects = hydra_jax.ablate(smollm2, text, "attn", 29, kind="zero")
+    assert effects.attrs["target_text"] == " Paris"
+    assert round(effects.attrs["clean_probability"], 2) == 0.70
+
+
+def test_the_real_model_repairs_itself(smollm2):
+    # The Hydra effect where it is strongest: of what ablated late attention wrote, much comes back.
+    effects = hydra_jax.sweep(smollm2, correct_only=True, limit=24, sites="attn", layers="27-29", replacements=8)
+    direct, total = (effects[name].mean(["prompt", "replacement"]) for name in ("direct_effect", "total_effect"))
+    assert (direct > 0.1).all()
+    assert (total < 0.8 * direct).all()
