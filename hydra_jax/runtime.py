@@ -31,17 +31,7 @@ def main(command: Callable[[], None], config: str | None = None, on_interrupt: s
             rest = flags.FLAGS(arguments)
             if config and not flags.FLAGS["help"].value:
                 dict(flags.FLAGS["config"].value or {})  # a file that did not load says so only when it is read
-        except (
-            flags.Error,
-            AttributeError,
-            ImportError,
-            KeyError,
-            NameError,
-            OSError,
-            SyntaxError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:  # flags, ml_collections and the config file's own code raise all kinds
             _stop(f"error: {_one_line(error)}; see --help and the config file", 1)
         if len(rest) > 1:
             _stop(f"error: argument {rest[1]!r} is unknown; see --help", 1)

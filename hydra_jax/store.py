@@ -105,8 +105,9 @@ def directory(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: for whatever the file system refuses, then or later.
     """
-    made = not workdir.exists()
+    missing: list[Path] = []
     try:
+        missing = [path for path in (workdir, *workdir.parents) if not path.exists()]
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):  # before hours of work, not after
             pass
@@ -116,8 +117,9 @@ def directory(workdir: Path) -> Iterator[None]:
             f"{error.filename or workdir}: {error.strerror or error}; free the disk or give another --workdir"
         ) from error
     finally:
-        if made and workdir.is_dir() and not any(workdir.iterdir()):
-            workdir.rmdir()
+        for path in missing:
+            with contextlib.suppress(OSError):  # there are results in it
+                path.rmdir()
 
 
 def exists(workdir: Path) -> bool:

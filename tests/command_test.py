@@ -1,0 +1,225 @@
+import concurrent.futures
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hydra_jax import store
+from tests import builders
+
+ROOT = Path(__file__).parent.parent
+PROMPTS, REPLACEMENTS = 24, 3
+FIGURES = {"effects_by_layer.png", "direct_against_total.png", "example.png", "compensation.png"}
+RESULTS = {"effects.zarr", "example.zarr", "summary.csv", "prompts.csv"} | FIGURES
+
+FULL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))"
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+WORKDIR = "--workdir={inputs}/{case}/here"
+REFUSED = {
+    "unknown key": ([WORKDIR, "--config.nonsense=1"], "nonsense"),
+    "unknown value": ([WORKDIR, "--config.ablation.kind=resampel"], "config.ablation.kind: 'resampel'"),
+    "wrong type": ([WORKDIR, "--config.seed=abc"], "config.seed"),
+    "out of range": ([WORKDIR, "--config.bootstrap=0"], "config.bootstrap"),
+    "layer not there": ([WORKDIR, "--config.ablation.layers=0-2"], "config.ablation.layers: '0-2'"),
+    "unknown flag": ([WORKDIR, "--nonsense=1"], "nonsense"),
+    "stray argument": ([WORKDIR, "nonsense"], "nonsense"),
+    "no workdir": ([], "workdir"),
+    "empty workdir": (["--workdir="], "workdir"),
+    "workdir a file": (["--workdir={inputs}/file"], "{inputs}/file"),
+    "workdir below a file": (["--workdir={inputs}/file/deeper"], "{inputs}/file/deeper"),
+    "workdir too long": (["--workdir={inputs}/" + "x" * 300], "{inputs}/xxx"),
+    "config file missing": ([WORKDIR, "--config={inputs}/missing.py"], "missing.py"),
+    "config file broken": ([WORKDIR, "--config={inputs}/broken.py"], "broken.py"),
+    "model missing": ([WORKDIR, "--config.model=missing.gguf"], "missing.gguf"),
+    "model cut": ([WORKDIR, "--config.model={inputs}/cut.gguf"], "{inputs}/cut.gguf"),
+    "prompts missing": ([WORKDIR, "--config.prompts.path={inputs}/missing.jsonl"], "{inputs}/missing.jsonl"),
+    "prompt too long": ([WORKDIR, "--config.prompts.path={inputs}/long.jsonl"], "'long'"),
+    "none to be right about": ([WORKDIR, "--config.prompts.correct_only=True"], "correct_only"),
+    "too few prompts": ([WORKDIR, f"--config.ablation.replacements={PROMPTS}"], f"{PROMPTS + 1}"),
+}
+STOPS = [signal.SIGINT, signal.SIGKILL]
+FULL = ["new/deeper", "there"]
+
+
+def start(inputs, *arguments, prelude=""):
+    """`python -m launch.sweep` on the tiny model; `prelude` is run before it in the same process."""
+    defaults = [
+        f"--config={ROOT}/configs/sweep.py:{inputs}/tiny.gguf",
+        f"--config.prompts.path={inputs}/prompts.jsonl",
+        "--config.prompts.correct_only=False",
+        f"--config.ablation.replacements={REPLACEMENTS}",
+        "--config.bootstrap=20",
+    ]
+    if any(argument.startswith("--config=") for argument in arguments):
+        defaults = []
+    module = f"{prelude}; import runpy; runpy.run_module('launch.sweep', run_name='__main__', alter_sys=True)"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    if prelude != FULL_DISK:
+        environment |= dict(
+            JAX_COMPILATION_CACHE_DIR=f"{inputs}/compiled", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+        )
+    return subprocess.Popen(
+        [sys.executable, *(["-c", module] if prelude else ["-m", "launch.sweep"]), *defaults, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    process.out, process.err = process.communicate(timeout=300)
+    return process
+
+
+def sweep(*arguments, **options):
+    return finish(start(*arguments, **options))
+
+
+def sweep_and_stop(inputs, workdir, stop):
+    """A sweep stopped after its first chunk, and the same command again; what was finished in between."""
+    arguments = [inputs, f"--workdir={workdir}", f"--config.rows={REPLACEMENTS}"]
+    stopped = start(*arguments, prelude=INTERRUPTIBLE)
+    while not finished_chunks(workdir) and stopped.poll() is None:
+        time.sleep(0.005)
+    stopped.send_signal(stop)
+    finish(stopped)
+    return stopped, finished_chunks(workdir), sweep(*arguments)
+
+
+def finished_chunks(workdir):
+    return {path: path.stat().st_mtime_ns for path in (workdir / store.NAME / "finished" / "c").glob("*")}
+
+
+def complaint(process):
+    """The one line on standard error, progress bars aside."""
+    assert process.returncode == 1
+    assert "Traceback" not in process.err + process.out
+    (line,) = [line for line in process.err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    assert line.startswith("error: ")
+    return line
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("inputs")
+    builders.gguf_file(directory / "tiny.gguf")
+    records = [{"id": f"p{i}", "prompt": f"the {i} of the {'x' * (i % 7)} in"} for i in range(PROMPTS)]
+    builders.json_lines(directory / "prompts.jsonl", records)
+    builders.json_lines(directory / "long.jsonl", [*records, {"id": "long", "prompt": "x" * (builders.CONTEXT + 1)}])
+    (directory / "cut.gguf").write_bytes((directory / "tiny.gguf").read_bytes()[:3000])
+    (directory / "broken.py").write_text("def get_config(:\n")
+    (directory / "file").write_text("in the way")
+    (directory / "there").mkdir()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs(inputs, tmp_path_factory):
+    """Every run that needs no other's results, two at a time: a process spends most of its life importing."""
+    workdir = tmp_path_factory.mktemp("runs")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        made = {"good": pool.submit(sweep, inputs, f"--workdir={workdir}/good")}
+        for stop in STOPS:
+            made[stop] = pool.submit(sweep_and_stop, inputs, workdir / stop.name, stop)
+        for place in FULL:
+            made[place] = pool.submit(sweep, inputs, f"--workdir={inputs}/{place}", prelude=FULL_DISK)
+        for name, (arguments, _) in REFUSED.items():
+            made[name] = pool.submit(sweep, inputs, *(a.format(inputs=inputs, case=name) for a in arguments))
+        yield workdir, {name: future.result for name, future in made.items()}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def good(runs):
+    workdir, result = runs
+    process = result["good"]()
+    assert process.returncode == 0, process.err
+    return workdir / "good"
+
+
+@pytest.fixture
+def finished(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "workdir")
+
+
+def test_a_sweep_leaves_its_results_and_nothing_else(good):
+    assert {path.name for path in good.iterdir()} == RESULTS
+    effects = store.open_effects(good)
+    assert effects["finished"].all()
+    assert np.isfinite(effects["total_effect"]).all()
+    summary, prompts = pd.read_csv(good / "summary.csv"), pd.read_csv(good / "prompts.csv")
+    assert len(summary) == effects.sizes["ablated"] == 2 * builders.LAYERS
+    assert set(prompts["prompt_id"]) == set(effects["prompt_id"].values) == {f"p{i}" for i in range(PROMPTS)}
+    assert store.open_example(good).sizes["replacement"] == REPLACEMENTS
+    for figure in FIGURES:
+        assert (good / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_sweep_is_not_computed_again(inputs, finished):
+    before = contents(finished)
+    process = sweep(inputs, f"--workdir={finished}")
+    assert process.returncode == 0, process.err
+    after = contents(finished)
+    assert before.keys() == after.keys()
+    assert {p for p in after if after[p] != before[p]} <= {finished / figure for figure in FIGURES}
+
+
+def test_another_protocol_in_the_same_workdir_is_refused(inputs, finished):
+    before = contents(finished)
+    line = complaint(sweep(inputs, f"--workdir={finished}", "--config.ablation.kind=mean"))
+    assert str(finished) in line
+    assert "ablation.kind" in line
+    assert contents(finished) == before
+
+
+def test_a_disk_that_fills_up_late_keeps_what_is_whole(inputs, finished):
+    before = contents(finished)
+    line = complaint(sweep(inputs, f"--workdir={finished}", prelude=FULL_DISK))
+    assert str(finished) in line
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stopped_sweep_goes_on_to_the_same_results(runs, good, stop):
+    workdir, result = runs
+    stopped, chunks, resumed = result[stop]()
+    assert stopped.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL), stopped.err
+    assert "Traceback" not in stopped.err
+    assert resumed.returncode == 0, resumed.err
+
+    workdir /= stop.name
+    assert {path.name for path in workdir.iterdir()} == RESULTS
+    assert 0 < len(chunks) < PROMPTS
+    assert finished_chunks(workdir).items() > chunks.items()
+    effects, expected = store.open_effects(workdir), store.open_effects(good)
+    assert list(effects["prompt_id"].values) == list(expected["prompt_id"].values)
+    for name in store.DIMS:
+        np.testing.assert_allclose(effects[name], expected[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("place", FULL)
+def test_a_full_disk_leaves_nothing_half_written(runs, inputs, place):
+    assert f"{inputs}/{place}" in complaint(runs[1][place]())
+    assert not (inputs / "new").exists()
+    assert list((inputs / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused_in_one_line(inputs, runs, case):
+    assert REFUSED[case][1].format(inputs=inputs) in complaint(runs[1][case]())
+    assert not (inputs / case).exists()
+    assert (inputs / "file").read_text() == "in the way"
