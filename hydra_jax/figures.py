@@ -126,9 +126,9 @@ def one_prompt(example: xr.Dataset) -> Figure:
     text = textwrap.fill(f"“{attributes['text']}”", width=100, max_lines=3)
     drop, direct = float(example["total_effect"].mean()), float(example["direct_effect"].mean())
     figure.suptitle(
-        f"{text}\n→ “{attributes['target_text'].strip()}” (p = {attributes['clean_probability']:.2f})\n"
+        f"{text} → “{attributes['target_text'].strip()}” (p = {attributes['clean_probability']:.2f})\n"
         f"{attributes['kind']} ablation of {SITE_NAMES[site]} {layer} takes {direct:.2f} logits away directly;"
-        f" {drop:.2f} are missing in the end"
+        f" in the end the logit falls by {drop:.2f}"
     )
     return figure
 

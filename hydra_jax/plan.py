@@ -23,7 +23,7 @@ from hydra_jax.models.transformer import Params
 from hydra_jax.prefill import MOST_LIKELY, Clean, prefill
 from hydra_jax.prompts import Prompt
 
-PREFILL_TOKENS = 8192
+PREFILL_TOKENS = 4096
 """Tokens of clean runs at once: their traces are the largest thing in memory when prompts are long."""
 
 

@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import json
 import shutil
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -122,6 +124,23 @@ def directory(workdir: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until this is done: zarr works in threads of its own, which would go on writing behind it."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def exists(workdir: Path) -> bool:
     """Whether there is a store in `workdir`."""
     return (workdir / NAME).is_dir()
@@ -142,7 +161,7 @@ def create(
         name: {"chunks": tuple(chunk if d == "prompt" else n for d, n in variable.sizes.items())}
         for name, variable in dataset.variables.items()
     }
-    with _whole(workdir / NAME) as part:
+    with _undisturbed(), _whole(workdir / NAME) as part:
         dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
         for name, each in (beside or {}).items():
             write_whole(workdir / name, each)
@@ -182,12 +201,13 @@ def has_example(workdir: Path, prompt_id: str) -> bool:
 
 def open_example(workdir: str | Path) -> xr.Dataset:
     """One prompt's ablation, every replacement of it."""
-    return xr.open_zarr(Path(workdir) / EXAMPLE, consolidated=False, chunks=None)
+    with _undisturbed():
+        return xr.open_zarr(Path(workdir) / EXAMPLE, consolidated=False, chunks=None)
 
 
 def write_example(workdir: Path, dataset: xr.Dataset) -> None:
     """Write the example, or nothing at all."""
-    with _whole(workdir / EXAMPLE) as part:
+    with _undisturbed(), _whole(workdir / EXAMPLE) as part:
         dataset.to_zarr(part, mode="w-", zarr_format=3, consolidated=False)
 
 
@@ -195,13 +215,14 @@ def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None
     """Write the effects of one run of prompts (see `DIMS`), then its flags."""
     effects = xr.Dataset({name: (DIMS[name], array) for name, array in arrays.items()})
     flags = xr.Dataset({"finished": ("prompt", np.ones(effects.sizes["prompt"], bool))})
-    for part in (effects, flags):
-        part.to_zarr(workdir / NAME, region={"prompt": chunk}, consolidated=False)
+    with _undisturbed():
+        for part in (effects, flags):
+            part.to_zarr(workdir / NAME, region={"prompt": chunk}, consolidated=False)
 
 
 def seal(workdir: Path) -> None:
     """Gather the metadata of a finished store in one place, so that opening it reads one file."""
-    with warnings.catch_warnings():
+    with _undisturbed(), warnings.catch_warnings():
         # That it is not in zarr's specification yet is no matter: without it, readers take the long way.
         warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
         zarr.consolidate_metadata(str(workdir / NAME))
@@ -217,7 +238,8 @@ def open_effects(workdir: str | Path) -> xr.Dataset:
     if not path.is_dir():
         raise UserError(f"{path}: there is no result store; run `python -m launch.sweep --workdir={workdir}` first")
     try:
-        return xr.open_zarr(path, consolidated=False, chunks=None)
+        with _undisturbed():
+            return xr.open_zarr(path, consolidated=False, chunks=None)
     except Exception as error:  # zarr's and the codecs' own kinds
         raise UserError(f"{path}: cannot be read ({error}); delete it and sweep again") from error
 

@@ -97,7 +97,8 @@ def sweep_and_stop(inputs, workdir, stop):
 
 
 def finished_chunks(workdir):
-    return {path: path.stat().st_mtime_ns for path in (workdir / store.NAME / "finished" / "c").glob("*")}
+    chunks = (workdir / store.NAME / "finished" / "c").glob("*")
+    return {path: path.stat().st_mtime_ns for path in chunks if path.name.isdecimal()}
 
 
 def complaint(process):
