@@ -24,7 +24,7 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
         ablation=dict(
             kind="resample",  # or mean, zero, noise
             replacements=15,
-            sites="attn,mlp",
+            sites="attn,mlp",  # or heads: each attention head by itself
             layers="all",  # or e.g. "0,5,10-14"
         ),
         seed=0,

@@ -12,9 +12,10 @@ import xarray as xr
 from tqdm import tqdm
 
 from hydra_jax import store
-from hydra_jax.edits import SITES, Component, WriteStatistics, all_components, replacement
+from hydra_jax.edits import SITES, WHOLE, Component, WriteStatistics, all_components, replacement
 from hydra_jax.effects import Effects, effects
 from hydra_jax.errors import UserError
+from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Params
 from hydra_jax.plan import CleanRow, Plan, batch_of, prefill_batch
 from hydra_jax.prefill import Clean
@@ -25,7 +26,7 @@ from hydra_jax.replay import replay
 def ablate_batch(
     params: Params,
     clean: Clean,
-    component: tuple[jax.Array, jax.Array],
+    component: tuple[jax.Array, jax.Array, jax.Array | None],
     kind: str,
     sources: jax.Array,
     statistics: WriteStatistics,
@@ -36,20 +37,27 @@ def ablate_batch(
     Args:
       params: the model.
       clean: of P prompts.
-      component: layer [] and site [].
+      component: layer [], site [] and, where one head is ablated, head []; else None.
       kind: of ablation.
-      sources: [P, R, D], the component's writes in the prompts that replacements come from.
+      sources: [P, R, E], the component's writes (or what the head mixed) in the replacements' prompts.
       statistics: of the component over the prompt set.
       keys: [P], each prompt's.
     """
-    layer, site = component
+    layer, site, head = component
+
+    def change(clean: Clean, source: jax.Array, key: jax.Array) -> jax.Array:
+        new = replacement(kind, source, statistics, key)
+        if head is None:
+            return new - clean.writes[layer, site]
+        return transformer.head_write(params, layer, head, new - clean.mixed[layer, head])
 
     def prompt(clean: Clean, sources: jax.Array, key: jax.Array) -> Effects:
         def edit(source: jax.Array, key: jax.Array) -> Effects:
-            delta = replacement(kind, source, statistics, key) - clean.writes[layer, site]
-            return effects(clean, delta, replay(params, clean, component, delta))
+            delta = change(clean, source, key)
+            return effects(clean, delta, replay(params, clean, (layer, site), delta))
 
-        draws = jax.random.split(jax.random.fold_in(key, 2 * layer + site), sources.shape[0])
+        own = jax.random.fold_in(key, 2 * layer + site)
+        draws = jax.random.split(own if head is None else jax.random.fold_in(own, head), sources.shape[0])
         return jax.vmap(edit)(sources, draws)
 
     return jax.vmap(prompt)(clean, sources, keys)
@@ -72,12 +80,13 @@ def ablate_chunk(plan: Plan, chunk: slice, size: int, components: Iterable[Compo
     tokens, lengths = batch_of([row.item for row in rows], size, plan.model.config.context)
     targets = jnp.asarray([plan.rows[place].target for place in places])
     clean = prefill_batch(plan.model.params, tokens, lengths, targets)
-    nothing = np.zeros((size, plan.ablation.draws, plan.model.config.width), np.float32)
+    nothing = np.zeros((size, plan.ablation.draws, plan.ablatable.shape[-1]), np.float32)
     for component in components:
-        of = component.place
-        sources = plan.writes[plan.sources[places], of] if plan.ablation.kind == "resample" else nothing
+        of = plan.unit(component)
+        sources = plan.ablatable[plan.sources[places], of] if plan.ablation.kind == "resample" else nothing
         statistics = WriteStatistics(*(each[of] for each in plan.statistics))
-        where = jnp.int32(component.layer), jnp.int32(component.site)
+        head = None if component.head == WHOLE else jnp.int32(component.head)
+        where = jnp.int32(component.layer), jnp.int32(component.site), head
         found = jax.device_get(
             ablate_batch(plan.model.params, clean, where, plan.ablation.kind, sources, statistics, plan.keys[places])
         )
@@ -144,6 +153,9 @@ def frame(plan: Plan) -> xr.Dataset:
     }
     names = ("clean_logit", "clean_probability", "final_scale", "delta_unembed")
     clean = {name: np.array([getattr(row, name) for row in plan.rows], np.float32) for name in names}
+    own = "head_unembed" if plan.ablation.by_head else "delta_unembed"
+    units = [plan.unit(component) for component in plan.components]
+    clean["ablated_delta_unembed"] = np.stack([getattr(row, own)[units] for row in plan.rows])
     return store.frame(prompts, plan.components, plan.model.config.layers, clean, plan.sources)
 
 
@@ -172,6 +184,7 @@ def ablate_one(plan: Plan, place: int, component: Component) -> xr.Dataset:
             "clean_probability": row.clean_probability,
             "ablated_layer": component.layer,
             "ablated_site": SITES[component.site],
+            "ablated_head": component.head,
             "kind": plan.ablation.kind,
             "units": store.LOGITS,
         },

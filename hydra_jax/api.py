@@ -10,8 +10,8 @@ import xarray as xr
 from hydra_jax import prompts as prompt_sets
 from hydra_jax import store
 from hydra_jax.ablations import ablate_one, fill, frame
-from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig
-from hydra_jax.edits import SITES, Component
+from hydra_jax.config import HEADS, AblationConfig, PromptsConfig, SweepConfig
+from hydra_jax.edits import ATTN, SITES, Component
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import Model
 from hydra_jax.plan import Plan, choose, clean_rows, default_rows, evenly, itemise
@@ -43,7 +43,7 @@ def sweep(
       prompts: texts or `Prompt`s; None for the built-in facts.
       kind: "resample", "mean", "zero" or "noise".
       replacements: R, drawn for each ablation where the kind is random.
-      sites: "attn", "mlp" or "attn,mlp".
+      sites: "attn", "mlp", "attn,mlp", or "heads" for each attention head by itself.
       layers: "all", or e.g. "0,5,10-14".
       correct_only: keep only prompts whose answer the model gives.
       limit: of prompts; 0 for none.
@@ -68,7 +68,7 @@ def sweep(
     )
     chosen = prompt_sets.builtin() if prompts is None else prompt_sets.as_prompts(prompts)
     batch = max(1, (rows or default_rows()) // config.ablation.draws)
-    kept, _ = choose(model, itemise(model, chosen), config.prompts, seed, batch, progress)
+    kept, _ = choose(model, itemise(model, chosen), config.prompts, seed, batch, config.ablation.by_head, progress)
     plan = Plan(model, kept, config.ablation, seed, evenly(len(kept), batch), config.identity_tolerance)
     dataset = frame(plan).copy(deep=True)
     dataset.attrs = store.protocol_attributes(protocol(config, model.weights_hash, chosen))
@@ -87,6 +87,7 @@ def ablate(
     prompt: str,
     site: str,
     layer: int,
+    head: int | None = None,
     *,
     kind: str = "resample",
     replacements: int = 15,
@@ -100,6 +101,7 @@ def ablate(
       prompt: the text; its last token is where the ablation takes place.
       site: "attn" or "mlp".
       layer: which.
+      head: of attention, to ablate its share alone; None for all of the write.
       kind: "resample", "mean", "zero" or "noise".
       replacements: R, where the kind is random.
       sources: other prompts, for replacements, means and deviations; None draws 64 of the built-in ones.
@@ -112,13 +114,9 @@ def ablate(
     Raises:
       UserError: if an argument is out of range.
     """
-    ablation = AblationConfig(kind=kind, replacements=replacements)
+    component = _component(model, site, layer, head)
+    ablation = AblationConfig(kind=kind, replacements=replacements, sites=site if head is None else HEADS)
     SweepConfig(ablation=ablation, seed=seed)  # checks both
-    if site not in SITES or not 0 <= layer < model.config.layers:
-        raise UserError(
-            f"{site} {layer}: is not a component of {model.name}; sites are {', '.join(SITES)}, layers"
-            f" 0-{model.config.layers - 1}"
-        )
     if kind == "zero":
         others: list[str] = []
     elif sources is None:
@@ -129,7 +127,20 @@ def ablate(
         others = [text for text in dict.fromkeys(sources) if text != prompt]
     items = itemise(model, prompt_sets.as_prompts([prompt, *others]))
     batch = max(1, default_rows() // ablation.draws)
-    rows = clean_rows(model, items, batch, progress=False)
+    rows = clean_rows(model, items, batch, ablation.by_head, progress=False)
     tolerance = SweepConfig().identity_tolerance
     plan = Plan(model, rows, ablation, seed, evenly(len(rows), batch), tolerance)
-    return ablate_one(plan, plan.ids.index(prompt), Component(layer, SITES.index(site)))
+    return ablate_one(plan, plan.ids.index(prompt), component)
+
+
+def _component(model: Model, site: str, layer: int, head: int | None) -> Component:
+    c = model.config
+    if site not in SITES or not 0 <= layer < c.layers:
+        raise UserError(
+            f"{site} {layer}: is not a component of {model.name}; sites are {', '.join(SITES)}, layers 0-{c.layers - 1}"
+        )
+    if head is None:
+        return Component(layer, SITES.index(site))
+    if site != SITES[ATTN] or not 0 <= head < c.heads:
+        raise UserError(f"{site} {layer} head {head}: is not a head of {model.name}; attention has 0-{c.heads - 1}")
+    return Component(layer, ATTN, head)

@@ -8,9 +8,11 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from hydra_jax.edits import KINDS, RANDOM_KINDS, SITES, Component
+from hydra_jax.edits import ATTN, KINDS, RANDOM_KINDS, SITES, Component
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import DTYPES, PRECISIONS
+from hydra_jax.models.config import DTYPES, PRECISIONS, ModelConfig
+
+HEADS = "heads"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class AblationConfig:
     Attributes:
       kind: "resample", "mean", "zero" or "noise".
       replacements: R, drawn for each ablation of a random kind (resample, noise).
-      sites: "attn", "mlp" or "attn,mlp".
+      sites: "attn", "mlp", "attn,mlp", or "heads" for each attention head by itself.
       layers: "all", or numbers and ranges, as in "0,5,10-14".
     """
 
@@ -49,14 +51,24 @@ class AblationConfig:
         """R as it is computed: one where every replacement would be the same."""
         return self.replacements if self.kind in RANDOM_KINDS else 1
 
-    def components(self, layers: int) -> list[Component]:
-        """The ablated components of a model of `layers` layers, in forward order.
+    @property
+    def by_head(self) -> bool:
+        """Whether single heads are ablated, not whole writes."""
+        return self.sites == HEADS
+
+    def components(self, model: ModelConfig) -> list[Component]:
+        """The ablated components of a model, in forward order.
 
         Raises:
           UserError: if a layer or site is not one of the model's.
         """
-        sites = [_one_of("ablation.sites", site.strip(), SITES) for site in self.sites.split(",")]
-        chosen = _layers(self.layers, layers)
+        chosen = _layers(self.layers, model.layers)
+        if self.by_head:
+            return [Component(layer, ATTN, head) for layer in sorted(chosen) for head in range(model.heads)]
+        allowed = (*SITES, HEADS)
+        sites = [_one_of("ablation.sites", site.strip(), allowed) for site in self.sites.split(",")]
+        if HEADS in sites:
+            raise UserError(f"config.ablation.sites: {HEADS} cannot be mixed with others; sweep them by themselves")
         return sorted({Component(layer, SITES.index(site)) for layer in chosen for site in sites})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,16 @@ RANDOM_KINDS = ("resample", "noise")
 """The kinds of which several replacements are drawn; the others have just one."""
 
 
+WHOLE = -1
+"""In place of a head: all of the layer's write."""
+
+
 class Component(NamedTuple):
-    """One write: of attention (site 0) or MLP (site 1) of a layer."""
+    """One write: of attention (site 0) or MLP (site 1) of a layer, or one head's share of an attention write."""
 
     layer: int
     site: int
+    head: int = WHOLE
 
     @property
     def place(self) -> int:
@@ -32,7 +37,7 @@ class Component(NamedTuple):
         return 2 * self.layer + self.site
 
     def __str__(self) -> str:
-        return f"{SITES[self.site]} {self.layer}"
+        return f"{SITES[self.site]} {self.layer}" + ("" if self.head == WHOLE else f" head {self.head}")
 
 
 def all_components(layers: int) -> list[Component]:
@@ -41,19 +46,19 @@ def all_components(layers: int) -> list[Component]:
 
 
 class WriteStatistics(NamedTuple):
-    """Of one component's last-token writes over the prompt set: per-dimension mean and deviation, [D]."""
+    """Of one component's last-token writes over the prompt set: per-dimension mean and deviation, [E] arrays."""
 
-    mean: jax.Array
-    deviation: jax.Array
+    mean: Any
+    deviation: Any
 
 
 def replacement(kind: str, source: jax.Array, statistics: WriteStatistics, key: jax.Array) -> jax.Array:
-    """w~ [D], what takes the place of a write.
+    """What takes the place of a write, or of what a head mixed: [E].
 
     Args:
-      kind: "resample" (the same write of another prompt), "mean" (over the prompt set), "zero", or
-        "noise" (Gaussian with the write's own mean and deviation over the prompt set).
-      source: [D], the other prompt's write; read by "resample" only.
+      kind: "resample" (the same one of another prompt), "mean" (over the prompt set), "zero", or
+        "noise" (Gaussian with its own mean and deviation over the prompt set).
+      source: [E], the other prompt's; read by "resample" only.
       statistics: read by "mean" and "noise".
       key: read by "noise".
     """
@@ -61,7 +66,7 @@ def replacement(kind: str, source: jax.Array, statistics: WriteStatistics, key: 
         case "resample":
             return source
         case "mean":
-            return statistics.mean
+            return jnp.asarray(statistics.mean)
         case "zero":
             return jnp.zeros_like(source)
         case "noise":

@@ -5,10 +5,15 @@ Every effect is in units of the target's centred logit, the logit minus its mean
 
 from __future__ import annotations
 
+import functools
+
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from hydra_jax.edits import ATTN, MLP
+from hydra_jax.models import transformer
+from hydra_jax.models.transformer import Params
 from hydra_jax.prefill import Clean
 from hydra_jax.replay import Replayed
 
@@ -40,6 +45,13 @@ class Effects(flax.struct.PyTreeNode):
 def delta_unembed(clean: Clean) -> jax.Array:
     """[L, 2], u(w_d): what each write of the clean run adds to the target's centred logit."""
     return jax.vmap(jax.vmap(clean.lens))(clean.writes)
+
+
+def head_unembed(params: Params, clean: Clean) -> jax.Array:
+    """[L, H], what each attention head adds; a layer's heads add up to its `delta_unembed`."""
+    layers, heads = jnp.indices(clean.mixed.shape[:2])
+    one = functools.partial(transformer.head_write, params)
+    return jax.vmap(jax.vmap(lambda *head: clean.lens(one(*head))))(layers, heads, clean.mixed)
 
 
 def effects(clean: Clean, delta: jax.Array, replayed: Replayed) -> Effects:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hydra_jax.config import AblationConfig, PromptsConfig
 from hydra_jax.edits import Component, WriteStatistics, draw_sources, prompt_keys
-from hydra_jax.effects import delta_unembed
+from hydra_jax.effects import delta_unembed, head_unembed
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import Model
 from hydra_jax.models.tokenizer import answer_token, encode
@@ -38,15 +38,27 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class CleanRow:
-    """A prompt's clean run as the host keeps it: `writes` is [2L, D], `delta_unembed` [2L]."""
+    """A prompt's clean run as the host keeps it.
+
+    Attributes:
+      item: the prompt.
+      target: the token that is read.
+      delta_unembed: [2L], what each component contributes to its logit.
+      head_unembed: [L * H], what each head does.
+      clean_logit: centred.
+      clean_probability: of the target.
+      final_scale: sigma.
+      ablatable: [U, E], what ablations replace: every write [2L, D], or what every head mixed [L * H, head_dim].
+    """
 
     item: Item
     target: int
-    writes: np.ndarray
     delta_unembed: np.ndarray
+    head_unembed: np.ndarray
     clean_logit: float
     clean_probability: float
     final_scale: float
+    ablatable: np.ndarray
 
     @property
     def correct(self) -> bool:
@@ -107,41 +119,60 @@ def prefill_batch(params: Params, tokens: jax.Array, lengths: jax.Array, targets
     return jax.lax.map(lambda each: run(*each), (tokens, lengths, targets), batch_size=together)
 
 
-@jax.jit
-def _read(clean: Clean) -> tuple[jax.Array, ...]:
+@functools.partial(jax.jit, static_argnames="by_head")
+def _read(params: Params, clean: Clean, by_head: bool) -> tuple[jax.Array, ...]:
     """What the host keeps of P clean runs: in the order of CleanRow's fields, after `item`."""
-    flat = (len(clean.target), -1)
-    contributions = jax.vmap(delta_unembed)(clean).reshape(flat)
-    writes = clean.writes.reshape(len(clean.target), -1, clean.writes.shape[-1])
-    return clean.target, writes, contributions, clean.centred_logit, clean.probability, clean.final_scale
+    count = len(clean.target)
+    contributions = jax.vmap(delta_unembed)(clean).reshape(count, -1)
+    heads = jax.vmap(head_unembed, (None, 0))(params, clean).reshape(count, -1)
+    values = clean.mixed if by_head else clean.writes
+    ablatable = values.reshape(count, -1, values.shape[-1])
+    return clean.target, contributions, heads, clean.centred_logit, clean.probability, clean.final_scale, ablatable
 
 
 def _clean_rows(
-    model: Model, items: Sequence[Item], batch: int, keep: Callable[[CleanRow], bool], bar: tqdm
+    model: Model, items: Sequence[Item], batch: int, by_head: bool, keep: Callable[[CleanRow], bool], bar: tqdm
 ) -> Iterator[CleanRow]:
-    """The clean runs of `items`, shortest first; those that `keep` refuses come without `writes`."""
+    """The clean runs of `items`, shortest first; those that `keep` refuses come without `ablatable`."""
     items = sorted(items, key=_by_length)
     slices = evenly(len(items), batch)
     for part in slices:
         chosen, size = items[part], slices[0].stop
         tokens, lengths = batch_of(chosen, size, model.config.context)
         clean = prefill_batch(model.params, tokens, lengths, jnp.full(size, MOST_LIKELY))
-        columns = jax.device_get(_read(clean))
-        for item, target, writes, contributions, *scalars in zip(chosen, *columns, strict=False):
-            row = CleanRow(item, int(target), writes, contributions.copy(), *map(float, scalars))
-            # A copy, or the batch that it is a view of would stay in memory with it.
-            yield dataclasses.replace(row, writes=writes.copy() if keep(row) else np.empty(0, np.float32))
+        columns = jax.device_get(_read(model.params, clean, by_head))
+        for item, target, contributions, heads, logit, probability, scale, ablatable in zip(
+            chosen, *columns, strict=False
+        ):
+            # Copies, or the batch that they are views of would stay in memory with them.
+            row = CleanRow(
+                item=item,
+                target=int(target),
+                delta_unembed=contributions.copy(),
+                head_unembed=heads.copy(),
+                clean_logit=float(logit),
+                clean_probability=float(probability),
+                final_scale=float(scale),
+                ablatable=np.empty(0, np.float32),
+            )
+            yield dataclasses.replace(row, ablatable=ablatable.copy()) if keep(row) else row
         bar.update(len(chosen))
 
 
-def clean_rows(model: Model, items: Sequence[Item], batch: int, progress: bool) -> list[CleanRow]:
+def clean_rows(model: Model, items: Sequence[Item], batch: int, by_head: bool, progress: bool) -> list[CleanRow]:
     """The clean runs of all of `items`, shortest first."""
     with _bar(len(items), progress) as bar:
-        return list(_clean_rows(model, items, batch, lambda row: True, bar))
+        return list(_clean_rows(model, items, batch, by_head, lambda row: True, bar))
 
 
 def choose(
-    model: Model, items: Sequence[Item], wanted: PromptsConfig, seed: int, batch: int, progress: bool
+    model: Model,
+    items: Sequence[Item],
+    wanted: PromptsConfig,
+    seed: int,
+    batch: int,
+    by_head: bool,
+    progress: bool,
 ) -> tuple[list[CleanRow], list[CleanRow]]:
     """Which prompts are swept.
 
@@ -169,7 +200,7 @@ def choose(
     with _bar(len(items), progress) as bar:
         for start in range(0, len(items), step):
             block = items[start : start + step]
-            rows = {row.item.prompt.id: row for row in _clean_rows(model, block, batch, keep, bar)}
+            rows = {row.item.prompt.id: row for row in _clean_rows(model, block, batch, by_head, keep, bar)}
             examined += rows.values()
             kept += [rows[item.prompt.id] for item in block if keep(rows[item.prompt.id])]
             if limit and len(kept) >= limit:
@@ -197,7 +228,7 @@ class Plan:
 
     Attributes:
       model: the model.
-      rows: P clean runs, with their writes.
+      rows: P clean runs, with what ablations replace.
       ablation: what is ablated, and how.
       seed: of the draws.
       chunks: runs of prompts that are computed and stored together.
@@ -233,17 +264,26 @@ class Plan:
     @functools.cached_property
     def components(self) -> list[Component]:
         """The ablated ones."""
-        return self.ablation.components(self.model.config.layers)
+        return self.ablation.components(self.model.config)
 
     @functools.cached_property
-    def writes(self) -> np.ndarray:
-        """[P, 2L, D], every component's in every prompt."""
-        return np.stack([row.writes for row in self.rows])
+    def ablatable(self) -> np.ndarray:
+        """[P, U, E], every write or what every head mixed, in every prompt."""
+        return np.stack([row.ablatable for row in self.rows])
+
+    def unit(self, component: Component) -> int:
+        """A component's place along `ablatable`'s second axis."""
+        if self.ablation.by_head:
+            return component.layer * self.model.config.heads + component.head
+        return component.place
 
     @functools.cached_property
     def statistics(self) -> WriteStatistics:
-        """[2L, D], every component's over the prompt set."""
+        """[U, E], of every unit over the prompt set; zeros for the kinds that do not read them."""
+        if self.ablation.kind not in ("mean", "noise"):
+            nothing = np.zeros(self.ablatable.shape[1:], np.float32)
+            return WriteStatistics(nothing, nothing)
         # Summed in order of id, so that the order of prompts changes nothing.
-        writes = self.writes[np.argsort(np.asarray(self.ids))]
-        mean, deviation = writes.mean(axis=0, dtype=np.float64), writes.std(axis=0, dtype=np.float64)
+        values = self.ablatable[np.argsort(np.asarray(self.ids))]
+        mean, deviation = values.mean(axis=0, dtype=np.float64), values.std(axis=0, dtype=np.float64)
         return WriteStatistics(mean.astype(np.float32), deviation.astype(np.float32))

@@ -17,6 +17,7 @@ class Clean(flax.struct.PyTreeNode):
 
     Attributes:
       writes: [L, 2, D], each component's write (second axis: attention, MLP).
+      mixed: [L, H, head_dim], the values as each attention head mixed them.
       resid_mid: [L, D], the stream between a layer's writes.
       resid_post: [L, D], the stream after a layer.
       keys: [L, K, head_dim, T], every position's, laid out for `replay`.
@@ -30,6 +31,7 @@ class Clean(flax.struct.PyTreeNode):
     """
 
     writes: jax.Array
+    mixed: jax.Array
     resid_mid: jax.Array
     resid_post: jax.Array
     keys: jax.Array
@@ -64,6 +66,7 @@ def prefill(params: Params, tokens: jax.Array, length: jax.Array, target: jax.Ar
     target = jnp.where(target == MOST_LIKELY, jnp.argmax(logits), target)
     return Clean(
         writes=writes,
+        mixed=trace.mixed[:, position],
         resid_mid=resid_mid,
         resid_post=resid_post,
         keys=jnp.transpose(trace.keys, (0, 2, 3, 1)),

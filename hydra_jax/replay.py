@@ -16,6 +16,10 @@ from hydra_jax.models.transformer import Params
 from hydra_jax.prefill import Clean
 
 
+State = tuple[jax.Array, jax.Array]
+"""Of a loop downstream: the stream's shift [D], and the changes of contributions [L, 2]."""
+
+
 class Replayed(flax.struct.PyTreeNode):
     """The ablated run, read at the last token.
 
@@ -33,33 +37,55 @@ class Replayed(flax.struct.PyTreeNode):
 def replay(params: Params, clean: Clean, component: tuple[jax.Array, jax.Array], delta: jax.Array) -> Replayed:
     """The run in which `delta` was added to what `component` wrote at the last token.
 
-    The layer and site stay arrays: under `vmap` over edits of one component they select a loop start
-    and a branch, so a batch costs only what is downstream of it, and all components share a compilation.
-
     Args:
       params: the model.
       clean: the prompt's clean run.
       component: layer [] and site [] (0 attention, 1 MLP), int.
       delta: [D], ablated minus clean write.
     """
-    layer, site = component
-
-    def write(layer, site, out, state):
-        resid, compensation = state
-        change = clean.lens(out - clean.writes[layer, site])
-        return resid + out, compensation.at[layer, site].set(change)
-
-    def mlp(layer, state):
-        return write(layer, MLP, transformer.mlp_write(params, layer, state[0]), state)
-
-    def attn_mlp(layer, state):
-        cache = clean.keys[layer], clean.values[layer]
-        out = transformer.attn_decode(params, layer, state[0], clean.position, *cache)
-        return mlp(layer, write(layer, ATTN, out, state))
-
-    edited = jnp.where(site == ATTN, clean.resid_mid[layer], clean.resid_post[layer]) + delta
-    state = edited, jnp.zeros((params.config.layers, 2))
-    state = jax.lax.cond(site == ATTN, lambda state: mlp(layer, state), lambda state: state, state)
-    resid, compensation = jax.lax.fori_loop(layer + 1, params.config.layers, attn_mlp, state)
+    shift, compensation = _downstream(params, clean, component, delta, passed_on=True)
+    resid = clean.resid_post[-1] + shift
     scale = transformer.final_scale(params, resid)
     return Replayed(compensation, resid @ clean.readout / scale, scale)
+
+
+def direct_edges(params: Params, clean: Clean, component: tuple[jax.Array, jax.Array], delta: jax.Array) -> jax.Array:
+    """[L, 2]: by how much each component's contribution changes when it alone sees the edit.
+
+    Component d reads the clean stream plus `delta`; all between the edit and d is frozen. Where nothing
+    is passed on, this is d's compensation. Arguments as of `replay`, at its cost.
+    """
+    return _downstream(params, clean, component, delta, passed_on=False)[1]
+
+
+def _downstream(
+    params: Params, clean: Clean, component: tuple[jax.Array, jax.Array], delta: jax.Array, passed_on: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The stream's shift at the end [D], and the change of each component's contribution [L, 2].
+
+    Every component downstream reads the clean stream plus a shift: the edit, and, where changes are
+    `passed_on`, those of the writes between. The layer and site stay arrays: under `vmap` over edits of
+    one component they select a loop start and a branch, so a batch costs only what is downstream of it,
+    and all components share a compilation.
+    """
+    edited, edited_site = component
+
+    def read(layer: jax.Array, site: int, write: jax.Array, state: State) -> State:
+        shift, changes = state
+        change = write - clean.writes[layer, site]
+        shift = shift + change if passed_on else shift
+        return shift, changes.at[layer, site].set(clean.lens(change))
+
+    def mlp(layer: jax.Array, state: State) -> State:
+        return read(layer, MLP, transformer.mlp_write(params, layer, clean.resid_mid[layer] + state[0]), state)
+
+    def attn_mlp(layer: jax.Array, state: State) -> State:
+        cache = clean.keys[layer], clean.values[layer]
+        resid_pre = clean.resid_post[layer - 1] + state[0]
+        return mlp(
+            layer, read(layer, ATTN, transformer.attn_decode(params, layer, resid_pre, clean.position, *cache), state)
+        )
+
+    state = delta, jnp.zeros((params.config.layers, 2))
+    state = jax.lax.cond(edited_site == ATTN, lambda state: mlp(edited, state), lambda state: state, state)
+    return jax.lax.fori_loop(edited + 1, params.config.layers, attn_mlp, state)

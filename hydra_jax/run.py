@@ -74,9 +74,11 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
             if old["finished"].all() and store.has_example(workdir, config.example):
                 return old
             chosen = {item.prompt.id: item for item in items}
-            kept = clean_rows(model, [chosen[i] for i in old["prompt_id"].values], batch, progress)
+            kept = clean_rows(
+                model, [chosen[i] for i in old["prompt_id"].values], batch, config.ablation.by_head, progress
+            )
         else:
-            kept, examined = choose(model, items, config.prompts, config.seed, batch, progress)
+            kept, examined = choose(model, items, config.prompts, config.seed, batch, config.ablation.by_head, progress)
         plan = Plan(
             model=model,
             rows=kept,

@@ -61,14 +61,6 @@ repaired on balance; `slope` and `r2` of compensation regressed on direct effect
 """
 
 
-def ablated_delta_unembed(effects: xr.Dataset) -> xr.DataArray:
-    """(prompt, ablated), the clean contribution of each ablated component."""
-    pairs = zip(effects["ablated_layer"].values, effects["ablated_site"].values, strict=True)
-    components = list(zip(effects["layer"].values, effects["site"].values, strict=True))
-    index = xr.DataArray([components.index(pair) for pair in pairs], dims="ablated")
-    return effects["delta_unembed"].isel(component=index).drop_vars(["layer", "site"])
-
-
 def summary(effects: xr.Dataset, samples: int = 1000, seed: int = 0, level: float = LEVEL) -> pd.DataFrame:
     """`STATISTICS` of each ablated component, with nested bootstrap intervals.
 
@@ -79,18 +71,19 @@ def summary(effects: xr.Dataset, samples: int = 1000, seed: int = 0, level: floa
       level: of the intervals.
 
     Returns:
-      One row an ablated component: `layer`, `site`, `prompts`, and of each statistic its value, `_low`
-      and `_high` (percentiles of the bootstrap). `restored_share` is NaN where the interval of the
-      mean direct effect has 0 in it: there is nothing to restore.
+      One row an ablated component: `layer`, `site`, `head` (-1: all of the write), `prompts`, and of each
+      statistic its value, `_low` and `_high` (percentiles of the bootstrap). `restored_share` is NaN
+      where the interval of the mean direct effect has 0 in it: there is nothing to restore.
     """
     arrays = {name: jnp.asarray(effects[name].transpose("prompt", "replacement", ...).values) for name in store.EFFECTS}
-    arrays["delta_unembed"] = jnp.asarray(ablated_delta_unembed(effects).values)[:, None]
+    arrays["delta_unembed"] = jnp.asarray(effects["ablated_delta_unembed"].values)[:, None]
     values = _statistics({name: array.mean(axis=1) for name, array in arrays.items()})
     resampled = _bootstrap(arrays, jax.random.split(jax.random.key(seed), samples))
     tail = (1 - level) / 2
     table: dict[str, np.ndarray] = {
         "layer": effects["ablated_layer"].values,
         "site": effects["ablated_site"].values.astype(object),
+        "head": effects["ablated_head"].values,
         "prompts": np.full(effects.sizes["ablated"], effects.sizes["prompt"]),
     }
     for name, value in values.items():

@@ -65,7 +65,8 @@ def frame(
         `target_text`, `length`.
       ablated: the components to be ablated.
       layers: L; the components that respond are all 2L.
-      clean: `clean_logit`, `clean_probability`, `final_scale` [P] and `delta_unembed` [P, 2L].
+      clean: `clean_logit`, `clean_probability`, `final_scale` [P], `delta_unembed` [P, 2L] and, of what is
+        ablated, `ablated_delta_unembed` [P, A].
       source: [P, R], the position in this dataset of each replacement's prompt; -1 where there is none.
     """
     rows, replacements = source.shape
@@ -77,6 +78,7 @@ def frame(
     }
     coordinates |= {
         **labels("ablated", ablated, "ablated_"),
+        "ablated_head": ("ablated", np.array([c.head for c in ablated])),
         **labels("component", every),
     }
     units = {"units": LOGITS}
@@ -89,6 +91,11 @@ def frame(
             ("prompt", "component"),
             clean["delta_unembed"],
             units | {"long_name": "direct contribution to the target's centred logit"},
+        ),
+        "ablated_delta_unembed": (
+            ("prompt", "ablated"),
+            clean["ablated_delta_unembed"],
+            units | {"long_name": "the same of what is ablated, a single head where heads are"},
         ),
         "source": (("prompt", "replacement"), source, {"long_name": "position of the replacement's prompt; -1: none"}),
         "finished": ("prompt", np.zeros(rows, bool), {"long_name": "whether the prompt's effects are computed"}),

@@ -46,7 +46,9 @@ def print_kept(prompts: pd.DataFrame) -> None:
     )
     if len(counts) > 1:
         print(counts.sort_values("kept", ascending=False).to_string())
-    print(f"{len(prompts):,} prompts examined, {counts['correct'].sum():,} answered right, {counts['kept'].sum():,} swept")
+    print(
+        f"{len(prompts):,} prompts examined, {counts['correct'].sum():,} answered right, {counts['kept'].sum():,} swept"
+    )
 
 
 def print_summary(summary: pd.DataFrame, kind: str) -> None:

@@ -10,7 +10,8 @@ from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig, sweep_c
 from hydra_jax.edits import all_components
 from hydra_jax.errors import UserError
 
-LAYERS = 12
+MODEL = toys.config(layers=12)
+LAYERS = MODEL.layers
 get_config = runpy.run_path(str(Path(__file__).parent.parent / "configs" / "sweep.py"))["get_config"]
 
 
@@ -23,7 +24,7 @@ def refusal(call, *arguments):
 
 
 def layers(text):
-    return {component.layer for component in AblationConfig(layers=text).components(LAYERS)}
+    return {component.layer for component in AblationConfig(layers=text).components(MODEL)}
 
 
 def test_the_config_file_holds_the_defaults():
@@ -136,15 +137,15 @@ def test_layers_that_are_none_are_refused(text):
     [("attn", {"attn"}), ("mlp", {"mlp"}), ("attn,mlp", {"attn", "mlp"}), ("mlp, attn, mlp", {"attn", "mlp"})],
 )
 def test_sites_and_layers_make_components_in_forward_order(sites, expected):
-    found = AblationConfig(sites=sites, layers="3,1-2").components(LAYERS)
-    wanted = [c for c in all_components(LAYERS) if c.layer in (1, 2, 3) and str(c).split()[0] in expected]
+    found = AblationConfig(sites=sites, layers="3,1-2").components(MODEL)
+    wanted = [c for c in all_components(MODEL) if c.layer in (1, 2, 3) and str(c).split()[0] in expected]
     assert found == wanted
 
 
 @pytest.mark.parametrize("sites", ["", "attention", "attn,", "attn;mlp"])
 def test_unknown_sites_are_refused(sites):
-    assert "config.ablation.sites" in refusal(AblationConfig(sites=sites).components, LAYERS)
+    assert "config.ablation.sites" in refusal(AblationConfig(sites=sites).components, MODEL)
 
 
 def test_the_default_is_every_component():
-    assert AblationConfig().components(LAYERS) == all_components(LAYERS)
+    assert AblationConfig().components(MODEL) == all_components(MODEL)

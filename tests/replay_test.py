@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_jax.edits import KINDS, SITES, WriteStatistics, all_components, replacement
-from hydra_jax.effects import delta_unembed, effects
-from hydra_jax.models.transformer import forward
+from hydra_jax.effects import delta_unembed, effects, head_unembed
+from hydra_jax.models.transformer import Edits, forward, head_write
 from hydra_jax.prefill import MOST_LIKELY, prefill
-from hydra_jax.replay import replay
+from hydra_jax.replay import direct_edges, replay
 from tests import toys
 
 jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.jit(replay)
@@ -46,8 +46,8 @@ def test_replay_equals_the_full_forward(component, kind):
     source, mean, deviation = jax.random.normal(key, (3, params.config.width))
     value = replacement(kind, source, WriteStatistics(mean, deviation), key)
     delta = value - clean.writes[component.layer, component.site]
-    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component)), delta))
-    total, compensation = full_forward_effects(params, tokens, *component, value)
+    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component[:2])), delta))
+    total, compensation = full_forward_effects(params, tokens, *component[:2], value)
     np.testing.assert_allclose(found.total_effect, total, atol=1e-5)
     np.testing.assert_allclose(found.compensation, compensation, atol=1e-5)
     assert abs(total) > 1e-2
@@ -59,7 +59,7 @@ def test_total_effect_is_direct_effect_less_compensation(seed, length, component
     params = toys.params(seed)
     clean = jit_prefill(params, toys.tokens(length, seed), length)
     delta = size * jax.random.normal(jax.random.key(seed), (params.config.width,))
-    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component)), delta))
+    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component[:2])), delta))
     downstream = found.attn_compensation + found.mlp_compensation + found.norm_compensation
     np.testing.assert_allclose(found.total_effect, found.direct_effect - downstream, atol=1e-4)
     np.testing.assert_allclose(found.residual, 0, atol=1e-4)
@@ -78,7 +78,7 @@ def test_an_edit_that_changes_nothing_has_no_effect(component):
     params = toys.params()
     clean = jit_prefill(params, toys.tokens(8), 8)
     delta = jnp.zeros(params.config.width)
-    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component)), delta))
+    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component[:2])), delta))
     jax.tree.map(lambda leaf: np.testing.assert_allclose(leaf, 0, atol=1e-5), found)
 
 
@@ -146,7 +146,7 @@ def test_all_components_share_one_compilation():
     clean = jit_prefill(params, toys.tokens(8), 8)
     fresh = jax.jit(lambda *arguments: replay(*arguments))
     for component in all_components(params.config.layers):
-        fresh(params, clean, tuple(map(jnp.int32, component)), jnp.ones(params.config.width))
+        fresh(params, clean, tuple(map(jnp.int32, component[:2])), jnp.ones(params.config.width))
     assert fresh._cache_size() == 1
 
 
@@ -172,3 +172,43 @@ def test_bfloat16_weights_keep_the_identity():
     np.testing.assert_allclose(found.residual, 0, atol=1e-4)
     single = jit_prefill(toys.params(), toys.tokens(8), 8, clean.target)
     np.testing.assert_allclose(clean.centred_logit, single.centred_logit, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("component", all_components(4)[::2], ids=str)
+def test_a_direct_edge_is_the_change_of_a_component_that_alone_sees_the_edit(component):
+    """In full forward passes: every write but the edited and the responding one held at its clean value."""
+    params, tokens = toys.params(), toys.tokens(7)
+    clean = jit_prefill(params, tokens, 7)
+    delta = jax.random.normal(jax.random.key(1), (params.config.width,))
+    found = jax.jit(direct_edges)(params, clean, tuple(map(jnp.int32, component[:2])), delta)
+    held = clean.writes.at[component.layer, component.site].add(delta)
+    for other in all_components(4):
+        if other <= component:
+            assert found[other.layer, other.site] == 0
+            continue
+        mask = jnp.zeros((4, 2, 7), bool).at[:, :, -1].set(True).at[other.layer, other.site, -1].set(False)
+        _, trace = jit_forward(params, tokens, Edits(mask, held[:, :, None]))
+        write = (trace.attn_out, trace.mlp_out)[other.site][other.layer, -1]
+        expected = clean.lens(write - clean.writes[other.layer, other.site])
+        np.testing.assert_allclose(found[other.layer, other.site], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("component", all_components(4)[:-1], ids=str)
+def test_the_first_component_downstream_has_nothing_passed_on_to_it(component):
+    params = toys.params()
+    clean = jit_prefill(params, toys.tokens(8), 8)
+    delta = jax.random.normal(jax.random.key(0), (params.config.width,))
+    where = tuple(map(jnp.int32, component[:2]))
+    first = component.place + 1
+    edges, whole = (of(params, clean, where, delta) for of in (jax.jit(direct_edges), jit_replay))
+    np.testing.assert_allclose(edges.ravel()[first], whole.compensation.ravel()[first], atol=1e-6)
+    assert abs(edges.ravel()[first]) > 1e-4
+
+
+def test_heads_add_up_to_the_attention_write():
+    params = toys.params()
+    clean = jit_prefill(params, toys.tokens(8), 8)
+    for layer in range(4):
+        shares = [head_write(params, layer, head, clean.mixed[layer, head]) for head in range(4)]
+        np.testing.assert_allclose(sum(shares), clean.writes[layer, 0], atol=1e-5)
+    np.testing.assert_allclose(head_unembed(params, clean).sum(axis=1), delta_unembed(clean)[:, 0], atol=1e-5)

@@ -1,7 +1,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-import xarray as xr
 
 from hydra_jax import store
 from hydra_jax.edits import all_components
@@ -16,6 +15,7 @@ def effects_of(direct, compensation, norm=0.0):
     columns = {name: numbers.astype(str) for name in names} | {"target_id": numbers, "length": numbers}
     clean = {name: np.ones(prompts, np.float32) for name in ("clean_logit", "clean_probability", "final_scale")}
     clean["delta_unembed"] = np.arange(prompts * ablated, dtype=np.float32).reshape(prompts, ablated)
+    clean["ablated_delta_unembed"] = clean["delta_unembed"]
     source = np.zeros((prompts, draws), int)
     dataset = store.frame(columns, all_components(ablated // 2), ablated // 2, clean, source).copy(deep=True)
     dataset["direct_effect"][:] = direct
@@ -94,11 +94,3 @@ def test_a_seed_gives_the_same_intervals_again(random):
     first, again, other = (summary(effects, samples=50, seed=seed) for seed in (0, 0, 1))
     pd.testing.assert_frame_equal(first, again)
     assert not np.allclose(first["direct_effect_low"], other["direct_effect_low"])
-
-
-def test_ablated_contributions_are_found_by_label():
-    effects = effects_of(np.ones((3, 4, 1), np.float32), np.zeros((3, 4, 1), np.float32))
-    some = effects.isel(ablated=[3, 1])
-    assert isinstance(some, xr.Dataset)
-    table = summary(some, samples=5)
-    np.testing.assert_allclose(table["delta_unembed"], effects["delta_unembed"].mean("prompt")[[3, 1]])

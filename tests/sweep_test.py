@@ -58,7 +58,7 @@ def test_the_identity_holds_in_every_entry(model):
 
 
 def test_a_broken_identity_stops_the_sweep_and_names_the_prompt(model):
-    rows = plan.clean_rows(model, plan.itemise(model, [Prompt(text, text) for text in TEXTS]), 8, False)
+    rows = plan.clean_rows(model, plan.itemise(model, [Prompt(text, text) for text in TEXTS]), 8, False, False)
     config = hydra_jax.config.AblationConfig(kind="zero")
     exact = plan.Plan(model, rows, config, seed=0, chunks=plan.evenly(len(rows), 8), tolerance=1e-12)
     nan = dataclasses.replace(exact, tolerance=1e-4)
@@ -96,6 +96,25 @@ def test_a_resampled_write_is_the_sources_own(model):
             np.testing.assert_allclose(one["total_effect"].values[0], swept, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_are_swept_like_writes(model, kind):
+    effects = hydra_jax.sweep(model, TEXTS, kind=kind, replacements=2, sites="heads")
+    assert effects["ablated_head"].values.tolist() == [0, 1, 2, 3] * 2
+    assert effects["ablated_layer"].values.tolist() == [0] * 4 + [1] * 4
+    whole = hydra_jax.sweep(model, TEXTS, kind=kind, replacements=2, sites="attn")
+    assert whole["ablated_head"].values.tolist() == [-1, -1]
+    contributions = effects["ablated_delta_unembed"].values.reshape(-1, 2, 4).sum(axis=2)
+    np.testing.assert_allclose(contributions, whole["ablated_delta_unembed"], atol=1e-5)
+    if kind != "noise":  # the write is linear in what the heads mixed, and so is the direct effect
+        direct = effects["direct_effect"].values
+        together = direct.reshape(len(TEXTS), 2, 4, -1).sum(axis=2)
+        np.testing.assert_allclose(together, whole["direct_effect"], atol=1e-5)
+    one = hydra_jax.ablate(model, TEXTS[1], "attn", 1, 2, kind="zero")
+    zero = hydra_jax.sweep(model, TEXTS, kind="zero", sites="heads")
+    swept = zero.isel(ablated=6, prompt=int(np.flatnonzero(zero["prompt_id"] == TEXTS[1])[0]))
+    np.testing.assert_allclose(one["total_effect"], swept["total_effect"], atol=1e-5)
+
+
 def test_noise_follows_the_seed(model):
     first, again, other = (hydra_jax.sweep(model, TEXTS, kind="noise", replacements=2, seed=s) for s in (0, 0, 1))
     np.testing.assert_array_equal(first["total_effect"], again["total_effect"])
@@ -113,7 +132,7 @@ def test_chosen_components_are_the_ones_ablated(model):
 
 
 def chosen(model, prompts, **wanted):
-    kept, examined = plan.choose(model, plan.itemise(model, prompts), PromptsConfig(**wanted), 0, 4, False)
+    kept, examined = plan.choose(model, plan.itemise(model, prompts), PromptsConfig(**wanted), 0, 4, False, False)
     return [row.item.prompt.id for row in kept], [row.item.prompt.id for row in examined]
 
 
@@ -129,12 +148,12 @@ def test_correct_only_keeps_what_the_model_answers_right(model):
     effects = hydra_jax.sweep(model, TEXTS, kind="zero")
     says = dict(zip(effects["text"].values, effects["target_text"].values, strict=True))
     items = plan.itemise(model, [Prompt(text, text, "z") for text in TEXTS])
-    targets = {row.item.prompt.id: row.target for row in plan.clean_rows(model, items, 4, False)}
+    targets = {row.item.prompt.id: row.target for row in plan.clean_rows(model, items, 4, False, False)}
     right = set(TEXTS[::2])
     answered = [
         dataclasses.replace(item, answer=targets[item.prompt.id] if item.prompt.id in right else -5) for item in items
     ]
-    kept, examined = plan.choose(model, answered, PromptsConfig(), 0, 3, False)
+    kept, examined = plan.choose(model, answered, PromptsConfig(), 0, 3, False, False)
     assert {row.item.prompt.id for row in kept} == right
     assert {row.item.prompt.id for row in examined} == set(TEXTS) == set(says)
 

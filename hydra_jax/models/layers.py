@@ -138,15 +138,16 @@ class Attention(nn.Module):
         self.value = Linear(c, c.kv_heads * c.head_dim)
         self.out = Linear(c, c.width)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """A sequence: x [T, D] -> write [T, D], keys (rotated) and values [T, K, head_dim]."""
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """A sequence: x [T, D] -> write [T, D], mixed [T, H, head_dim], keys (rotated), values [T, K, head_dim]."""
         tokens = x.shape[0]
         query, key, value = self.heads(x, jnp.arange(tokens))
         scores = product(self.config, "qkgd,tkd->kgqt", query, key)
         causal = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None]
         weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
         mixed = product(self.config, "kgqt,tkd->qkgd", weights, value)
-        return self.out(mixed.reshape(tokens, -1)), key, value
+        mixed = mixed.reshape(tokens, self.config.heads, -1)
+        return self.out(mixed.reshape(tokens, -1)), mixed, key, value
 
     def decode(self, x: jax.Array, position: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         """One token: x [D] at `position` [], against the cache of those before it (see `attend_cached`)."""

@@ -48,6 +48,7 @@ class Trace(flax.struct.PyTreeNode):
       resid_pre: [L, T, D], the residual stream before the layer.
       attn_out: [L, T, D], the attention's write (after any edit).
       mlp_out: [L, T, D], the MLP's write (after any edit).
+      mixed: [L, T, H, head_dim], the values as each head mixed them, before the output projection.
       keys: [L, T, K, head_dim], rotated.
       values: [L, T, K, head_dim].
     """
@@ -55,6 +56,7 @@ class Trace(flax.struct.PyTreeNode):
     resid_pre: jax.Array
     attn_out: jax.Array
     mlp_out: jax.Array
+    mixed: jax.Array
     keys: jax.Array
     values: jax.Array
 
@@ -81,11 +83,11 @@ class Layer(nn.Module):
         self.mlp = MLP(self.config)
 
     def __call__(self, resid_pre: jax.Array, edits: Edits | None) -> tuple[jax.Array, Trace]:
-        attn_out, keys, values = self.attn(self.attn_norm(resid_pre))
+        attn_out, mixed, keys, values = self.attn(self.attn_norm(resid_pre))
         attn_out = _edited(attn_out, edits, 0)
         resid_mid = resid_pre + attn_out
         mlp_out = _edited(self.mlp_write(resid_mid), edits, 1)
-        return resid_mid + mlp_out, Trace(resid_pre, attn_out, mlp_out, keys, values)
+        return resid_mid + mlp_out, Trace(resid_pre, attn_out, mlp_out, mixed, keys, values)
 
     def attn_decode(self, resid_pre: jax.Array, position: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         return self.attn.decode(self.attn_norm(resid_pre), position, keys, values)
@@ -191,6 +193,16 @@ def attn_decode(
       values: [K, T, head_dim].
     """
     return _apply_layer(params, layer, resid_pre, position, keys, values, method="attn_decode")
+
+
+def head_write(params: Params, layer: jax.Array, head: jax.Array, mixed: jax.Array) -> jax.Array:
+    """A head's summand of what attention `layer` writes: mixed [head_dim] -> [D].
+
+    The summands of all heads add up to attn_out.
+    """
+    kernel = params.weights["layers"]["attn"]["out"]["kernel"][layer]
+    rows = kernel.reshape(params.config.heads, params.config.head_dim, -1)[head]
+    return product(params.config, "h,hd->d", mixed, rows)
 
 
 def mlp_write(params: Params, layer: jax.Array, resid_mid: jax.Array) -> jax.Array:

@@ -163,3 +163,24 @@ def test_ablations_of_the_real_model_equal_pytorch_hooks(smollm2, hugging_face, 
     change[place] = 0
     np.testing.assert_allclose(found["compensation"][0], change.ravel(), atol=1e-3)
     assert abs(total) > 0.01
+
+
+@pytest.mark.parametrize(("layer", "head"), [(0, 3), (23, 8), (28, 0)])
+def test_a_head_ablated_in_the_real_model_equals_a_pytorch_hook(smollm2, hugging_face, layer, head):
+    ids = encode(smollm2.tokenizer, PROMPTS[0])
+    share = slice(head * smollm2.config.head_dim, (head + 1) * smollm2.config.head_dim)
+
+    def silence(module, arguments):
+        mixed = arguments[0].clone()
+        mixed[0, -1, share] = 0
+        return (mixed,)
+
+    logits, _ = hooked_run(hugging_face, ids)
+    handle = hugging_face.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(silence)
+    ablated, _ = hooked_run(hugging_face, ids)
+    handle.remove()
+    target = logits.argmax()
+    total = (logits[target] - logits.mean()) - (ablated[target] - ablated.mean())
+    found = hydra_jax.ablate(smollm2, PROMPTS[0], "attn", layer, head, kind="zero")
+    np.testing.assert_allclose(found["total_effect"][0], total, atol=1e-3)
+    assert abs(total) > 1e-3
