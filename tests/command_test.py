@@ -1,4 +1,5 @@
 import concurrent.futures
+import errno
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 
 from hydra_jax import store
 from tests import builders
@@ -27,7 +29,6 @@ REFUSED = {
     "unknown key": ([WORKDIR, "--config.nonsense=1"], "nonsense"),
     "unknown value": ([WORKDIR, "--config.ablation.kind=resampel"], "config.ablation.kind: 'resampel'"),
     "wrong type": ([WORKDIR, "--config.seed=abc"], "config.seed"),
-    "out of range": ([WORKDIR, "--config.bootstrap=0"], "config.bootstrap"),
     "layer not there": ([WORKDIR, "--config.ablation.layers=0-2"], "config.ablation.layers: '0-2'"),
     "unknown flag": ([WORKDIR, "--nonsense=1"], "nonsense"),
     "stray argument": ([WORKDIR, "nonsense"], "nonsense"),
@@ -38,9 +39,7 @@ REFUSED = {
     "workdir too long": (["--workdir={inputs}/" + "x" * 300], "{inputs}/xxx"),
     "config file missing": ([WORKDIR, "--config={inputs}/missing.py"], "missing.py"),
     "config file broken": ([WORKDIR, "--config={inputs}/broken.py"], "broken.py"),
-    "model missing": ([WORKDIR, "--config.model=missing.gguf"], "missing.gguf"),
     "model cut": ([WORKDIR, "--config.model={inputs}/cut.gguf"], "{inputs}/cut.gguf"),
-    "prompts missing": ([WORKDIR, "--config.prompts.path={inputs}/missing.jsonl"], "{inputs}/missing.jsonl"),
     "prompt too long": ([WORKDIR, "--config.prompts.path={inputs}/long.jsonl"], "'long'"),
     "none to be right about": ([WORKDIR, "--config.prompts.correct_only=True"], "correct_only"),
     "too few prompts": ([WORKDIR, f"--config.ablation.replacements={PROMPTS}"], f"{PROMPTS + 1}"),
@@ -224,3 +223,27 @@ def test_what_cannot_be_done_is_refused_in_one_line(inputs, runs, case):
     assert REFUSED[case][1].format(inputs=inputs) in complaint(runs[1][case]())
     assert not (inputs / case).exists()
     assert (inputs / "file").read_text() == "in the way"
+
+
+def test_a_store_is_not_there_without_the_files_beside_it(tmp_path):
+    def fail(part):
+        part.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        store.create(tmp_path, xr.Dataset({"finished": ("prompt", np.zeros(2))}), 1, {"prompts.csv": fail})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_waits_until_a_chunk_is_written(monkeypatch, tmp_path):
+    written = []
+
+    def to_zarr(dataset, *_, **__):
+        signal.raise_signal(signal.SIGINT)
+        written.extend(dataset.variables)
+
+    monkeypatch.setattr(xr.Dataset, "to_zarr", to_zarr)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(tmp_path, slice(0, 1), {"total_effect": np.zeros((1, 1, 1))})
+    assert written == ["total_effect", "finished"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
