@@ -81,6 +81,19 @@ def prompt_keys(seed: int, prompt_ids: Sequence[str]) -> jax.Array:
     return fold(jnp.asarray(words))
 
 
+def check_enough(prompts: int, replacements: int) -> None:
+    """Refuse to resample from too few prompts.
+
+    Raises:
+      UserError: if there are not more prompts than replacements.
+    """
+    if prompts <= replacements:
+        raise UserError(
+            f"prompts: {prompts} in the sweep, but {replacements} replacements need {replacements + 1};"
+            " give more prompts or lower ablation.replacements"
+        )
+
+
 def draw_sources(keys: jax.Array, prompt_ids: Sequence[str], replacements: int) -> np.ndarray:
     """[P, R], for each prompt the indices of `replacements` different other prompts.
 
@@ -95,11 +108,7 @@ def draw_sources(keys: jax.Array, prompt_ids: Sequence[str], replacements: int) 
       UserError: if there are not more than R prompts.
     """
     prompts = len(prompt_ids)
-    if prompts <= replacements:
-        raise UserError(
-            f"prompts: {prompts} in the sweep, but {replacements} replacements need {replacements + 1};"
-            " give more prompts or lower ablation.replacements"
-        )
+    check_enough(prompts, replacements)
     by_id = np.argsort(np.asarray(prompt_ids))
     rank = np.argsort(by_id)
 

@@ -15,7 +15,6 @@ from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Params
 from hydra_jax.prefill import Clean
 
-
 State = tuple[jax.Array, jax.Array]
 """Of a loop downstream: the stream's shift [D], and the changes of contributions [L, 2]."""
 

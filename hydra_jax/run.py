@@ -17,7 +17,7 @@ from hydra_jax import prompts as prompt_sets
 from hydra_jax import store
 from hydra_jax.ablations import ablate_one, fill, frame
 from hydra_jax.config import SweepConfig
-from hydra_jax.edits import ATTN, SITES
+from hydra_jax.edits import ATTN, SITES, check_enough
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import Model, load
 from hydra_jax.plan import CleanRow, Plan, choose, clean_rows, default_rows, evenly, itemise
@@ -64,6 +64,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
     with store.directory(workdir):
         prompts = prompt_sets.read(config.prompts.path)
         model = load(config.model, config.dtype, config.precision)
+        _check(config, model, prompts)
         asked = protocol(config, model.weights_hash, prompts)
         items = itemise(model, prompts)
         batch = max(1, (config.rows or default_rows()) // config.ablation.draws)
@@ -97,6 +98,15 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
         store.write_example(workdir, example(plan, effects, config.example))
         store.seal(workdir)
         return effects
+
+
+def _check(config: SweepConfig, model: Model, prompts: Sequence[Prompt]) -> None:
+    """Refuse at once what would otherwise be found out after the clean pass, or at the very end."""
+    config.ablation.components(model.config)
+    if config.ablation.kind == "resample":
+        check_enough(len(prompts), config.ablation.draws)
+    if config.example and config.example not in {prompt.id for prompt in prompts}:
+        raise UserError(f"config.example: there is no prompt of id {config.example!r}; see prompts.csv of a sweep")
 
 
 def examined_table(model: Model, kept: Sequence[CleanRow], examined: Sequence[CleanRow]) -> pd.DataFrame:

@@ -54,7 +54,11 @@ def main(command: Callable[[], None], config: str | None = None, on_interrupt: s
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).replace("\\n", " ").replace('"', "").split())
+    # ml_collections wraps errors in errors, and str() of a KeyError quotes its message.
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = f"there is no setting {error.args[0]}" if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())
 
 
 def _stop(message: str, status: int) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig, sweep_config
 from hydra_jax.edits import all_components
 from hydra_jax.errors import UserError
+from tests import toys
 
 MODEL = toys.config(layers=12)
 LAYERS = MODEL.layers
@@ -138,14 +139,19 @@ def test_layers_that_are_none_are_refused(text):
 )
 def test_sites_and_layers_make_components_in_forward_order(sites, expected):
     found = AblationConfig(sites=sites, layers="3,1-2").components(MODEL)
-    wanted = [c for c in all_components(MODEL) if c.layer in (1, 2, 3) and str(c).split()[0] in expected]
+    wanted = [c for c in all_components(LAYERS) if c.layer in (1, 2, 3) and str(c).split()[0] in expected]
     assert found == wanted
 
 
-@pytest.mark.parametrize("sites", ["", "attention", "attn,", "attn;mlp"])
+def test_heads_are_each_a_component():
+    heads = AblationConfig(sites="heads", layers="1-2").components(MODEL)
+    assert [(c.layer, c.site, c.head) for c in heads] == [(layer, 0, head) for layer in (1, 2) for head in range(4)]
+
+
+@pytest.mark.parametrize("sites", ["attn,heads", "", "attention", "attn,", "attn;mlp"])
 def test_unknown_sites_are_refused(sites):
     assert "config.ablation.sites" in refusal(AblationConfig(sites=sites).components, MODEL)
 
 
 def test_the_default_is_every_component():
-    assert AblationConfig().components(MODEL) == all_components(MODEL)
+    assert AblationConfig().components(MODEL) == all_components(LAYERS)

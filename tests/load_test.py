@@ -325,3 +325,13 @@ def test_an_unknown_model_is_refused_with_the_known_ones(name):
     message = refusal(name)
     assert name in message
     assert "smollm2-135m" in message
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(directory):
+    text = builders.tokenizer()
+    text.add_tokens(["one-more"])
+    text.save(str(directory / "tokenizer.json"))
+    message = complaint(directory)
+    assert str(directory) in message
+    assert "embedding" in message
+    assert "\n" not in message

@@ -65,6 +65,11 @@ def load(name: str, dtype: str = "float32", precision: str = "highest") -> Model
     read = _read_directory if path.is_dir() else _read_gguf
     with _faults_of(path):
         params, text = read(path, dtype=dtype, precision=precision)
+        if text.get_vocab_size() > params.config.vocab_size:
+            raise UserError(
+                f"{path}: the tokenizer has {text.get_vocab_size():,} tokens, the embedding"
+                f" {params.config.vocab_size:,} rows; fetch the model again"
+            )
     return Model(name=name, params=params, tokenizer=text, weights_hash=weights_hash(path))
 
 
