@@ -142,7 +142,7 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
     sources = jnp.stack([jnp.roll(clean.writes, draw + 1, axis=0) for draw in range(draws)], axis=1)
 
     def edits(component: Component) -> tuple:
-        where = jnp.int32(component.layer), jnp.int32(component.site)
+        where = jnp.int32(component.layer), jnp.int32(component.site), None
         return params, clean, where, "resample", sources[:, :, component.layer, component.site], nothing, keys
 
     components = all_components(config.layers)[::step]

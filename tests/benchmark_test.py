@@ -1,0 +1,40 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hydra_jax.benchmark import forward_batch, intervention_flops, measure, table
+from hydra_jax.edits import all_components
+from hydra_jax.models.transformer import forward
+from tests import toys
+
+
+@pytest.mark.parametrize("component", all_components(4), ids=str)
+def test_arithmetic_is_two_operations_a_downstream_weight(component):
+    params = toys.params()
+    layers = params.weights["layers"]
+    sizes = {
+        site: sum(leaf[0].size for leaf in jax.tree.leaves(layers[site]) if leaf.ndim == 3) for site in ("attn", "mlp")
+    }
+    downstream = [c for c in all_components(4) if c > component]
+    expected = 2 * sum(sizes[("attn", "mlp")[c.site]] for c in downstream)
+    assert intervention_flops(params.config, component, length=0) == expected
+
+
+def test_the_baseline_is_the_full_forward_with_an_edit():
+    params = toys.params()
+    tokens = jnp.stack([toys.tokens(7, seed) for seed in range(3)])
+    values = jax.random.normal(jax.random.key(0), (3, params.config.width))
+    found = forward_batch(params, tokens, jnp.array([2, 1]), values)
+    for row in range(3):
+        edits = toys.edit(params.config, 7, 2, 1, -1, values[row])
+        np.testing.assert_allclose(found[row], forward(params, tokens[row], edits)[0][-1], atol=1e-5)
+
+
+def test_a_measurement_is_whole():
+    measured = measure(toys.params(), length=6, rows=12, draws=3, step=3)
+    assert measured.rows == 12
+    assert measured.kernel_to_gemm == pytest.approx(measured.kernel_flops / measured.gemm_flops)
+    assert measured.speedup == pytest.approx(measured.interventions / measured.forwards)
+    assert measured.interventions > 0
+    assert len(table([measured]).splitlines()) == 2
