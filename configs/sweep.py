@@ -17,6 +17,7 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
         dtype="float32",  # or bfloat16: half the memory; on accelerators, faster
         precision="highest",  # of float32 products: highest, high or default (TF32 on a GPU)
         prompts=dict(
+            kind="records",  # or text: prompts cut from an ordinary text file at random positions
             path="",  # the built-in facts; or known_1000.json, CounterFact, or JSON lines
             correct_only=True,  # as the paper: prompts that the model answers right
             limit=0,  # of prompts swept; 0: no limit

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from hydra_jax import prompts as prompt_sets
 from hydra_jax.edits import ATTN, KINDS, RANDOM_KINDS, SITES, Component
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import DTYPES, PRECISIONS, ModelConfig
@@ -20,14 +21,21 @@ class PromptsConfig:
     """Which prompts are swept.
 
     Attributes:
-      path: a file that `prompts.read` knows; "" for the built-in facts.
-      correct_only: keep the prompts whose most likely next token begins the answer, as the paper does.
-      limit: at most this many, picked by seed and id; 0 for all.
+      kind: "records", one prompt a record; or "text", cut from ordinary text at random positions.
+      path: a file that `prompts.read` knows, "" for the built-in facts; or any UTF-8 text.
+      correct_only: of records, keep those whose most likely next token begins the answer, as the paper does.
+      limit: at most this many, picked by seed and id; 0 for all (of text, for 512).
     """
 
+    kind: str = "records"
     path: str = ""
     correct_only: bool = True
     limit: int = 0
+
+    @property
+    def filtered(self) -> bool:
+        """Whether prompts that are not answered right are left out; text has nothing to be right about."""
+        return self.correct_only and self.kind != "text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +110,9 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         _one_of("ablation.kind", self.ablation.kind, KINDS)
+        _one_of("prompts.kind", self.prompts.kind, prompt_sets.KINDS)
+        if self.prompts.kind == "text" and not self.prompts.path:
+            raise UserError("config.prompts.path: is empty; give a UTF-8 text file to cut prompts from")
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("precision", self.precision, PRECISIONS)
         smallest = {

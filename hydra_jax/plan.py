@@ -184,7 +184,7 @@ def choose(
     Raises:
       UserError: if none can be kept.
     """
-    limit, correct_only = wanted.limit, wanted.correct_only
+    limit, correct_only = wanted.limit, wanted.filtered
     if correct_only and all(item.answer is None for item in items):
         raise UserError("prompts: none has an answer to be right about; set --config.prompts.correct_only=False")
 

@@ -8,13 +8,22 @@ import hashlib
 import importlib.resources
 import json
 import os
+import re
 import tomllib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hydra_jax.errors import UserError
+
+KINDS = ("records", "text")
+CUTS = 512
+"""Prompts cut from a text where no limit says how many."""
+WORDS = (8, 32)
+"""How many words a prompt cut from text has, at least and at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +67,11 @@ def as_prompts(texts: Iterable[str | Prompt]) -> list[Prompt]:
     return _checked([p if isinstance(p, Prompt) else Prompt(p, p) for p in texts], "prompts")
 
 
-def read(path: str) -> list[Prompt]:
+def read(path: str, kind: str = "records", limit: int = 0, seed: int = 0) -> list[Prompt]:
     """The prompts of a file, or the built-in ones for "".
 
-    The layout is recognised: ROME's `known_1000.json`; CounterFact nested (ROME) or flat (one object a
+    Of kind "text", `limit` of them (or CUTS) are cut from the file at random, see `cut`. Of records, all
+    are read, and the layout is recognised: ROME's `known_1000.json`; CounterFact nested (ROME) or flat (one object a
     fact); JSON lines with `prompt` and optional `answer`, `id` and `relation`. Each may be gzipped.
 
     Raises:
@@ -70,10 +80,40 @@ def read(path: str) -> list[Prompt]:
     if not path:
         return builtin()
     text = _text(Path(os.path.expanduser(path)))
+    if kind == "text":
+        return _checked(cut(text, path, limit or CUTS, seed), path)
     records = _array(text, path) if text.lstrip().startswith("[") else _lines(text, path)
     if not records:
         raise UserError(f"{path}: has no prompts; give at least one")
     return _checked([_prompt(record, where, number) for number, (where, record) in enumerate(records)], path)
+
+
+def cut(text: str, where: str, count: int, seed: int) -> list[Prompt]:
+    """Prompts cut from ordinary text: each some words before a random position, and the next word as its answer.
+
+    Args:
+      text: to cut from.
+      where: its name, for errors.
+      count: how many, at different positions.
+      seed: of the positions and of how many words (uniform within WORDS) come before each.
+
+    Raises:
+      UserError: if the text is too short for as many.
+    """
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    positions = range(WORDS[1], len(words))
+    if len(positions) < count:
+        raise UserError(
+            f"{where}: has {len(words):,} words, too few to cut {count:,} prompts from; give a longer text or lower"
+            " prompts.limit"
+        )
+    random = np.random.default_rng(seed)
+    prompts = []
+    for position in sorted(random.choice(positions, count, replace=False)):
+        before = int(random.integers(WORDS[0], WORDS[1], endpoint=True))
+        start, end = words[position - before][0], words[position - 1][1]
+        prompts.append(Prompt(f"character {end}", text[start:end], text[slice(*words[position])], "text"))
+    return prompts
 
 
 def content_hash(prompts: Sequence[Prompt]) -> str:

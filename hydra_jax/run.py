@@ -35,7 +35,8 @@ def protocol(config: SweepConfig, weights_hash: str, prompts: Sequence[Prompt]) 
         "prompts": {
             "source": Path(config.prompts.path).name or "built-in facts",
             "sha256": prompt_sets.content_hash(prompts),
-            "correct_only": config.prompts.correct_only,
+            "kind": config.prompts.kind,
+            "correct_only": config.prompts.filtered,
             "limit": config.prompts.limit,
         },
         "ablation": dataclasses.asdict(config.ablation) | {"replacements": config.ablation.draws},
@@ -62,7 +63,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
       UserError: if anything asked for cannot be; then nothing half-written is left behind.
     """
     with store.directory(workdir):
-        prompts = prompt_sets.read(config.prompts.path)
+        prompts = prompt_sets.read(config.prompts.path, config.prompts.kind, config.prompts.limit, config.seed)
         model = load(config.model, config.dtype, config.precision)
         _check(config, model, prompts)
         asked = protocol(config, model.weights_hash, prompts)

@@ -155,3 +155,12 @@ def test_unknown_sites_are_refused(sites):
 
 def test_the_default_is_every_component():
     assert AblationConfig().components(MODEL) == all_components(LAYERS)
+
+
+def test_prompts_of_text_are_never_filtered_and_need_a_file():
+    text = sweep_config({"prompts": {"kind": "text", "path": "book.txt"}})
+    assert text.prompts.correct_only
+    assert not text.prompts.filtered
+    assert SweepConfig().prompts.filtered
+    assert "config.prompts.path" in refusal(sweep_config, {"prompts": {"kind": "text"}})
+    assert "'text'" in refusal(sweep_config, {"prompts": {"kind": "txt"}})

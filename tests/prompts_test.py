@@ -236,3 +236,26 @@ def test_plain_text_named_gz_is_refused(tmp_path):
     message = refusal(path)
     assert str(path) in message
     assert "gzip" in message
+
+
+TEXT = "\n".join(f"Word{number} and  some more\twords of line {number}." for number in range(60))
+
+
+def test_prompts_cut_from_text_stand_in_it_before_their_answers(tmp_path):
+    path = builders.text_file(tmp_path / "text.txt", TEXT)
+    cuts = prompts.read(str(path), "text", 40, seed=1)
+    assert len(cuts) == len({cut.id for cut in cuts}) == 40
+    for cut in cuts:
+        end = int(cut.id.split()[1])
+        assert TEXT[:end].endswith(cut.text)
+        assert TEXT[end:].split()[0] == cut.answer
+        assert prompts.WORDS[0] <= len(cut.text.split()) <= prompts.WORDS[1]
+    assert cuts == prompts.read(str(path), "text", 40, seed=1)
+    assert cuts != prompts.read(str(path), "text", 40, seed=2)
+
+
+def test_a_text_that_is_too_short_is_refused(tmp_path):
+    path = builders.text_file(tmp_path / "text.txt", "a few words")
+    with pytest.raises(UserError, match="3 words") as raised:
+        prompts.read(str(path), "text", 5)
+    assert str(path) in str(raised.value)
