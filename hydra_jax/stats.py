@@ -32,33 +32,72 @@ def _restored_share(means: Means) -> jax.Array:
     return _compensation(means).mean(axis=0) / means["direct_effect"].mean(axis=0)
 
 
-def _fit(means: Means) -> tuple[jax.Array, jax.Array]:
-    x, y = (v - v.mean(axis=0, keepdims=True) for v in (means["direct_effect"], _compensation(means)))
+def _fit(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Least squares of y on x over prompts, [P, A] -> slope, intercept and R^2 [A]."""
+    mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
+    x, y = x - mean_x[None], y - mean_y[None]
     xy, xx, yy = (x * y).sum(axis=0), (x * x).sum(axis=0), (y * y).sum(axis=0)
-    return xy / xx, jnp.square(xy) / (xx * yy)
+    slope = xy / xx
+    return slope, mean_y - slope * mean_x, jnp.square(xy) / (xx * yy)
 
+
+def _fit_of(part: Callable[[Means], jax.Array], which: int) -> Callable[[Means], jax.Array]:
+    return lambda means: _fit(means["direct_effect"], part(means))[which]
+
+
+def _named(name: str) -> Callable[[Means], jax.Array]:
+    return lambda means: means[name]
+
+
+_PARTS = {
+    "": _compensation,
+    "attn_": _named("attn_compensation"),
+    "mlp_": _named("mlp_compensation"),
+    "norm_": _named("norm_compensation"),
+}
 
 STATISTICS: dict[str, Callable[[Means], jax.Array]] = {
-    "delta_unembed": _mean(lambda means: means["delta_unembed"]),
-    "direct_effect": _mean(lambda means: means["direct_effect"]),
-    "total_effect": _mean(lambda means: means["total_effect"]),
-    "compensation": _mean(_compensation),
-    "attn_compensation": _mean(lambda means: means["attn_compensation"]),
-    "mlp_compensation": _mean(lambda means: means["mlp_compensation"]),
-    "norm_compensation": _mean(lambda means: means["norm_compensation"]),
+    "delta_unembed": _mean(_named("delta_unembed")),
+    "direct_effect": _mean(_named("direct_effect")),
+    "total_effect": _mean(_named("total_effect")),
+    **{f"{part}compensation": _mean(of) for part, of in _PARTS.items()},
     "restored_share": _restored_share,
     "share_direct_above_total": _mean(
         lambda means: (means["direct_effect"] > means["total_effect"]).astype(jnp.float32)
     ),
-    "slope": lambda means: _fit(means)[0],
-    "r2": lambda means: _fit(means)[1],
+    "intercept": _fit_of(_compensation, 1),
+    **{f"{part}slope": _fit_of(of, 0) for part, of in _PARTS.items()},
+    **{f"{part}r2": _fit_of(of, 2) for part, of in _PARTS.items()},
+    "total_r2": lambda means: _fit(means["delta_unembed"], means["total_effect"])[2],
+    "responders": lambda means: jnp.median(means["responders"], axis=0),
+    "participation_ratio": lambda means: jnp.median(means["participation_ratio"], axis=0),
 }
-"""Per ablated component, [P, A] means -> [A]:
+"""Per ablated component, [P, A] means over replacements -> [A]:
 
-mean effects in logits; `compensation`, all of it (attention, MLP and norm); `restored_share`, mean
-compensation over mean direct effect (a ratio of means); `share_direct_above_total`, the share of prompts that are
-repaired on balance; `slope` and `r2` of compensation regressed on direct effect over prompts.
+mean effects in logits, `compensation` being all of it and the others its parts; `restored_share`, mean
+compensation over mean direct effect (a ratio of means); `share_direct_above_total`, the share of prompts
+that are repaired on balance; `slope`, `intercept` and `r2` of compensation regressed on direct effect over
+prompts, and slope and R^2 of each part; `total_r2`, of the total effect and delta_unembed; `responders`,
+how many downstream components move by more than a tenth of the direct effect, and
+`participation_ratio`, how many share the movement: medians over prompts.
 """
+
+RESPONSE = 0.1
+"""Share of the direct effect by which a component moves that counts as responding."""
+
+
+def coupling(effects: xr.Dataset) -> dict[str, np.ndarray]:
+    """`responders` and `participation_ratio` = (sum |x|)^2 / sum x^2 of each ablation, [P, A].
+
+    x are the compensations by component. Few and large ones mean that layers are loosely coupled.
+    """
+    moved = np.abs(effects["compensation"].transpose("prompt", "ablated", "component").values)
+    direct = np.abs(effects["direct_effect"].mean("replacement").transpose("prompt", "ablated").values)
+    squares = np.square(moved).sum(axis=2)
+    return {
+        "responders": (moved > RESPONSE * direct[..., None]).sum(axis=2).astype(np.float32),
+        "participation_ratio": np.square(moved.sum(axis=2)) / np.where(squares > 0, squares, 1),
+    }
 
 
 def summary(effects: xr.Dataset, samples: int = 1000, seed: int = 0, level: float = LEVEL) -> pd.DataFrame:
@@ -76,7 +115,8 @@ def summary(effects: xr.Dataset, samples: int = 1000, seed: int = 0, level: floa
       where the interval of the mean direct effect has 0 in it: there is nothing to restore.
     """
     arrays = {name: jnp.asarray(effects[name].transpose("prompt", "replacement", ...).values) for name in store.EFFECTS}
-    arrays["delta_unembed"] = jnp.asarray(effects["ablated_delta_unembed"].values)[:, None]
+    alone = coupling(effects) | {"delta_unembed": effects["ablated_delta_unembed"].values}
+    arrays |= {name: jnp.asarray(values)[:, None] for name, values in alone.items()}
     values = _statistics({name: array.mean(axis=1) for name, array in arrays.items()})
     resampled = _bootstrap(arrays, jax.random.split(jax.random.key(seed), samples))
     tail = (1 - level) / 2

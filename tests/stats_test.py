@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
 from hydra_jax import store
 from hydra_jax.edits import all_components
@@ -42,6 +43,9 @@ def test_statistics_have_their_closed_forms(random):
     np.testing.assert_allclose(table["restored_share"], 0.7 + 0.1 / means.mean(axis=0), rtol=1e-4)
     np.testing.assert_allclose(table["share_direct_above_total"], (0.7 * means + 0.1 > 0).mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(table["delta_unembed"], np.arange(200).reshape(50, 4).mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(table["intercept"], 0.1, atol=1e-3)
+    np.testing.assert_allclose(table["attn_slope"], 0.7, rtol=1e-4)
+    np.testing.assert_allclose(table["mlp_slope"], 0, atol=1e-6)
     assert table[["layer", "site"]].to_numpy().tolist() == [[0, "attn"], [0, "mlp"], [1, "attn"], [1, "mlp"]]
 
 
@@ -94,3 +98,28 @@ def test_a_seed_gives_the_same_intervals_again(random):
     first, again, other = (summary(effects, samples=50, seed=seed) for seed in (0, 0, 1))
     pd.testing.assert_frame_equal(first, again)
     assert not np.allclose(first["direct_effect_low"], other["direct_effect_low"])
+
+
+def test_regressions_equal_scipys(random):
+    direct = random.normal(1, 2, (80, 2, 3)).astype(np.float32)
+    noise = random.normal(0, 1, direct.shape).astype(np.float32)
+    effects = effects_of(direct, 0.4 * direct + noise, norm=0.2 * direct - noise / 2)
+    table = summary(effects, samples=5)
+    means = effects.mean("replacement")
+    for part, of in (("attn", "attn_compensation"), ("norm", "norm_compensation")):
+        for ablated in range(2):
+            fit = scipy.stats.linregress(means["direct_effect"][:, ablated], means[of][:, ablated])
+            np.testing.assert_allclose(table[f"{part}_slope"][ablated], fit.slope, rtol=1e-3)
+            np.testing.assert_allclose(table[f"{part}_r2"][ablated], fit.rvalue**2, rtol=1e-3)
+    fit = scipy.stats.linregress(means["ablated_delta_unembed"][:, 1], means["total_effect"][:, 1])
+    np.testing.assert_allclose(table["total_r2"][1], fit.rvalue**2, rtol=1e-3, atol=1e-6)
+
+
+def test_coupling_counts_who_moves(random):
+    effects = effects_of(np.full((6, 4, 1), 2.0, np.float32), np.zeros((6, 4, 1), np.float32))
+    effects["compensation"][:] = 0
+    effects["compensation"][:, 0, 1:] = np.array([0.5, -0.5, 0.1])  # two above a tenth of 2.0, one below
+    effects["compensation"][:, 1, 3] = 3
+    table = summary(effects, samples=5)
+    assert table["responders"].tolist() == [2, 1, 0, 0]
+    np.testing.assert_allclose(table["participation_ratio"], [1.1**2 / 0.51, 1, 0, 0], rtol=1e-5)
