@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -149,16 +148,13 @@ def _bootstrap(arrays: Means, keys: jax.Array) -> Means:
         of_prompts, of_draws = jax.random.split(key)
         chosen = jax.random.randint(of_prompts, (prompts,), 0, prompts)
         drawn = jax.random.randint(of_draws, (prompts, draws), 0, draws)
-        weights = jax.vmap(functools.partial(jnp.bincount, length=draws))(drawn).astype(jnp.float32) / draws
-        return _statistics(
-            {
-                name: (
-                    array[chosen, 0]
-                    if array.shape[1] == 1
-                    else jnp.einsum("pra,pr->pa", array[chosen], weights, precision="highest")
-                )
-                for name, array in arrays.items()
-            }
-        )
+        counts = (drawn[:, :, None] == jnp.arange(draws)[None, None]).sum(axis=1)
+        weights = (counts / draws).astype(jnp.float32)[:, :, None]
 
-    return jax.lax.map(sample, keys, batch_size=8)
+        def share(array: jax.Array) -> jax.Array:
+            return weights if array.shape[1] == draws else jnp.ones((1, 1, 1))
+
+        # Summed, not a product: that fuses with the choice, and nothing of the size of `arrays` is made.
+        return _statistics({name: (array[chosen] * share(array)).sum(axis=1) for name, array in arrays.items()})
+
+    return jax.lax.map(sample, keys)
