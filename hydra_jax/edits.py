@@ -31,6 +31,11 @@ class Component(NamedTuple):
     site: int
     head: int = WHOLE
 
+    @classmethod
+    def named(cls, layer: int, site: str, head: int = WHOLE) -> Component:
+        """The component of a site's name, as results label it."""
+        return cls(int(layer), SITES.index(site), int(head))
+
     @property
     def place(self) -> int:
         """Its place in forward order: attn 0, mlp 0, attn 1, mlp 1, ..."""

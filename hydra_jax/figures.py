@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hydra_jax import store
-from hydra_jax.edits import SITES
+from hydra_jax.edits import SITES, WHOLE, Component
 
 SITE_NAMES = {"attn": "attention", "mlp": "MLP"}
 COLOURS = {"clean": "#3b4a5c", "ablated": "#d1495b", "delta_unembed": "#1f77b4", "total_effect": "#d1495b"}
@@ -36,8 +36,10 @@ STYLE: dict[Any, Any] = {
 def draw(workdir: Path, effects: xr.Dataset, summary: pd.DataFrame) -> list[Path]:
     """Draw every figure of a finished sweep as PNG into `workdir`; returns their paths."""
     example = store.open_example(workdir)
+    by_head = bool((effects["ablated_head"] != WHOLE).any())
+    overview = "effects_by_head" if by_head else "effects_by_layer"
     figures: dict[str, Callable[[], Figure]] = {
-        "effects_by_layer": lambda: effects_by_layer(effects, summary),
+        overview: lambda: head_map(effects, summary) if by_head else effects_by_layer(effects, summary),
         "direct_against_total": lambda: direct_against_total(effects),
         "example": lambda: one_prompt(example),
         "compensation": lambda: compensation_matrix(effects),
@@ -71,6 +73,27 @@ def effects_by_layer(effects: xr.Dataset, summary: pd.DataFrame) -> Figure:
     figure.suptitle(
         f"What a layer contributes, and what its ablation costs\n{_caption(effects)}, mean and 95% interval"
     )
+    return figure
+
+
+def head_map(effects: xr.Dataset, summary: pd.DataFrame) -> Figure:
+    """Layer by head: the mean direct effect of ablating it, and how much of that is repaired."""
+    maps = {
+        "direct effect": summary["direct_effect"],
+        "repaired: direct less total effect": summary["direct_effect"] - summary["total_effect"],
+    }
+    layers = np.unique(summary["layer"])
+    reach = float(max(np.abs(values).max() for values in maps.values()))
+    figure = Figure(figsize=(10, 1.5 + 0.24 * len(layers)))
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (title, values) in zip(axes, maps.items(), strict=True):
+        grid = values.to_numpy().reshape(len(layers), -1)
+        image = axis.imshow(grid, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto", interpolation="nearest")
+        axis.set(title=title, xlabel="head", xticks=range(grid.shape[1]))
+    axes[0].set_yticks(range(len(layers)), layers, fontsize=7)
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="logits")
+    figure.suptitle(f"Attention heads ablated one by one\n{_caption(effects)}, mean over prompts and replacements")
     return figure
 
 
@@ -123,11 +146,12 @@ def one_prompt(example: xr.Dataset) -> Figure:
         axis.set(title=SITE_NAMES[name], xlabel="layer")
     axes[0].set_ylabel("contribution to the target's logit")
     axes[SITES.index(site)].legend(loc="upper left")
+    of_head = "" if attributes["ablated_head"] == WHOLE else f", head {attributes['ablated_head']},"
     text = textwrap.fill(f"“{attributes['text']}”", width=100, max_lines=3)
     drop, direct = float(example["total_effect"].mean()), float(example["direct_effect"].mean())
     figure.suptitle(
         f"{text} → “{attributes['target_text'].strip()}” (p = {attributes['clean_probability']:.2f})\n"
-        f"{attributes['kind']} ablation of {SITE_NAMES[site]} {layer} takes {direct:.2f} logits away directly;"
+        f"{attributes['kind']} ablation of {SITE_NAMES[site]} {layer}{of_head} takes {direct:.2f} logits away directly;"
         f" in the end the logit falls by {drop:.2f}"
     )
     return figure
@@ -136,11 +160,11 @@ def one_prompt(example: xr.Dataset) -> Figure:
 def compensation_matrix(effects: xr.Dataset) -> Figure:
     """Mean change of every component's contribution (columns) under ablation of each component (rows)."""
     matrix = effects["compensation"].mean("prompt").values
-    ablated = [f"{s} {n}" for s, n in zip(effects["ablated_site"].values, effects["ablated_layer"].values, strict=True)]
-    responding = [f"{s} {n}" for s, n in zip(effects["site"].values, effects["layer"].values, strict=True)]
+    ablated = _names(effects, "ablated_layer", "ablated_site", "ablated_head")
+    responding = _names(effects, "layer", "site")
     moved = np.abs(matrix[matrix != 0])
     reach = float(np.quantile(moved, 0.98)) if moved.size else 1.0
-    figure = Figure(figsize=(9, 2 + 7 * len(ablated) / len(responding)))
+    figure = Figure(figsize=(9, 2 + 7 * min(len(ablated) / len(responding), 2)))
     axis = figure.subplots()
     image = axis.imshow(matrix, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto", interpolation="nearest")
     _ticks(axis, ablated, responding)
@@ -148,6 +172,11 @@ def compensation_matrix(effects: xr.Dataset) -> Figure:
     figure.colorbar(image, ax=axis, label="change of contribution (logits); red repairs, blue erodes", extend="both")
     figure.suptitle(f"Who responds to whose ablation\n{_caption(effects)}, mean over prompts and replacements")
     return figure
+
+
+def _names(effects: xr.Dataset, *coordinates: str) -> list[str]:
+    labels = zip(*(effects[coordinate].values for coordinate in coordinates), strict=True)
+    return [str(Component.named(*label)) for label in labels]
 
 
 def _ticks(axis: Axes, rows: list[str], columns: list[str]) -> None:

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from hydra_jax import figures, runtime, stats, store
 from hydra_jax.config import sweep_config
+from hydra_jax.edits import Component
 from hydra_jax.errors import UserError
 from hydra_jax.run import run
 
@@ -56,7 +57,7 @@ def print_summary(summary: pd.DataFrame, kind: str) -> None:
     strongest = summary.nlargest(STRONGEST, "direct_effect").sort_index()
     shown = pd.DataFrame(
         {
-            "ablated": strongest["site"] + " " + strongest["layer"].astype(str),
+            "ablated": [str(Component.named(row.layer, row.site, row.head)) for row in strongest.itertuples()],
             "direct effect": interval(strongest, "direct_effect"),
             "total effect": interval(strongest, "total_effect"),
             "restored": interval(strongest, "restored_share", "{:.0%}"),
