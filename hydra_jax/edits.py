@@ -32,9 +32,9 @@ class Component(NamedTuple):
     head: int = WHOLE
 
     @classmethod
-    def named(cls, layer: int, site: str, head: int = WHOLE) -> Component:
-        """The component of a site's name, as results label it."""
-        return cls(int(layer), SITES.index(site), int(head))
+    def named(cls, layer: Any, site: Any, head: Any = WHOLE) -> Component:
+        """The component that results label so, in scalars of whatever library."""
+        return cls(int(layer), SITES.index(str(site)), int(head))
 
     @property
     def place(self) -> int:
