@@ -70,6 +70,11 @@ class AblationConfig:
         Raises:
           UserError: if a layer or site is not one of the model's.
         """
+        for name in ("sites", "layers"):
+            if not isinstance(getattr(self, name), str):
+                raise UserError(
+                    f"config.ablation.{name}: {getattr(self, name)!r} is not a string, as in 'all'; give one"
+                )
         chosen = _layers(self.layers, model.layers)
         if self.by_head:
             return [Component(layer, ATTN, head) for layer in sorted(chosen) for head in range(model.heads)]

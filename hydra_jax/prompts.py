@@ -64,6 +64,8 @@ def as_prompts(texts: Iterable[str | Prompt]) -> list[Prompt]:
     Raises:
       UserError: if one is empty or stands there twice.
     """
+    if isinstance(texts, str):
+        raise UserError("prompts: is one text; give a list of texts")
     return _checked([p if isinstance(p, Prompt) else Prompt(p, p) for p in texts], "prompts")
 
 

@@ -58,7 +58,7 @@ def _one_line(error: Exception) -> str:
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     text = f"there is no setting {error.args[0]}" if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split())
+    return " ".join(text.replace(" Did you mean", "; did you mean").replace("\nDid you mean", "; did you mean").split())
 
 
 def _stop(message: str, status: int) -> None:

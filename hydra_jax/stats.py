@@ -11,6 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from hydra_jax import store
+from hydra_jax.errors import UserError
 
 LEVEL = 0.95
 """Share of the bootstrap distribution inside an interval."""
@@ -103,16 +104,22 @@ def summary(effects: xr.Dataset, samples: int = 1000, seed: int = 0, level: floa
     """`STATISTICS` of each ablated component, with nested bootstrap intervals.
 
     Args:
-      effects: a finished sweep.
+      effects: a sweep; of an unfinished one, the prompts that are finished.
       samples: bootstrap resamples.
       seed: of the resamples.
       level: of the intervals.
+
+    Raises:
+      UserError: if no prompt is finished.
 
     Returns:
       One row an ablated component: `layer`, `site`, `head` (-1: all of the write), `prompts`, and of each
       statistic its value, `_low` and `_high` (percentiles of the bootstrap). `restored_share` is NaN
       where the interval of the mean direct effect has 0 in it: there is nothing to restore.
     """
+    effects = effects.isel(prompt=np.flatnonzero(effects["finished"].values))
+    if not effects.sizes["prompt"]:
+        raise UserError("sweep: none of its prompts is finished; go on with it first")
     arrays = {name: jnp.asarray(effects[name].transpose("prompt", "replacement", ...).values) for name in store.EFFECTS}
     alone = coupling(effects) | {"delta_unembed": effects["ablated_delta_unembed"].values}
     arrays |= {name: jnp.asarray(values)[:, None] for name, values in alone.items()}

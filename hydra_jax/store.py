@@ -117,6 +117,8 @@ def directory(workdir: Path) -> Iterator[None]:
     missing: list[Path] = []
     try:
         missing = [path for path in (workdir, *workdir.parents) if not path.exists()]
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"{workdir}: is a file; give another --workdir")
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):  # before hours of work, not after
             pass

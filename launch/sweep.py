@@ -66,10 +66,10 @@ def print_summary(summary: pd.DataFrame, kind: str) -> None:
             "by final norm": strongest["norm_compensation"].map("{:+.2f}".format),
         }
     )
+    print(f"\nthe {len(shown)} of {len(summary)} components with the largest direct effect under {kind} ablation:")
     print(
-        f"\nthe {len(shown)} strongest of {len(summary)} components under {kind} ablation, mean over prompts, in logits"
+        "means over prompts in logits (95% interval); restored = 1 - total / direct, left out where direct may be 0\n"
     )
-    print("(95% interval); restored = 1 - total / direct\n")
     print(shown.to_string(index=False))
 
 
@@ -84,4 +84,4 @@ def interval(table: pd.DataFrame, name: str, form: str = "{:.2f}") -> pd.Series:
 
 
 if __name__ == "__main__":
-    runtime.main(main, "sweep.py", "stopped; the same command goes on from the last finished chunk")
+    runtime.main(main, "sweep.py", "stopped; the same command goes on from what is finished")

@@ -5,6 +5,7 @@ import scipy.stats
 
 from hydra_jax import store
 from hydra_jax.edits import all_components
+from hydra_jax.errors import UserError
 from hydra_jax.stats import summary
 
 
@@ -23,6 +24,7 @@ def effects_of(direct, compensation, norm=0.0):
     dataset["attn_compensation"][:] = compensation
     dataset["mlp_compensation"][:] = 0
     dataset["norm_compensation"][:] = norm
+    dataset["finished"][:] = True
     dataset["total_effect"][:] = direct - compensation - norm
     return dataset
 
@@ -123,3 +125,14 @@ def test_coupling_counts_who_moves(random):
     table = summary(effects, samples=5)
     assert table["responders"].tolist() == [2, 1, 0, 0]
     np.testing.assert_allclose(table["participation_ratio"], [1.1**2 / 0.51, 1, 0, 0], rtol=1e-5)
+
+
+def test_unfinished_prompts_are_left_out(random):
+    effects = effects_of(random.normal(1, 1, (9, 2, 2)).astype(np.float32), np.zeros((9, 2, 2), np.float32))
+    part = effects.copy(deep=True)
+    part["finished"][4:] = False
+    part["direct_effect"][4:] = np.nan
+    pd.testing.assert_frame_equal(summary(part, samples=5), summary(effects.isel(prompt=slice(4)), samples=5))
+    part["finished"][:] = False
+    with pytest.raises(UserError, match="none of its prompts is finished"):
+        summary(part)

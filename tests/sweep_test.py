@@ -172,3 +172,25 @@ def test_the_real_model_repairs_itself(smollm2):
     direct, total = (effects[name].mean(["prompt", "replacement"]) for name in ("direct_effect", "total_effect"))
     assert (direct > 0.1).all()
     assert (total < 0.8 * direct).all()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "word"),
+    [
+        ("one text", {}, "list of texts"),
+        (TEXTS, {"layers": [1]}, "ablation.layers"),
+        (TEXTS, {"kind": "zeros"}, "'zero'"),
+        (TEXTS[:3], {}, "need 16"),
+        (TEXTS[:1], {"kind": "mean"}, "one prompt"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_in_one_line(model, prompts, settings, word):
+    with pytest.raises(UserError, match=word) as raised:
+        hydra_jax.sweep(model, prompts, **settings)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("component", [("attn", 2), ("resid", 0), ("mlp", 0, 1), ("attn", 0, 4), ("attn", -1)])
+def test_a_component_that_is_not_there_is_refused(model, component):
+    with pytest.raises(UserError, match="is not a"):
+        hydra_jax.ablate(model, TEXTS[0], *component, kind="zero")
