@@ -92,7 +92,7 @@ def padded_length(tokens: int, context: int) -> int:
 
 
 def default_rows() -> int:
-    """Edits at once that fill the device's matrix units: measured with `launch.benchmark`."""
+    """Edits at once that fill the device's matrix units: on a CPU as measured, on accelerators an estimate."""
     return 512 if jax.default_backend() == "cpu" else 4096
 
 
