@@ -14,7 +14,7 @@ from hydra_jax.config import HEADS, AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.edits import ATTN, SITES, Component
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import Model
-from hydra_jax.plan import Plan, choose, clean_rows, default_rows, evenly, itemise
+from hydra_jax.plan import Plan, choose, clean_rows, evenly, itemise, prompts_at_once
 from hydra_jax.prompts import Prompt
 from hydra_jax.run import protocol
 
@@ -67,7 +67,7 @@ def sweep(
         rows=rows,
     )
     chosen = prompt_sets.builtin() if prompts is None else prompt_sets.as_prompts(prompts)
-    batch = max(1, (rows or default_rows()) // config.ablation.draws)
+    batch = prompts_at_once(rows, config.ablation.draws)
     kept, _ = choose(model, itemise(model, chosen), config.prompts, seed, batch, config.ablation.by_head, progress)
     plan = Plan(model, kept, config.ablation, seed, evenly(len(kept), batch), config.identity_tolerance)
     dataset = frame(plan).copy(deep=True)
@@ -126,7 +126,7 @@ def ablate(
     else:
         others = [text for text in dict.fromkeys(sources) if text != prompt]
     items = itemise(model, prompt_sets.as_prompts([prompt, *others]))
-    batch = max(1, default_rows() // ablation.draws)
+    batch = prompts_at_once(0, ablation.draws)
     rows = clean_rows(model, items, batch, ablation.by_head, progress=False)
     tolerance = SweepConfig().identity_tolerance
     plan = Plan(model, rows, ablation, seed, evenly(len(rows), batch), tolerance)

@@ -5,11 +5,8 @@ Every effect is in units of the target's centred logit, the logit minus its mean
 
 from __future__ import annotations
 
-import functools
-
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from hydra_jax.edits import ATTN, MLP
 from hydra_jax.models import transformer
@@ -49,9 +46,8 @@ def delta_unembed(clean: Clean) -> jax.Array:
 
 def head_unembed(params: Params, clean: Clean) -> jax.Array:
     """[L, H], what each attention head adds; a layer's heads add up to its `delta_unembed`."""
-    layers, heads = jnp.indices(clean.mixed.shape[:2])
-    one = functools.partial(transformer.head_write, params)
-    return jax.vmap(jax.vmap(lambda *head: clean.lens(one(*head))))(layers, heads, clean.mixed)
+    readouts = transformer.head_readouts(params, clean.readout)
+    return (clean.mixed * readouts).sum(axis=-1) / clean.final_scale
 
 
 def effects(clean: Clean, delta: jax.Array, replayed: Replayed) -> Effects:

@@ -96,6 +96,11 @@ def default_rows() -> int:
     return 512 if jax.default_backend() == "cpu" else 4096
 
 
+def prompts_at_once(rows: int, draws: int) -> int:
+    """How many prompts make up about `rows` edits (0: the device's default) of `draws` each."""
+    return max(1, (rows or default_rows()) // draws)
+
+
 def batch_of(items: Sequence[Item], size: int, context: int) -> tuple[jax.Array, jax.Array]:
     """Tokens [size, T] and lengths [size]; the last item fills what is left over."""
     items = [*items, *[items[-1]] * (size - len(items))]

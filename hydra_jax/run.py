@@ -20,7 +20,7 @@ from hydra_jax.config import SweepConfig
 from hydra_jax.edits import ATTN, SITES, check_enough
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import Model, load
-from hydra_jax.plan import CleanRow, Plan, choose, clean_rows, default_rows, evenly, itemise
+from hydra_jax.plan import CleanRow, Plan, choose, clean_rows, evenly, itemise, prompts_at_once
 from hydra_jax.prompts import Prompt
 from hydra_jax.version import __version__
 
@@ -68,7 +68,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
         _check(config, model, prompts)
         asked = protocol(config, model.weights_hash, prompts)
         items = itemise(model, prompts)
-        batch = max(1, (config.rows or default_rows()) // config.ablation.draws)
+        batch = prompts_at_once(config.rows, config.ablation.draws)
         resumed = store.exists(workdir)
         if resumed:
             old = store.open_effects(workdir)

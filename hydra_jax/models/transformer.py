@@ -205,6 +205,14 @@ def head_write(params: Params, layer: jax.Array, head: jax.Array, mixed: jax.Arr
     return product(params.config, "h,hd->d", mixed, rows)
 
 
+def head_readouts(params: Params, vector: jax.Array) -> jax.Array:
+    """[L, H, head_dim], whose product with what a head mixed is <head's summand of the write, vector [D]>."""
+    kernels = params.weights["layers"]["attn"]["out"]["kernel"]
+    return product(params.config, "lid,d->li", kernels, vector).reshape(
+        params.config.layers, params.config.heads, params.config.head_dim
+    )
+
+
 def mlp_write(params: Params, layer: jax.Array, resid_mid: jax.Array) -> jax.Array:
     """What MLP `layer` writes for one token: resid_mid [D] -> mlp_out [D]."""
     return _apply_layer(params, layer, resid_mid, method="mlp_write")
