@@ -49,7 +49,7 @@ def ablate_batch(
         new = replacement(kind, source, statistics, key)
         if head is None:
             return new - clean.writes[layer, site]
-        return transformer.head_write(params, layer, head, new - clean.mixed[layer, head])
+        return transformer.head_delta(params, layer, head, clean.mixed[layer], new)
 
     def prompt(clean: Clean, sources: jax.Array, key: jax.Array) -> Effects:
         def edit(source: jax.Array, key: jax.Array) -> Effects:

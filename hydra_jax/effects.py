@@ -45,16 +45,20 @@ def delta_unembed(clean: Clean) -> jax.Array:
 
 
 def head_unembed(params: Params, clean: Clean) -> jax.Array:
-    """[L, H], what each attention head adds; a layer's heads add up to its `delta_unembed`."""
-    readouts = transformer.head_readouts(params, clean.readout)
+    """[L, H], what each attention head adds.
+
+    A layer's heads, and its output bias where it has one, add up to its `delta_unembed`.
+    """
+    readouts = transformer.head_readouts(params, clean.readout, clean.mixed)
     return (clean.mixed * readouts).sum(axis=-1) / clean.final_scale
 
 
 def effects(clean: Clean, delta: jax.Array, replayed: Replayed) -> Effects:
     """The effects of the edit `delta` [D], whose run was `replayed`."""
-    total = clean.lens(clean.resid_post[-1]) - replayed.logit
+    ablated = replayed.logit - clean.constant
+    total = clean.lens(clean.resid_post[-1]) - ablated
     direct = clean.lens(-delta)
-    norm = replayed.logit * (1 - replayed.final_scale / clean.final_scale)
+    norm = ablated * (1 - replayed.final_scale / clean.final_scale)
     by_site = replayed.compensation.sum(axis=0)
     return Effects(
         total_effect=total,

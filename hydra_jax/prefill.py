@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hydra_jax.models import transformer
+from hydra_jax.models.layers import softcap
 from hydra_jax.models.transformer import Params
 
 MOST_LIKELY = -1
@@ -25,8 +26,9 @@ class Clean(flax.struct.PyTreeNode):
       position: [] int, the last token's place.
       target: [] int, the token whose logit is read.
       readout: [D], r of that token.
+      constant: [], const: the part of its centred logit that no write adds (a final LayerNorm's bias does).
       final_scale: [], sigma.
-      centred_logit: [], the target's logit minus the mean over the vocabulary.
+      centred_logit: [], the target's logit minus the mean over the vocabulary, before any final soft-cap.
       probability: [], the target's.
     """
 
@@ -39,6 +41,7 @@ class Clean(flax.struct.PyTreeNode):
     position: jax.Array
     target: jax.Array
     readout: jax.Array
+    constant: jax.Array
     final_scale: jax.Array
     centred_logit: jax.Array
     probability: jax.Array
@@ -64,6 +67,7 @@ def prefill(params: Params, tokens: jax.Array, length: jax.Array, target: jax.Ar
     resid_post = resid_mid + writes[:, 1]
     logits = transformer.unembed(params, resid_post[-1])
     target = jnp.where(target == MOST_LIKELY, jnp.argmax(logits), target)
+    readout, constant = transformer.readout(params, target)
     return Clean(
         writes=writes,
         mixed=trace.mixed[:, position],
@@ -73,8 +77,9 @@ def prefill(params: Params, tokens: jax.Array, length: jax.Array, target: jax.Ar
         values=jnp.swapaxes(trace.values, 1, 2),
         position=position,
         target=target,
-        readout=transformer.readout(params, target),
+        readout=readout,
+        constant=constant,
         final_scale=transformer.final_scale(params, resid_post[-1]),
         centred_logit=logits[target] - logits.mean(),
-        probability=jax.nn.softmax(logits)[target],
+        probability=jax.nn.softmax(softcap(logits, params.config.final_softcap))[target],
     )

@@ -24,7 +24,7 @@ class Replayed(flax.struct.PyTreeNode):
 
     Attributes:
       compensation: [L, 2], u^(ablated write) - u^(clean write) of each component; 0 upstream of the edit.
-      logit: [], the target's centred logit.
+      logit: [], the target's centred logit, before any final soft-cap.
       final_scale: [], sigma of the ablated run.
     """
 
@@ -45,7 +45,7 @@ def replay(params: Params, clean: Clean, component: tuple[jax.Array, jax.Array],
     shift, compensation = _downstream(params, clean, component, delta, passed_on=True)
     resid = clean.resid_post[-1] + shift
     scale = transformer.final_scale(params, resid)
-    return Replayed(compensation, resid @ clean.readout / scale, scale)
+    return Replayed(compensation, resid @ clean.readout / scale + clean.constant, scale)
 
 
 def direct_edges(params: Params, clean: Clean, component: tuple[jax.Array, jax.Array], delta: jax.Array) -> jax.Array:
@@ -75,16 +75,19 @@ def _downstream(
         shift = shift + change if passed_on else shift
         return shift, changes.at[layer, site].set(clean.lens(change))
 
-    def mlp(layer: jax.Array, state: State) -> State:
-        return read(layer, MLP, transformer.mlp_write(params, layer, clean.resid_mid[layer] + state[0]), state)
+    def mlp(layer: jax.Array, resid: jax.Array, state: State) -> State:
+        return read(layer, MLP, transformer.mlp_write(params, layer, resid), state)
 
     def attn_mlp(layer: jax.Array, state: State) -> State:
         cache = clean.keys[layer], clean.values[layer]
         resid_pre = clean.resid_post[layer - 1] + state[0]
-        return mlp(
-            layer, read(layer, ATTN, transformer.attn_decode(params, layer, resid_pre, clean.position, *cache), state)
-        )
+        state = read(layer, ATTN, transformer.attn_decode(params, layer, resid_pre, clean.position, *cache), state)
+        return mlp(layer, resid_pre if params.config.parallel else clean.resid_mid[layer] + state[0], state)
+
+    def same_layer(state: State) -> State:
+        return mlp(edited, clean.resid_mid[edited] + state[0], state)
 
     state = delta, jnp.zeros((params.config.layers, 2))
-    state = jax.lax.cond(edited_site == ATTN, lambda state: mlp(edited, state), lambda state: state, state)
+    if not params.config.parallel:
+        state = jax.lax.cond(edited_site == ATTN, same_layer, lambda state: state, state)
     return jax.lax.fori_loop(edited + 1, params.config.layers, attn_mlp, state)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hydra_jax.edits import KINDS, SITES, WriteStatistics, all_components, replacement
 from hydra_jax.effects import delta_unembed, effects, head_unembed
-from hydra_jax.models.transformer import Edits, forward, head_write
+from hydra_jax.models.transformer import Edits, forward, head_share
 from hydra_jax.prefill import MOST_LIKELY, prefill
 from hydra_jax.replay import direct_edges, replay
 from tests import toys
@@ -209,6 +209,6 @@ def test_heads_add_up_to_the_attention_write():
     params = toys.params()
     clean = jit_prefill(params, toys.tokens(8), 8)
     for layer in range(4):
-        shares = [head_write(params, layer, head, clean.mixed[layer, head]) for head in range(4)]
+        shares = [head_share(params, layer, head, clean.mixed[layer, head]) for head in range(4)]
         np.testing.assert_allclose(sum(shares), clean.writes[layer, 0], atol=1e-5)
     np.testing.assert_allclose(head_unembed(params, clean).sum(axis=1), delta_unembed(clean)[:, 0], atol=1e-5)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 
 DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("highest", "high", "default")
+NORMS = ("rms", "layer")
+QK_NORMS = ("none", "head", "width")
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder's shape and switches, hashable so that it can be static under `jax.jit`.
+
+    The defaults of the switches are Llama's.
 
     Attributes:
       vocab_size: V, rows of the embedding.
@@ -24,9 +36,30 @@ class ModelConfig:
       mlp_width: hidden units of one MLP.
       context: the longest sequence, in tokens, that the model was made for.
       rope_base: base of the rotary frequencies.
+      rope_factors: what each of the rotary frequencies is divided by; () for none of them.
+      local_rope_base: base in layers with a window, undivided; 0 where they are like the others.
+      rotary_dim: the leading dimensions of a head that turn with position; 0 for all of them.
+      learned_positions: positions are rows of a table added to the embedding, and nothing is rotated.
+      windows: for each layer, how many tokens its attention sees, the last itself; 0, or () for all
+        layers, where it sees everything before it.
+      query_scalar: queries are divided by its square root; 0 for head_dim.
+      attn_softcap: scores s are squeezed to cap * tanh(s / cap); 0 where they are not.
+      final_softcap: the same of logits, after everything that is measured here.
+      embedding_scale: what the embedding is multiplied by where tokens enter.
+      norm: "rms" (RMSNorm), or "layer" (LayerNorm, with a bias).
       norm_eps: added to the mean square inside the norms.
+      pre_norm: attention and MLP read the stream through a norm.
+      post_norm: what they write passes through an RMSNorm on its way to the stream.
+      qk_norm: queries and keys are normed by "head" or over their full "width" before they are
+        rotated; "none" where they are not.
+      parallel: the MLP reads the same stream as its layer's attention, which therefore is not
+        upstream of it.
+      gated: the MLP has a gate, down(act(gate(x)) * up(x)); else it is down(act(up(x))).
+      activation: the MLP's nonlinearity, one of ACTIVATIONS.
+      qkv_bias: queries, keys and values have biases.
+      out_bias: attention's output projection has one.
+      mlp_bias: the MLP's projections have them.
       tied: whether the unembedding is the embedding, transposed.
-      activation: the gate's nonlinearity, a key of `layers.ACTIVATIONS`.
       dtype: what weights, keys and values are kept in, and products take their inputs in; products
         accumulate in float32, and the residual stream, norms and softmax are always float32.
       precision: what `jax.lax.Precision` the matrix products of float32 weights use. "highest" is
@@ -42,26 +75,68 @@ class ModelConfig:
     mlp_width: int
     context: int
     rope_base: float = 10_000.0
+    rope_factors: tuple[float, ...] = ()
+    local_rope_base: float = 0.0
+    rotary_dim: int = 0
+    learned_positions: bool = False
+    windows: tuple[int, ...] = ()
+    query_scalar: float = 0.0
+    attn_softcap: float = 0.0
+    final_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    norm: str = "rms"
     norm_eps: float = 1e-5
-    tied: bool = False
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: str = "none"
+    parallel: bool = False
+    gated: bool = True
     activation: str = "silu"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
     dtype: str = "float32"
     precision: str = "highest"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), ("int", "float") if field.type == "float" else (field.type,)
-            if type(value).__name__ not in kinds:
+            value = getattr(self, field.name)
+            many = field.type.startswith("tuple")
+            kind = field.type.removeprefix("tuple[").removesuffix(", ...]")
+            kinds = ("int", "float") if kind == "float" else (kind,)
+            if many and not isinstance(value, tuple):
                 raise TypeError(f"model config: {field.name} must be {field.type}, it is {value!r}")
-            if field.type in ("int", "float") and not 0 < value < float("inf"):
-                raise ValueError(f"model config: {field.name} must be positive, it is {value}")
+            for each in value if many else (value,):
+                if type(each).__name__ not in kinds:
+                    raise TypeError(f"model config: {field.name} must be {field.type}, it is {value!r}")
+                none = each == 0 and (field.default == 0 or field.name == "windows")
+                if kind in ("int", "float") and not (none or 0 < each < float("inf")):
+                    raise ValueError(f"model config: {field.name} must be positive, it is {value}")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"model config: {self.heads} query heads cannot share {self.kv_heads} key/value heads evenly"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"model config: rotary positions need an even head_dim, it is {self.head_dim}")
-        for name, allowed in (("dtype", DTYPES), ("precision", PRECISIONS)):
+        if not self.learned_positions and (self.rotated % 2 or self.rotated > self.head_dim):
+            raise ValueError(
+                "model config: rotary positions need an even head_dim and an even rotary_dim within it,"
+                f" they are {self.head_dim} and {self.rotary_dim}"
+            )
+        for name, length, found in (
+            ("windows", self.layers, self.windows),
+            ("rope_factors", self.rotated // 2, self.rope_factors),
+        ):
+            if len(found) not in (0, length):
+                raise ValueError(f"model config: {name} must have {length} numbers, it has {len(found)}")
+        if self.post_norm and self.norm != "rms":
+            raise ValueError(f"model config: a post_norm must be of norm 'rms', it is of {self.norm!r}")
+        for name, allowed in (
+            ("activation", ACTIVATIONS),
+            ("norm", NORMS),
+            ("qk_norm", QK_NORMS),
+            ("dtype", DTYPES),
+            ("precision", PRECISIONS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model config: {name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
 
@@ -69,6 +144,16 @@ class ModelConfig:
     def components(self) -> int:
         """C, the writes of one forward pass: attention and MLP of every layer."""
         return 2 * self.layers
+
+    @property
+    def rotated(self) -> int:
+        """How many of a head's dimensions turn with position, where positions are rotary."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by."""
+        return (self.query_scalar or self.head_dim) ** -0.5
 
     @property
     def lax_precision(self) -> jax.lax.Precision:

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.config import ACTIVATIONS, ModelConfig
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
+EVERYTHING = 2**30
+"""As a window: more tokens than any sequence has."""
+
+
+class Positions(NamedTuple):
+    """How a layer's attention treats positions; stacked along a leading axis L for all layers.
+
+    Attributes:
+      window: [] int32, how many tokens a query sees, itself among them.
+      frequencies: [rotated / 2] float32, by how many radians a token the rotary pairs turn.
+    """
+
+    window: jax.Array
+    frequencies: jax.Array
+
+
+def positions(config: ModelConfig) -> Positions:
+    """Of all layers: window [L], frequencies [L, rotated / 2]."""
+    windows = np.array(config.windows or [0] * config.layers)
+    exponents = -np.arange(config.rotated // 2) / (config.rotated // 2)
+    everywhere = config.rope_base**exponents / np.array(config.rope_factors or 1.0)
+    local = config.local_rope_base**exponents if config.local_rope_base else everywhere
+    frequencies = np.where((windows > 0)[:, None], local, everywhere)
+    return Positions(
+        jnp.asarray(np.where(windows > 0, windows, EVERYTHING), jnp.int32), jnp.asarray(frequencies, jnp.float32)
+    )
 
 
 def product(config: ModelConfig, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -28,19 +50,24 @@ def product(config: ModelConfig, equation: str, x: jax.Array, y: jax.Array) -> j
     )
 
 
-def rotate(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding of one token's heads (Su et al. 2021), pairs (i, i + head_dim / 2).
+def rotate(x: jax.Array, position: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotary position embedding of one token's heads (Su et al. 2021), pairs (i, i + rotated / 2).
 
     Args:
-      x: [heads, head_dim].
+      x: [heads, head_dim], of which the leading dimensions turn.
       position: [], the token's place in the sequence.
-      base: of the geometric series of frequencies.
+      frequencies: [rotated / 2], radians a token.
     """
-    half = x.shape[-1] // 2
-    angle = position.astype(jnp.float32) * base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    half = len(frequencies)
+    angle = position.astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angle)[None], jnp.sin(angle)[None]
-    first, second = x[:, :half], x[:, half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    first, second, rest = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """`x` squeezed into (-cap, cap), or as it is where cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def attend_cached(
@@ -51,6 +78,7 @@ def attend_cached(
     keys: jax.Array,
     values: jax.Array,
     position: jax.Array,
+    window: jax.Array,
 ) -> jax.Array:
     """Attention of one token to those before it and to itself.
 
@@ -66,15 +94,18 @@ def attend_cached(
       keys: [K, head_dim, T], the cache, laid out as the products want it.
       values: [K, T, head_dim].
       position: [], the token's place: only keys before it are attended to.
+      window: [], and only keys less than this many tokens before it.
 
     Returns:
       [K, H / K, head_dim], the values as each query head mixes them.
     """
 
-    def tokens(query, key, value, keys, values, position):
-        before = (jnp.arange(keys.shape[-1]) < position)[None, None, None]
-        cached = jnp.where(before, product(config, "nkgd,kdt->kngt", query, keys), -jnp.inf)
-        itself = product(config, "nkgd,nkd->kng", query, key)[..., None]
+    def tokens(query, key, value, keys, values, position, window):
+        distance = position - jnp.arange(keys.shape[-1])
+        seen = ((distance > 0) & (distance < window))[None, None, None]
+        scores = softcap(product(config, "nkgd,kdt->kngt", query, keys), config.attn_softcap)
+        cached = jnp.where(seen, scores, -jnp.inf)
+        itself = softcap(product(config, "nkgd,nkd->kng", query, key), config.attn_softcap)[..., None]
         highest = jnp.maximum(cached.max(axis=-1, keepdims=True), itself)
         cached, itself = jnp.exp(cached - highest), jnp.exp(itself - highest)
         own = itself * jnp.swapaxes(value, 0, 1)[:, :, None].astype(itself.dtype)
@@ -90,91 +121,121 @@ def attend_cached(
     @token.def_vmap
     def _(size, batched, *arguments):
         del size
-        if batched == [True] * 3 + [False] * 3:
+        if batched == [True] * 3 + [False] * 4:
             return tokens(*arguments), True
         axes = [0 if axis else None for axis in batched]
         return jax.vmap(lambda q, k, v, *cache: tokens(q[None], k[None], v[None], *cache)[0], axes)(*arguments), True
 
-    return token(query, key, value, keys, values, position)
+    return token(query, key, value, keys, values, position, window)
 
 
 class Linear(nn.Module):
-    """x @ kernel, the kernel [in, out]."""
+    """x @ kernel, the kernel [in, out], and a bias [out] if there is one."""
 
     config: ModelConfig
     features: int
+    biased: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.config.dtype)
-        return product(self.config, "...i,io->...o", x, kernel)
+        out = product(self.config, "...i,io->...o", x, kernel)
+        if not self.biased:
+            return out
+        return out + along_last(self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32), out)
 
 
 class Norm(nn.Module):
-    """RMSNorm: x / divisor(x) * scale over the last axis."""
+    """RMSNorm, x / divisor(x) * scale over the last axis; or LayerNorm, of x less its mean, plus a bias."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        return x / self.divisor(x)[..., None] * jnp.expand_dims(scale, range(x.ndim - 1))
+        normed = self.centred(x) / self.divisor(x)[..., None] * along_last(scale, x)
+        if self.config.norm == "rms":
+            return normed
+        return normed + along_last(self.param("bias", nn.initializers.zeros, scale.shape, jnp.float32), x)
 
     def divisor(self, x: jax.Array) -> jax.Array:
-        """What x is divided by: sqrt(mean x^2 + eps), without the last axis."""
-        return jnp.sqrt(jnp.mean(jnp.square(x), axis=-1) + self.config.norm_eps)
+        """What x is divided by: the root of its mean square (or variance) + eps, without the last axis."""
+        return jnp.sqrt(jnp.mean(jnp.square(self.centred(x)), axis=-1) + self.config.norm_eps)
+
+    def centred(self, x: jax.Array) -> jax.Array:
+        return x if self.config.norm == "rms" else x - x.mean(axis=-1, keepdims=True)
+
+
+def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """`vector` [E] in the rank of x [..., E]."""
+    return jnp.expand_dims(vector, range(x.ndim - 1))
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention."""
 
     config: ModelConfig
 
     def setup(self) -> None:
         c = self.config
-        self.query = Linear(c, c.heads * c.head_dim)
-        self.key = Linear(c, c.kv_heads * c.head_dim)
-        self.value = Linear(c, c.kv_heads * c.head_dim)
-        self.out = Linear(c, c.width)
+        self.query = Linear(c, c.heads * c.head_dim, c.qkv_bias)
+        self.key = Linear(c, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.value = Linear(c, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.out = Linear(c, c.width, c.out_bias)
+        if c.qk_norm != "none":
+            self.query_norm, self.key_norm = Norm(c), Norm(c)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """A sequence: x [T, D] -> write [T, D], mixed [T, H, head_dim], keys (rotated), values [T, K, head_dim]."""
-        tokens = x.shape[0]
-        query, key, value = self.heads(x, jnp.arange(tokens))
-        scores = product(self.config, "qkgd,tkd->kgqt", query, key)
-        causal = jnp.tril(jnp.ones((tokens, tokens), bool))[None, None]
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    def __call__(self, x: jax.Array, at: Positions) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """A sequence: x [T, D] -> sum of heads [T, D], mixed [T, H, head_dim], keys and values [T, K, head_dim]."""
+        places = jnp.arange(x.shape[0])
+        query, key, value = self.heads(x, places, at.frequencies)
+        distance = places[:, None] - places[None]
+        seen = ((distance >= 0) & (distance < at.window))[None, None]
+        scores = softcap(product(self.config, "qkgd,tkd->kgqt", query, key), self.config.attn_softcap)
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
         mixed = product(self.config, "kgqt,tkd->qkgd", weights, value)
-        mixed = mixed.reshape(tokens, self.config.heads, -1)
-        return self.out(mixed.reshape(tokens, -1)), mixed, key, value
+        mixed = mixed.reshape(len(places), self.config.heads, -1)
+        return self.out(mixed.reshape(len(places), -1)), mixed, key, value
 
-    def decode(self, x: jax.Array, position: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    def decode(self, x: jax.Array, position: jax.Array, at: Positions, keys: jax.Array, values: jax.Array) -> jax.Array:
         """One token: x [D] at `position` [], against the cache of those before it (see `attend_cached`)."""
-        query, key, value = jax.tree.map(lambda h: h[0], self.heads(x[None], position[None]))
-        return self.out(attend_cached(self.config, query, key, value, keys, values, position).reshape(-1))
+        query, key, value = jax.tree.map(lambda h: h[0], self.heads(x[None], position[None], at.frequencies))
+        return self.sum_heads(attend_cached(self.config, query, key, value, keys, values, position, at.window))
 
-    def heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """X [T, D], positions [T] -> query [T, K, H / K, head_dim] (scaled), key and value [T, K, head_dim]."""
+    def heads(self, x: jax.Array, places: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """X [T, D], places [T] -> query [T, K, H / K, head_dim] (scaled), key and value [T, K, head_dim]."""
         c = self.config
-        turn = jax.vmap(functools.partial(rotate, base=c.rope_base))
-        query = turn(self.query(x).reshape(-1, c.heads, c.head_dim), positions) * c.head_dim**-0.5
-        key = turn(self.key(x).reshape(-1, c.kv_heads, c.head_dim), positions)
+        query, key = self.query(x), self.key(x)
+        if c.qk_norm == "width":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = query.reshape(-1, c.heads, c.head_dim), key.reshape(-1, c.kv_heads, c.head_dim)
+        if c.qk_norm == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        if not c.learned_positions:
+            turn = jax.vmap(rotate, (0, 0, None))
+            query, key = turn(query, places, frequencies), turn(key, places, frequencies)
         value = self.value(x).reshape(-1, c.kv_heads, c.head_dim)
-        grouped = query.reshape(-1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
+        grouped = (query * c.query_scale).reshape(-1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
         return grouped, key.astype(c.dtype), value.astype(c.dtype)
+
+    def sum_heads(self, mixed: jax.Array) -> jax.Array:
+        """The output projection of what one token's heads mixed: [..., head_dim] -> [D]."""
+        return self.out(mixed.reshape(-1))
 
 
 class MLP(nn.Module):
-    """Gated MLP: down(act(gate(x)) * up(x))."""
+    """Gated or plain MLP: down(act(gate(x)) * up(x)), or down(act(up(x)))."""
 
     config: ModelConfig
 
     def setup(self) -> None:
         c = self.config
-        self.gate = Linear(c, c.mlp_width)
-        self.up = Linear(c, c.mlp_width)
-        self.down = Linear(c, c.width)
+        if c.gated:
+            self.gate = Linear(c, c.mlp_width, c.mlp_bias)
+        self.up = Linear(c, c.mlp_width, c.mlp_bias)
+        self.down = Linear(c, c.width, c.mlp_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x))
+        activation = ACTIVATIONS[self.config.activation]
+        return self.down(activation(self.gate(x)) * self.up(x) if self.config.gated else activation(self.up(x)))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hydra_jax.models.config import ModelConfig
-from hydra_jax.models.layers import MLP, Attention, Norm, product
+from hydra_jax.models.layers import MLP, Attention, Norm, Positions, positions, product, softcap
 
 
 class Params(flax.struct.PyTreeNode):
@@ -46,10 +46,10 @@ class Trace(flax.struct.PyTreeNode):
 
     Attributes:
       resid_pre: [L, T, D], the residual stream before the layer.
-      attn_out: [L, T, D], the attention's write (after any edit).
-      mlp_out: [L, T, D], the MLP's write (after any edit).
+      attn_out: [L, T, D], the attention's write (after any post-norm and edit).
+      mlp_out: [L, T, D], the MLP's write (after any post-norm and edit).
       mixed: [L, T, H, head_dim], the values as each head mixed them, before the output projection.
-      keys: [L, T, K, head_dim], rotated.
+      keys: [L, T, K, head_dim], normed and rotated where the model does so.
       values: [L, T, K, head_dim].
     """
 
@@ -77,23 +77,34 @@ class Layer(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        self.attn_norm = Norm(self.config)
-        self.attn = Attention(self.config)
-        self.mlp_norm = Norm(self.config)
-        self.mlp = MLP(self.config)
+        c = self.config
+        self.attn_norm, self.mlp_norm = (Norm(c) if c.pre_norm else _unchanged for _ in range(2))
+        self.attn_post_norm, self.mlp_post_norm = (Norm(c) if c.post_norm else _unchanged for _ in range(2))
+        self.attn = Attention(c)
+        self.mlp = MLP(c)
 
-    def __call__(self, resid_pre: jax.Array, edits: Edits | None) -> tuple[jax.Array, Trace]:
-        attn_out, mixed, keys, values = self.attn(self.attn_norm(resid_pre))
-        attn_out = _edited(attn_out, edits, 0)
+    def __call__(self, resid_pre: jax.Array, edits: Edits | None, at: Positions) -> tuple[jax.Array, Trace]:
+        heads, mixed, keys, values = self.attn(self.attn_norm(resid_pre), at)
+        attn_out = _edited(self.attn_post_norm(heads), edits, 0)
         resid_mid = resid_pre + attn_out
-        mlp_out = _edited(self.mlp_write(resid_mid), edits, 1)
+        mlp_out = _edited(self.mlp_write(resid_pre if self.config.parallel else resid_mid), edits, 1)
         return resid_mid + mlp_out, Trace(resid_pre, attn_out, mlp_out, mixed, keys, values)
 
-    def attn_decode(self, resid_pre: jax.Array, position: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-        return self.attn.decode(self.attn_norm(resid_pre), position, keys, values)
+    def attn_decode(
+        self, resid_pre: jax.Array, position: jax.Array, at: Positions, keys: jax.Array, values: jax.Array
+    ) -> jax.Array:
+        return self.attn_post_norm(self.attn.decode(self.attn_norm(resid_pre), position, at, keys, values))
 
-    def mlp_write(self, resid_mid: jax.Array) -> jax.Array:
-        return self.mlp(self.mlp_norm(resid_mid))
+    def mlp_write(self, resid: jax.Array) -> jax.Array:
+        return self.mlp_post_norm(self.mlp(self.mlp_norm(resid)))
+
+    def head_delta(self, mixed: jax.Array, share: jax.Array) -> jax.Array:
+        heads = self.attn.sum_heads(mixed)
+        return self.attn_post_norm(heads + share) - self.attn_post_norm(heads)
+
+
+def _unchanged(resid: jax.Array) -> jax.Array:
+    return resid
 
 
 def _edited(write: jax.Array, edits: Edits | None, site: int) -> jax.Array:
@@ -108,6 +119,8 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.width), c.dtype)
+        if c.learned_positions:
+            self.positions = self.param("positions", nn.initializers.normal(0.02), (c.context, c.width), c.dtype)
         stacked = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=0, length=c.layers)
         self.layers = stacked(c)
         self.final_norm = Norm(c)
@@ -116,9 +129,14 @@ class Decoder(nn.Module):
             self.unembedding = self.param("unembedding", nn.initializers.lecun_normal(), shape, c.dtype)
 
     def __call__(self, tokens: jax.Array, edits: Edits | None) -> tuple[jax.Array, Trace]:
-        embedded = self.embedding[tokens].astype(jnp.float32)
-        resid, trace = self.layers(embedded, edits)
-        return self.unembed(resid), trace
+        resid, trace = self.layers(self.embed(tokens), edits, positions(self.config))
+        return softcap(self.unembed(resid), self.config.final_softcap), trace
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        embedded = self.embedding[tokens].astype(jnp.float32) * self.config.embedding_scale
+        if self.config.learned_positions:
+            embedded += self.positions[: len(tokens)].astype(jnp.float32)
+        return embedded
 
     def unembed(self, resid: jax.Array) -> jax.Array:
         return product(self.config, "...d,dv->...v", self.final_norm(resid), self.unembedding_matrix())
@@ -149,13 +167,18 @@ def forward(params: Params, tokens: jax.Array, edits: Edits | None = None) -> tu
       edits: which writes to replace by what, at any layers, sites and positions.
 
     Returns:
-      Logits [T, V] in float32, and the trace of the pass.
+      Logits [T, V] in float32, soft-capped where the model does so, and the trace of the pass.
     """
     return _apply(params, tokens, edits)
 
 
+def embed(params: Params, tokens: jax.Array) -> jax.Array:
+    """The stream that the first layer reads: tokens [T] -> [T, D]."""
+    return _apply(params, tokens, method="embed")
+
+
 def unembed(params: Params, resid: jax.Array) -> jax.Array:
-    """The final stream [D] -> logits [V]."""
+    """The final stream [D] -> logits [V], before the final soft-cap where the model has one."""
     return _apply(params, resid, method="unembed")
 
 
@@ -164,14 +187,20 @@ def final_scale(params: Params, resid: jax.Array) -> jax.Array:
     return _apply(params, resid, method="final_divisor")
 
 
-def readout(params: Params, target: jax.Array) -> jax.Array:
-    """r [D], with which the centred logit of token `target` [] is <final stream, r> / sigma.
+def readout(params: Params, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """r [D] and const [], with which the centred logit of token `target` [] is <final stream, r> / sigma + const.
 
-    r = gain * (W_U[:, target] - mean over v of W_U[:, v]).
+    r = gain * (W_U[:, target] - mean over v of W_U[:, v]). Of a LayerNorm, which takes the mean of the
+    stream away, r is that less its own mean, and const is what the norm's bias adds; else const is 0.
+    A final soft-cap comes after the logit that is read.
     """
     matrix = _apply(params, method="unembedding_matrix")
-    gain = params.weights["final_norm"]["scale"]
-    return gain * (matrix[:, target].astype(jnp.float32) - matrix.astype(jnp.float32).mean(axis=1))
+    norm = params.weights["final_norm"]
+    direction = matrix[:, target].astype(jnp.float32) - matrix.astype(jnp.float32).mean(axis=1)
+    vector = norm["scale"] * direction
+    if params.config.norm == "rms":
+        return vector, jnp.zeros(())
+    return vector - vector.mean(), norm["bias"] @ direction
 
 
 def attn_decode(
@@ -192,32 +221,67 @@ def attn_decode(
       keys: [K, head_dim, T], that layer's, of the clean run.
       values: [K, T, head_dim].
     """
-    return _apply_layer(params, layer, resid_pre, position, keys, values, method="attn_decode")
+    at = jax.tree.map(lambda stacked: stacked[layer], positions(params.config))
+    return _apply_layer(params, layer, resid_pre, position, at, keys, values, method="attn_decode")
 
 
-def head_write(params: Params, layer: jax.Array, head: jax.Array, mixed: jax.Array) -> jax.Array:
+def head_share(params: Params, layer: jax.Array, head: jax.Array, mixed: jax.Array) -> jax.Array:
     """A head's summand of what attention `layer` writes: mixed [head_dim] -> [D].
 
-    The summands of all heads add up to attn_out.
+    The summands of all heads, and the output bias, add up to attn_out, before any post-norm.
     """
     kernel = params.weights["layers"]["attn"]["out"]["kernel"][layer]
     rows = kernel.reshape(params.config.heads, params.config.head_dim, -1)[head]
     return product(params.config, "h,hd->d", mixed, rows)
 
 
-def head_readouts(params: Params, vector: jax.Array) -> jax.Array:
-    """[L, H, head_dim], whose product with what a head mixed is <head's summand of the write, vector [D]>."""
-    kernels = params.weights["layers"]["attn"]["out"]["kernel"]
-    return product(params.config, "lid,d->li", kernels, vector).reshape(
-        params.config.layers, params.config.heads, params.config.head_dim
-    )
+def head_delta(
+    params: Params, layer: jax.Array, head: jax.Array, mixed: jax.Array, replacement: jax.Array
+) -> jax.Array:
+    """How attention `layer`'s write changes where one head mixes something else: [D].
+
+    Where a post-norm follows, the heads' sum is edited and the write computed anew.
+
+    Args:
+      params: the model.
+      layer: [] int.
+      head: [] int.
+      mixed: [H, head_dim], what the layer's heads mixed.
+      replacement: [head_dim], what `head` mixes instead.
+    """
+    share = head_share(params, layer, head, replacement - mixed[head])
+    if not params.config.post_norm:
+        return share
+    return _apply_layer(params, layer, mixed, share, method="head_delta")
 
 
-def mlp_write(params: Params, layer: jax.Array, resid_mid: jax.Array) -> jax.Array:
-    """What MLP `layer` writes for one token: resid_mid [D] -> mlp_out [D]."""
-    return _apply_layer(params, layer, resid_mid, method="mlp_write")
+def head_readouts(params: Params, vector: jax.Array, mixed: jax.Array) -> jax.Array:
+    """[L, H, head_dim], whose product with what a head mixed is <head's share of the write, vector [D]>.
+
+    Where a post-norm follows, a share is divided by what the norm divides the sum of all by.
+
+    Args:
+      params: the model.
+      vector: [D].
+      mixed: [L, H, head_dim], what the heads mixed.
+    """
+    c, layers = params.config, params.weights["layers"]
+    kernels = layers["attn"]["out"]["kernel"]
+    vectors = jnp.broadcast_to(vector, (c.layers, c.width))
+    if c.post_norm:
+        sums = product(c, "li,lid->ld", mixed.reshape(c.layers, -1), kernels)
+        if c.out_bias:
+            sums += layers["attn"]["out"]["bias"]
+        divisor = Norm(c).divisor(sums)
+        vectors = vectors * layers["attn_post_norm"]["scale"] / divisor[:, None]
+    return product(c, "lid,ld->li", kernels, vectors).reshape(c.layers, c.heads, c.head_dim)
 
 
-def _apply_layer(params: Params, layer: jax.Array, *arguments: jax.Array, method: str) -> Any:
+def mlp_write(params: Params, layer: jax.Array, resid: jax.Array) -> jax.Array:
+    """What MLP `layer` writes for one token: the stream [D] that it reads -> mlp_out [D]."""
+    return _apply_layer(params, layer, resid, method="mlp_write")
+
+
+def _apply_layer(params: Params, layer: jax.Array, *arguments: Any, method: str) -> Any:
     weights = jax.tree.map(lambda stacked: stacked[layer], params.weights["layers"])
     return Layer(params.config).apply({"params": weights}, *arguments, method=method)
