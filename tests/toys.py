@@ -16,6 +16,34 @@ def config(**changes):
     return ModelConfig(**shape | changes)
 
 
+BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
+BLOCKS = {
+    "llama 3": dict(rope_factors=(1.0, 2.0, 8.0)),
+    "mistral": dict(windows=(3, 3, 3, 3)),
+    "gpt-2": dict(norm="layer", learned_positions=True, gated=False, activation="gelu_tanh", tied=True, **BIASES),
+    "pythia": dict(norm="layer", parallel=True, rotary_dim=2, gated=False, activation="gelu", **BIASES),
+    "gemma 2": dict(
+        post_norm=True,
+        attn_softcap=2.0,
+        final_softcap=3.0,
+        embedding_scale=5.0,
+        windows=(3, 0, 3, 0),
+        query_scalar=9.0,
+        activation="gelu_tanh",
+        tied=True,
+    ),
+    "gemma 3": dict(post_norm=True, qk_norm="head", windows=(4, 4, 0, 4), local_rope_base=50.0),
+    "olmo 2": dict(pre_norm=False, post_norm=True, qk_norm="width"),
+    "opt": dict(norm="layer", learned_positions=True, gated=False, activation="relu", **BIASES),
+}
+"""Every switch of a config, in the combinations that families use."""
+
+
+@functools.cache
+def block(name) -> Params:
+    return params(**BLOCKS[name])
+
+
 @functools.cache
 def params(seed=0, dtype="float32", **changes) -> Params:
     """A model whose writes are as large as its embedding, so that ablations matter."""
@@ -24,7 +52,7 @@ def params(seed=0, dtype="float32", **changes) -> Params:
 
     def spread(path, leaf):
         name = jax.tree_util.keystr(path)
-        if "scale" in name:
+        if "scale" in name or "bias" in name:
             return leaf + 0.3 * jax.random.normal(next(keys), leaf.shape, leaf.dtype)
         return leaf / leaf.std() * (1.0 if "embedding" in name else leaf.shape[-2] ** -0.5)
 
