@@ -64,7 +64,8 @@ def gguf_name(name):
     if name in GGUF_NAMES:
         return GGUF_NAMES[name]
     layer, inner = name.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{layer}.{GGUF_NAMES[inner.removesuffix('.weight')]}.weight"
+    inner = inner.removesuffix(".weight")
+    return f"blk.{layer}.{GGUF_NAMES.get(inner, inner)}.weight"
 
 
 def interleaved(rows, heads):
@@ -136,11 +137,14 @@ def hugging_face_directory(path, tensors=None, shards=1, **changes):
     config = settings(tied="lm_head.weight" not in tensors) | changes
     (path / "config.json").write_text(json.dumps(config))
     tokenizer().save(str(path / "tokenizer.json"))
-    names = sorted(tensors)
+    names, shard_of = sorted(tensors), {}
     for shard in range(shards):
         chosen = {name: tensors[name] for name in names[shard::shards]}
         file = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         safetensors.numpy.save_file(chosen, path / file)
+        shard_of |= dict.fromkeys(chosen, file)
+    if shards > 1:
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
     return path
 
 

@@ -95,11 +95,45 @@ def test_bfloat16_weights_are_the_float32_ones_rounded(published):
         np.testing.assert_array_equal(kernels[0].astype(jnp.bfloat16), kernels[1])
 
 
-def test_a_sharded_directory_is_the_same_model(published, tmp_path):
-    sharded = builders.hugging_face_directory(tmp_path / "sharded", shards=2)
+@pytest.fixture
+def sharded(tmp_path):
+    return builders.hugging_face_directory(tmp_path / "sharded", shards=2)
+
+
+def test_a_sharded_directory_is_the_same_model(published, sharded):
     assert len(list(sharded.glob("*.safetensors"))) == 2
+    shutil.copy(published[1] / "model.safetensors", sharded / "consolidated.safetensors")  # not in the index
     weights = [load(str(path)).params.weights for path in (published[1], sharded)]
     jax.tree.map(np.testing.assert_array_equal, *weights)
+
+
+def test_a_shard_that_the_index_names_and_is_not_there_is_named(sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    message = refusal(sharded)
+    assert str(sharded) in message
+    assert "no model-00002-of-00002.safetensors, which model.safetensors.index.json names" in message
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", "{", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../x"}}']
+)
+def test_a_damaged_index_is_refused(sharded, index):
+    (sharded / "model.safetensors.index.json").write_text(index)
+    assert str(sharded) in refusal(sharded)
+
+
+@pytest.mark.parametrize(("key", "name"), [("attention_bias", "k_proj.bias"), ("mlp_bias", "down_proj.bias")])
+def test_biases_that_the_config_promises_and_are_not_there_are_named(directory, key, name):
+    (directory / "config.json").write_text(json.dumps(builders.settings() | {key: True}))
+    message = refusal(directory)
+    assert str(directory) in message
+    assert f"{name} is missing" in message
+
+
+def test_integers_are_not_weights(tmp_path):
+    tensors = changed("model.layers.0.mlp.up_proj.weight", lambda array: (100 * array).astype(np.int8))
+    message = refusal(builders.hugging_face_directory(tmp_path / "quantised", tensors))
+    assert "up_proj.weight holds int8" in message
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +233,8 @@ WRONG_TENSORS = {
     "longer": (changed("model.norm.weight", lambda a: np.append(a, a)), r"norm.*shape \(32,\).*\(16,\)"),
     "transposed": (changed("model.layers.0.mlp.up_proj.weight", lambda a: a.T.copy()), "up.*shape"),
     "three axes": (changed("model.layers.0.mlp.up_proj.weight", lambda a: a[..., None]), "up.*shape"),
+    "surplus": (builders.weights() | {"model.layers.1.mlp.more.weight": np.ones(3)}, r"\.1\.mlp\.more.* than"),
+    "surplus layer": (builders.weights() | {"model.layers.2.mlp.up_proj.weight": np.ones(3)}, r"\.2\..*up.* than"),
     "NaN": (changed("model.layers.1.mlp.down_proj.weight", spoil_one(np.nan)), r"\.1\..*down.*NaN"),
     "infinite": (changed("model.layers.1.self_attn.q_proj.weight", spoil_one(-np.inf)), r"\.1\..*q.*infinity"),
 }
@@ -218,7 +254,8 @@ def test_a_wrong_tensor_is_named(tmp_path, write, tensors, reason):
     [
         (dict(architecture="mamba"), "architecture 'mamba'"),
         (dict(pre="qwen2"), "tokenizer gpt2/qwen2"),
-        (dict(llama__rope__scaling__type="yarn"), "rotary scaling"),
+        (dict(llama__rope__scaling__type="yarn"), "rope.scaling.type is 'yarn'"),
+        (dict(llama__expert_count="8"), "expert_count"),
         (dict(llama__attention__key_length="x"), "head_dim"),
         (dict(llama__vocab_size="x"), "vocab_size"),
     ],
@@ -249,14 +286,21 @@ def test_damaged_json_is_named(directory, file, content):
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("model_type", "gpt_neox", "architecture 'gpt_neox'"),
+        ("model_type", "mamba", "architecture 'mamba'"),
         ("model_type", None, "architecture"),
-        ("attention_bias", True, "attention_bias"),
-        ("mlp_bias", True, "mlp_bias"),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rotary scaling"),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}, "rotary scaling"),
+        ("num_experts", 8, "num_experts"),
+        ("quantization_config", {"bits": 4}, "quantization_config"),
+        ("dtype", "int8", "dtype is 'int8'"),
+        ("torch_dtype", "float8_e4m3fn", "torch_dtype is 'float8_e4m3fn'"),
+        ("rope_interleaved", True, "rope_interleaved"),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "original_max_position_embeddings"),
+        ("rope_scaling", {"type": "linear"}, "factor"),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "rotary scaling of type 'dynamic'"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0, "beta_fast": 3}, "beta_fast"),
         ("rope_scaling", [2.0], ""),
-        ("hidden_act", "relu", "hidden_act 'relu'"),
+        ("partial_rotary_factor", 1.5, "partial_rotary_factor"),
+        ("partial_rotary_factor", 0.75, "rotary_dim"),
+        ("hidden_act", "mish", "activation 'mish'"),
         ("hidden_size", "16", ""),
         ("num_attention_heads", 0, ""),
         ("num_key_value_heads", 3, "evenly"),
@@ -303,6 +347,15 @@ def test_a_missing_setting_of_config_json_is_named(directory, key):
     assert f"{key}' is missing" in message
 
 
+def test_settings_that_change_nothing_are_read_over(directory):
+    path = directory / "config.json"
+    harmless = dict(
+        rope_scaling=None, quantization_config=None, attention_dropout=0.1, use_cache=False, dtype="float16"
+    )
+    path.write_text(json.dumps(builders.settings() | harmless))
+    assert load(str(directory)).config == load(str(builders.hugging_face_directory(directory / "plain"))).config
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
 def test_a_missing_file_of_a_directory_is_named(directory, file):
     (directory / file).unlink()
@@ -315,7 +368,8 @@ def test_pickled_weights_are_never_read(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     message = refusal(directory)
     assert str(directory) in message
-    assert "pickled" in message
+    assert "pytorch_model.bin is pickled" in message
+    assert "save_pretrained" in message
 
 
 @pytest.mark.parametrize(

