@@ -272,6 +272,7 @@ FAMILIES: dict[str, Family] = {
         settings.gguf_gpt_neox,
         switches=_LAYER_NORMS | dict(activation="gelu"),
         form=_fused_by_head,
+        renamed=(("lm_head.", "embed_out."),),
         ignored=(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
         gguf="gptneox",
     ),
