@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import signal
+from unittest import mock
 
 import gguf
 import jax
@@ -184,7 +185,8 @@ def test_a_corrupted_gguf_header_is_refused_or_read(published, tmp_path_factory,
     for place, byte in changes.items():
         data[place] = byte
     path.write_bytes(data)
-    message = complaint(path)
+    with mock.patch("hydra_jax.models.load.check"):  # would compile every shape that the changes make
+        message = complaint(path)
     assert not message or (str(path) in message and "\n" not in message)
 
 

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from hydra_jax.errors import UserError
 from hydra_jax.models import families, hub, tokenizer, transformer
+from hydra_jax.models.check import check
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.families import Family, Form
 from hydra_jax.models.settings import Settings, model_config
@@ -64,7 +65,8 @@ def load(name: str, dtype: str = "float32", precision: str = "highest") -> Model
       precision: "highest", "high" or "default", of float32 matrix products.
 
     Raises:
-      UserError: if it cannot be found, fetched or read, is damaged, or is of an unknown architecture.
+      UserError: if it cannot be found, fetched or read, is damaged, is of an unknown architecture, or
+        fails `check`.
     """
     path = hub.locate(name)
     read = _read_directory if path.is_dir() else _read_gguf
@@ -75,6 +77,7 @@ def load(name: str, dtype: str = "float32", precision: str = "highest") -> Model
                 f"{path}: the tokenizer has {text.get_vocab_size():,} tokens, the embedding"
                 f" {params.config.vocab_size:,} rows; fetch the model again"
             )
+        check(params, str(path))
     return Model(name=name, params=params, tokenizer=text, weights_hash=weights_hash(path))
 
 

@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hydra_jax.errors import UserError
+from hydra_jax.models import check as checks
+from hydra_jax.models import transformer
+from hydra_jax.models.check import check
+from hydra_jax.prefill import prefill
+from tests import toys
+
+
+def refusal(params):
+    with pytest.raises(UserError) as raised:
+        check(params, "model.gguf")
+    message = str(raised.value)
+    assert message.startswith("model.gguf: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("block", toys.BLOCKS)
+def test_every_block_passes(block):
+    check(toys.block(block), "model.gguf")
+
+
+@pytest.mark.parametrize("changes", [dict(dtype="bfloat16"), dict(context=2), dict(context=1), dict(layers=1)], ids=str)
+def test_other_shapes_and_types_pass(changes):
+    check(toys.params(**changes), "model.gguf")
+
+
+def test_activations_that_overflow_are_found():
+    params = toys.params()
+    huge = jax.tree.map(lambda leaf: leaf * 1e25, params.weights["layers"]["mlp"])
+    layers = params.weights["layers"] | {"mlp": huge}
+    assert "writes do not sum" in refusal(params.replace(weights=params.weights | {"layers": layers}))
+
+
+def test_a_wrong_readout_is_found(monkeypatch):
+    def gain_forgotten(params, target):
+        matrix = params.weights["unembedding"]
+        return matrix[:, target] - matrix.mean(axis=1), jnp.zeros(())
+
+    monkeypatch.setattr(transformer, "readout", gain_forgotten)
+    assert "do not sum to the logit" in refusal(toys.params(norm_eps=3e-5))  # compiled by no other test
+
+
+def test_padding_that_leaks_is_found(monkeypatch):
+    def leaky(params, tokens, length):
+        return prefill(params, jnp.where(np.arange(len(tokens)) == 0, len(tokens), tokens), length)
+
+    monkeypatch.setattr(checks, "prefill", leaky)
+    assert "padding changes" in refusal(toys.params(norm_eps=4e-5))
