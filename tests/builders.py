@@ -73,6 +73,15 @@ def interleaved(rows, heads):
     return rows.reshape(heads, 2, len(rows) // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
+def add_tokenizer(writer, pre="smollm"):
+    """The tiny tokenizer, in a GGUF file's fields."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_merges([" ".join(merge) for merge in MERGES])
+    writer.add_token_types([gguf.TokenType.CONTROL if t == CONTROL else gguf.TokenType.NORMAL for t in VOCABULARY])
+
+
 def gguf_file(path, tensors=None, architecture="llama", pre="smollm", **fields):
     """Write a GGUF file of `tensors`; `fields` are added to its metadata."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -84,11 +93,7 @@ def gguf_file(path, tensors=None, architecture="llama", pre="smollm", **fields):
     writer.add_head_count_kv(KV_HEADS)
     writer.add_rope_freq_base(ROPE_BASE)
     writer.add_layer_norm_rms_eps(NORM_EPS)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_merges([" ".join(merge) for merge in MERGES])
-    writer.add_token_types([gguf.TokenType.CONTROL if t == CONTROL else gguf.TokenType.NORMAL for t in VOCABULARY])
+    add_tokenizer(writer, pre)
     for key, text in fields.items():
         writer.add_string(key.replace("__", "."), text)
     for name, array in (weights() if tensors is None else tensors).items():

@@ -329,4 +329,3 @@ def test_llama_3_stretches_long_waves_alone():
     assert (np.diff(factors) >= 0).all()
     assert 0 < np.count_nonzero((factors > 1) & (factors < 32)) < 10
     assert rope_factors({}, 1e4, 64) == ()
-

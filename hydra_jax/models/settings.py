@@ -381,11 +381,15 @@ def gguf_gemma3(s: Settings, tensors: Mapping[str, Any]) -> Fields:
     fields = gguf_gemma(s, tensors)
     largest = fields["layers"] == 62
     pattern = s("attention.sliding_window_pattern", 6)
+
+    def slides(layer: int) -> bool:
+        return bool(pattern[layer]) if isinstance(pattern, list) else (layer + 1) % pattern > 0
+
     return fields | dict(
         query_scalar=float(fields["width"] // fields["heads"]) if largest else 0.0,
         final_softcap=float(s("final_logit_softcapping", 0.0)),
         local_rope_base=float(s("rope.freq_base_swa", 10_000.0)),
-        windows=windows(s, fields["layers"], lambda layer: (layer + 1) % pattern > 0, "attention.sliding_window"),
+        windows=windows(s, fields["layers"], slides, "attention.sliding_window"),
     )
 
 

@@ -1,7 +1,5 @@
 """Tiny random models of every family as `transformers` makes and publishes them, all switches on."""
 
-import functools
-
 import numpy as np
 import torch
 import transformers
@@ -94,12 +92,11 @@ WRITES = {
 """The modules whose output is added to the stream, where they are not self_attn and mlp."""
 
 
-@functools.cache
-def made(name):
-    """The model as `transformers` has it, of random weights."""
+def made(name, **changes):
+    """The model as `transformers` has it, of random weights; `changes` are made to its settings."""
     torch.manual_seed(0)
     kind, settings = CONFIGS[name]
-    config = transformers.AutoConfig.for_model(kind, **settings, attn_implementation="eager")
+    config = transformers.AutoConfig.for_model(kind, **settings | changes, attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -110,9 +107,9 @@ def made(name):
     return model
 
 
-def saved(name, path):
+def saved(model, path):
     """A directory of it as it is published, with a tokenizer."""
-    made(name).save_pretrained(path)
+    model.save_pretrained(path)
     builders.tokenizer().save(str(path / "tokenizer.json"))
     return path
 

@@ -1,9 +1,12 @@
 """Every family against `transformers`: the pass itself, and ablations by forward hooks."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from hydra_jax.edits import all_components
 from hydra_jax.effects import effects
@@ -15,21 +18,30 @@ from hydra_jax.replay import replay
 pytest.importorskip("torch", reason="tests/parity/requirements.txt is not installed")
 pytest.importorskip("transformers", reason="tests/parity/requirements.txt is not installed")
 
-from tests.parity import families
+from tests.parity import families, gguf_files
 
 IDS = list(range(5, 60, 4))
 jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.jit(replay)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    """Loading without the checks of what was loaded: here they only cost time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hydra_jax.models.load.check", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module", params=families.CONFIGS)
 def both(request, tmp_path_factory):
-    """The family's name, its model of ours, and that of `transformers`."""
-    path = families.saved(request.param, tmp_path_factory.mktemp("saved"))
-    return request.param, load(str(path)).params, families.made(request.param)
+    """A family's model of ours, and that of `transformers`."""
+    model = families.made(request.param)
+    path = families.saved(model, tmp_path_factory.mktemp("saved"))
+    return load(str(path)).params, model
 
 
 def test_logits_and_every_hidden_state_equal_transformers(both):
-    _, params, model = both
+    params, model = both
     tokens = jnp.asarray(IDS, jnp.int32)
     logits, trace = jit_forward(params, tokens)
     expected = families.run(model, IDS)
@@ -43,7 +55,7 @@ def test_logits_and_every_hidden_state_equal_transformers(both):
 
 @pytest.mark.parametrize("component", all_components(families.LAYERS), ids=str)
 def test_ablations_equal_forward_hooks(both, component):
-    _, params, model = both
+    params, model = both
     clean = jit_prefill(params, jnp.asarray(IDS + [0] * 2, jnp.int32), len(IDS))
     value = jax.random.normal(jax.random.key(0), (families.WIDTH,))
     delta = value - clean.writes[component.layer, component.site]
@@ -59,3 +71,44 @@ def test_ablations_equal_forward_hooks(both, component):
     moved[component.layer, component.site] = 0
     np.testing.assert_allclose(found.compensation, moved, atol=1e-3)
     assert abs(found.total_effect) > 1e-3
+
+
+@pytest.mark.parametrize("name", gguf_files.NAMES)
+def test_a_gguf_file_gives_the_logits_of_transformers(name, tmp_path):
+    model = families.made(name, **gguf_files.CHANGES.get(name, {}))
+    loaded = load(str(gguf_files.written(model, tmp_path / "tiny.gguf")))
+    logits, trace = jit_forward(loaded.params, jnp.asarray(IDS, jnp.int32))
+    expected = families.run(model, IDS)
+    np.testing.assert_allclose(trace.resid_post, expected["resid_post"], atol=2e-4)
+    np.testing.assert_allclose(logits, expected["logits"], atol=2e-4)
+
+
+def renamed(directory, old, new):
+    """`directory`, its tensors published under another prefix."""
+    path = directory / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({name.replace(old, new, 1): array for name, array in tensors.items()}, path)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"), [("gpt2", "transformer.", ""), ("opt", "model.decoder.", "decoder.")], ids=str
+)
+def test_the_names_of_other_times_are_known(name, old, new, tmp_path):
+    model = families.made(name)
+    before = load(str(families.saved(model, tmp_path))).params.weights
+    after = load(str(renamed(tmp_path, old, new))).params.weights
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+@pytest.mark.parametrize(("old", "new"), [("model.", "language_model.model."), ("model.", "model.language_model.")])
+def test_the_text_of_a_multimodal_gemma_is_read(tmp_path, old, new):
+    model = families.made("gemma3")
+    before = load(str(families.saved(model, tmp_path))).params
+    renamed(tmp_path, old, new)
+    stated = tmp_path / "config.json"
+    text = json.loads(stated.read_text())
+    stated.write_text(json.dumps(dict(model_type="gemma3", text_config=text, vision_config={}, mm_tokens_per_image=4)))
+    after = load(str(tmp_path)).params
+    assert before.config == after.config
+    jax.tree.map(np.testing.assert_array_equal, before.weights, after.weights)
