@@ -25,20 +25,36 @@ from hydra_jax.models.transformer import Edits, Params
 from hydra_jax.plan import prefill_batch
 from hydra_jax.prefill import MOST_LIKELY
 
+
+def _shape(
+    vocab_size: int,
+    width: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    mlp_width: int,
+    context: int,
+    **switches: Any,
+) -> ModelConfig:
+    return ModelConfig(vocab_size, width, layers, heads, kv_heads, head_dim, mlp_width, context, **switches)
+
+
+_GPT = dict(norm="layer", gated=False, qkv_bias=True, out_bias=True, mlp_bias=True)
+_GEMMA = dict(post_norm=True, activation="gelu_tanh", tied=True)
 SHAPES = {
-    "random-1b": ModelConfig(
-        vocab_size=128_256,
-        width=2048,
-        layers=16,
-        heads=32,
-        kv_heads=8,
-        head_dim=64,
-        mlp_width=8192,
-        context=8192,
-        tied=True,
+    "random-1b": _shape(128_256, 2048, 16, 32, 8, 64, 8192, 8192, tied=True),
+    "gpt2": _shape(50_257, 768, 12, 12, 12, 64, 3072, 1024, learned_positions=True, activation="gelu_tanh", **_GPT),
+    "pythia-160m": _shape(50_304, 768, 12, 12, 12, 64, 3072, 2048, rotary_dim=16, parallel=True, **_GPT),
+    "qwen2.5-0.5b": _shape(151_936, 896, 24, 14, 2, 64, 4864, 32_768, qkv_bias=True, tied=True),
+    "qwen3-0.6b": _shape(151_936, 1024, 28, 16, 8, 128, 3072, 40_960, qk_norm="head", tied=True),
+    "gemma2-2b": _shape(256_000, 2304, 26, 8, 4, 256, 9216, 8192, attn_softcap=50.0, windows=(4096, 0) * 13, **_GEMMA),
+    "gemma3-270m": _shape(
+        262_144, 640, 18, 4, 1, 256, 2048, 32_768, windows=(*[512] * 5, 0) * 3, qk_norm="head", **_GEMMA
     ),
+    "olmo2-1b": _shape(100_352, 2048, 16, 16, 16, 128, 8192, 4096, pre_norm=False, post_norm=True, qk_norm="width"),
 }
-"""Larger shapes, of random weights: what a speed depends on."""
+"""What is measured with random weights, on whose values a speed does not depend: sizes and switches of each kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +91,11 @@ class Measured:
 def intervention_flops(config: ModelConfig, component: Component, length: int) -> int:
     """Matrix-product operations of one edit: all layers downstream of it, for one token."""
     c = config
-    mlp = 3 * c.width * c.mlp_width
+    mlp = (3 if c.gated else 2) * c.width * c.mlp_width
     projections = 2 * c.width * (c.heads + c.kv_heads) * c.head_dim
     attention = 2 * c.heads * c.head_dim * length
     whole = (c.layers - 1 - component.layer) * (projections + attention + mlp)
-    return 2 * (whole + (mlp if component.site == ATTN else 0))
+    return 2 * (whole + (mlp if component.site == ATTN and not c.parallel else 0))
 
 
 def layer_products(config: ModelConfig, rows: int) -> tuple[Callable[[], Any], int]:
@@ -87,7 +103,7 @@ def layer_products(config: ModelConfig, rows: int) -> tuple[Callable[[], Any], i
     c = config
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     shapes = [(c.width, queries), (c.width, keys), (c.width, keys), (queries, c.width)]
-    shapes += [(c.width, c.mlp_width), (c.width, c.mlp_width), (c.mlp_width, c.width)]
+    shapes += [(c.width, c.mlp_width)] * (2 if c.gated else 1) + [(c.mlp_width, c.width)]
     keys_of = jax.random.split(jax.random.key(0), len(shapes))
     kernels = [jax.random.normal(key, shape, c.dtype) for key, shape in zip(keys_of, shapes, strict=True)]
     inputs = [jnp.ones((rows, shape[0]), c.dtype) for shape in shapes]

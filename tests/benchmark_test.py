@@ -3,22 +3,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydra_jax.benchmark import forward_batch, intervention_flops, measure, table
-from hydra_jax.edits import all_components
+from hydra_jax.benchmark import forward_batch, intervention_flops, layer_products, measure, table
+from hydra_jax.edits import SITES, all_components
 from hydra_jax.models.transformer import forward
 from tests import toys
 
 
+@pytest.mark.parametrize("block", ["llama 3", "gpt-2", "pythia"])
 @pytest.mark.parametrize("component", all_components(4), ids=str)
-def test_arithmetic_is_two_operations_a_downstream_weight(component):
-    params = toys.params()
+def test_arithmetic_is_two_operations_a_downstream_weight(component, block):
+    params = toys.block(block)
     layers = params.weights["layers"]
-    sizes = {
-        site: sum(leaf[0].size for leaf in jax.tree.leaves(layers[site]) if leaf.ndim == 3) for site in ("attn", "mlp")
-    }
-    downstream = [c for c in all_components(4) if c > component]
-    expected = 2 * sum(sizes[("attn", "mlp")[c.site]] for c in downstream)
+    kernels = {site: [leaf[0].size for leaf in jax.tree.leaves(layers[site]) if leaf.ndim == 3] for site in SITES}
+    sizes = {site: sum(kernels[site]) for site in SITES}
+    parallel = params.config.parallel
+    downstream = [c for c in all_components(4) if (c.layer > component.layer if parallel else c > component)]
+    expected = 2 * sum(sizes[SITES[c.site]] for c in downstream)
     assert intervention_flops(params.config, component, length=0) == expected
+    products, operations = layer_products(params.config, rows=3)
+    assert len(products()) == len(kernels["attn"] + kernels["mlp"])
+    assert operations == 2 * 3 * sum(sizes.values())
 
 
 def test_the_baseline_is_the_full_forward_with_an_edit():
