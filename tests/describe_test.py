@@ -1,0 +1,82 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hydra_jax.benchmark import SHAPES
+from hydra_jax.describe import cost, describe, parameters
+from hydra_jax.models.load import load, read_config
+from hydra_jax.models.transformer import forward
+from hydra_jax.plan import prefill_batch
+from tests import builders, toys
+
+
+@pytest.mark.parametrize("block", toys.BLOCKS)
+def test_parameters_are_counted_and_no_more_made(block):
+    params = toys.block(block)
+    assert parameters(params.config) == sum(leaf.size for leaf in jax.tree.leaves(params.weights))
+
+
+def test_published_sizes_are_the_published_ones():
+    found = {name: round(parameters(shape) / 1e6) for name, shape in SHAPES.items()}
+    assert found["random-1b"] == 1236  # Llama 3.2 1B
+    assert found["pythia-160m"] == 162
+    assert found["qwen2.5-0.5b"] == 494
+    assert found["qwen3-0.6b"] == 596
+    assert found["gemma2-2b"] == 2614
+    assert found["gemma3-270m"] == 268
+    assert found["olmo2-1b"] == 1485
+
+
+def test_memory_is_that_of_the_arrays():
+    params = toys.params()
+    of = cost(params.config, prompts=3, length=8, draws=5)
+    clean = prefill_batch(params, jnp.zeros((3, 8), jnp.int32), jnp.full(3, 8), jnp.full(3, -1))
+    assert of.clean_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(clean))
+    assert of.weight_bytes == 4 * parameters(params.config)
+    assert of.ablations == 3 * 5 * 8
+    assert of.prompts_at_once == 3
+
+
+def test_arithmetic_of_a_clean_run_is_about_what_xla_counts():
+    shape = toys.config(layers=1, width=64, mlp_width=256, head_dim=16)  # a scan counts its body once
+    params = toys.params(layers=1, width=64, mlp_width=256, head_dim=16)
+    of = cost(shape, prompts=1, length=16, draws=1)
+    counted = jax.jit(forward).lower(params, toys.tokens(16)).compile().cost_analysis()["flops"]
+    extra = 2 * 15 * shape.vocab_size * shape.width  # forward unembeds every position
+    assert of.clean_operations + extra == pytest.approx(counted, rel=0.15)
+
+
+def test_both_files_of_a_model_are_described_alike_without_their_weights(tmp_path):
+    directory = builders.hugging_face_directory(tmp_path / "tiny")
+    file = builders.gguf_file(tmp_path / "tiny.gguf")
+    assert read_config(file) == read_config(directory) == ("llama", load(str(file)).config)
+    (directory / "model.safetensors").unlink()
+    architecture, config = read_config(directory, dtype="bfloat16")
+    text = describe(architecture, config, prompts=10, length=4, draws=2)
+    assert "norm_eps 1.52588e-05, dtype bfloat16" in text
+    assert f"{10 * 2 * 4:,} ablations" in text
+    assert "sequential" in text
+    assert "parallel" in describe("gpt_neox", SHAPES["pythia-160m"], 10, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--model={model}"], 0, "parameters"),
+        (["--model={model}", "--length=49"], 1, "at most 48"),
+        (["--model={model}.not"], 1, "not found"),
+        (["--model={model}", "--prompts=0"], 1, "prompts"),
+    ],
+)
+def test_the_command(tmp_path, arguments, status, words):
+    model = builders.gguf_file(tmp_path / "tiny.gguf")
+    command = [sys.executable, "-m", "launch.inspect", *(argument.format(model=model) for argument in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == status
+    said = done.stderr if status else done.stdout
+    assert words in said
+    assert not status or len(said.splitlines()) == 1
