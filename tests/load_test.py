@@ -255,7 +255,7 @@ def test_a_wrong_tensor_is_named(tmp_path, write, tensors, reason):
     ("changes", "reason"),
     [
         (dict(architecture="mamba"), "architecture 'mamba'"),
-        (dict(pre="qwen2"), "tokenizer gpt2/qwen2"),
+        (dict(pre="chameleon"), "tokenizer gpt2/chameleon"),
         (dict(llama__rope__scaling__type="yarn"), "rope.scaling.type is 'yarn'"),
         (dict(llama__expert_count="8"), "expert_count"),
         (dict(llama__attention__key_length="x"), "head_dim"),

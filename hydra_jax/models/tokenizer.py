@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from hydra_jax.errors import UserError
 
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPLIT = (
+    CONTRACTIONS
+    + r"|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Words, numbers of so many digits, punctuation and space, as GPT-4 and those after it split text."""
 
-def _byte_level() -> pre_tokenizers.PreTokenizer:
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
-PRE_TOKENIZERS = {
-    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
-    "gpt-2": _byte_level,
+def _digits() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+def _split(digits: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
+    pattern = Regex(SPLIT.format(digits=digits))
+    return lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    **dict.fromkeys(("gpt-2", "mpt", "olmo", "phi-2"), _gpt2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _digits),
+    **dict.fromkeys((*LLAMA3, "dbrx", "smaug-bpe"), _split("{1,3}")),
+    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), _split("")),
 }
 """By GGUF's `tokenizer.ggml.pre`."""
 
-_CONTROL = 3  # GGUF's token type of those that stand for no text
+NORMAL, _, CONTROL, USER_DEFINED = range(1, 5)
+"""GGUF's types of tokens; control ones stand for no text."""
+
+SPACE = "\u2581"
+"""What SentencePiece writes for a space."""
 
 
 def from_file(path: Path) -> Tokenizer:
@@ -37,27 +65,63 @@ def from_file(path: Path) -> Tokenizer:
 
 
 def from_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-    """The tokenizer that GGUF metadata describes: a byte-level BPE.
+    """The tokenizer that GGUF metadata describes: a byte-level BPE, or SentencePiece's BPE by scores.
 
     Raises:
       UserError: if it is of a kind that is not supported.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if kind == "llama":
+        built = _by_scores(metadata, tokens, types)
+    elif kind == "gpt2" and pre in PRE_TOKENIZERS:
+        built = _byte_level(metadata, tokens, pre)
+    else:
         raise UserError(
-            f"{path}: tokenizer {kind}/{pre} is not supported (known: gpt2/{', gpt2/'.join(PRE_TOKENIZERS)});"
+            f"{path}: tokenizer {kind}/{pre} is not supported (known: llama, gpt2/{', gpt2/'.join(PRE_TOKENIZERS)});"
             " use the model's Hugging Face directory, which has a tokenizer.json"
         )
-    tokens = metadata["tokenizer.ggml.tokens"]
+    for special, wanted in ((True, CONTROL), (False, USER_DEFINED)):
+        named = [token for token, type in zip(tokens, types, strict=False) if type == wanted]
+        added = [AddedToken(token, special=special, normalized=False) for token in named]
+        (built.add_special_tokens if special else built.add_tokens)(added)
+    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in LLAMA3):
+        first = metadata["tokenizer.ggml.bos_token_id"]
+        built.post_processor = processors.TemplateProcessing(["BOS", "$A"], special_tokens=[("BOS", first)])
+    return built
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    built = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    built = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in LLAMA3))
     built.pre_tokenizer = PRE_TOKENIZERS[pre]()
     built.decoder = decoders.ByteLevel()
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    built.add_special_tokens(
-        [AddedToken(t, special=True) for t, kind in zip(tokens, types, strict=False) if kind == _CONTROL]
+    return built
+
+
+def _by_scores(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
+    """SentencePiece merges the pair whose whole scores highest; what it does not know it spells in bytes."""
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pieces = {t for t, type in zip(tokens, types, strict=False) if type in (NORMAL, USER_DEFINED)}
+    scored = sorted(
+        (-score, vocabulary[token[:cut]], vocabulary[token[cut:]], token, cut)
+        for token, score in zip(tokens, metadata["tokenizer.ggml.scores"], strict=True)
+        if token in pieces
+        for cut in range(1, len(token))
+        if token[:cut] in pieces and token[cut:] in pieces
     )
+    merges = [(token[:cut], token[cut:]) for *_, token, cut in scored]
+    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    built = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
+    decoding: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend(SPACE))
+        decoding.append(decoders.Strip(" ", 1, 0))
+    built.normalizer = normalizers.Sequence(spaces)
+    built.decoder = decoders.Sequence(decoding)
     return built
 
 
