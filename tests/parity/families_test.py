@@ -21,6 +21,7 @@ pytest.importorskip("transformers", reason="tests/parity/requirements.txt is not
 from tests.parity import families, gguf_files
 
 IDS = list(range(5, 60, 4))
+TOLERANCE = 2e-5
 jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.jit(replay)
 
 
@@ -46,11 +47,11 @@ def test_logits_and_every_hidden_state_equal_transformers(both):
     logits, trace = jit_forward(params, tokens)
     expected = families.run(model, IDS)
     assert np.abs(expected["logits"]).max() > 0.5
-    np.testing.assert_allclose(embed(params, tokens), expected["embedded"], atol=2e-4)
-    np.testing.assert_allclose(trace.resid_post, expected["resid_post"], atol=2e-4)
-    np.testing.assert_allclose(trace.attn_out, expected["writes"][:, 0], atol=2e-4)
-    np.testing.assert_allclose(trace.mlp_out, expected["writes"][:, 1], atol=2e-4)
-    np.testing.assert_allclose(logits, expected["logits"], atol=2e-4)
+    np.testing.assert_allclose(embed(params, tokens), expected["embedded"], atol=TOLERANCE)
+    np.testing.assert_allclose(trace.resid_post, expected["resid_post"], atol=TOLERANCE)
+    np.testing.assert_allclose(trace.attn_out, expected["writes"][:, 0], atol=TOLERANCE)
+    np.testing.assert_allclose(trace.mlp_out, expected["writes"][:, 1], atol=TOLERANCE)
+    np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("component", all_components(families.LAYERS), ids=str)
@@ -64,12 +65,12 @@ def test_ablations_equal_forward_hooks(both, component):
     target = before["uncapped"].argmax()
     assert clean.target == target
     total = [run["uncapped"][target] - run["uncapped"].mean() for run in (before, after)]
-    np.testing.assert_allclose(found.total_effect, total[0] - total[1], atol=1e-3)
+    np.testing.assert_allclose(found.total_effect, total[0] - total[1], atol=TOLERANCE)
     change = after["writes"][:, :, -1] - before["writes"][:, :, -1]
     moved = np.stack([[families.contribution(model, w, before["final"], target) for w in pair] for pair in change])
-    np.testing.assert_allclose(found.direct_effect, -moved[component.layer, component.site], atol=1e-3)
+    np.testing.assert_allclose(found.direct_effect, -moved[component.layer, component.site], atol=TOLERANCE)
     moved[component.layer, component.site] = 0
-    np.testing.assert_allclose(found.compensation, moved, atol=1e-3)
+    np.testing.assert_allclose(found.compensation, moved, atol=TOLERANCE)
     assert abs(found.total_effect) > 1e-3
 
 
@@ -79,8 +80,8 @@ def test_a_gguf_file_gives_the_logits_of_transformers(name, tmp_path):
     loaded = load(str(gguf_files.written(model, tmp_path / "tiny.gguf")))
     logits, trace = jit_forward(loaded.params, jnp.asarray(IDS, jnp.int32))
     expected = families.run(model, IDS)
-    np.testing.assert_allclose(trace.resid_post, expected["resid_post"], atol=2e-4)
-    np.testing.assert_allclose(logits, expected["logits"], atol=2e-4)
+    np.testing.assert_allclose(trace.resid_post, expected["resid_post"], atol=TOLERANCE)
+    np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE)
 
 
 def renamed(directory, old, new):
