@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Edits, Params, init_params
@@ -46,19 +47,19 @@ def block(name) -> Params:
 
 @functools.cache
 def params(seed=0, dtype="float32", **changes) -> Params:
-    """A model whose writes are as large as its embedding, so that ablations matter."""
-    made = jax.jit(init_params, static_argnums=0)(config(**changes), jax.random.key(seed))
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
-
-    def spread(path, leaf):
-        name = jax.tree_util.keystr(path)
-        if "scale" in name or "bias" in name:
-            return leaf + 0.3 * jax.random.normal(next(keys), leaf.shape, leaf.dtype)
-        return leaf / leaf.std() * (1.0 if "embedding" in name else leaf.shape[-2] ** -0.5)
-
-    spread_out = jax.tree_util.tree_map_with_path(spread, made.weights)
+    """A model whose writes are as large as its embedding, of which every weight makes a difference."""
     layout = jax.eval_shape(lambda: init_params(config(dtype=dtype, **changes), jax.random.key(0)))
-    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), Params(spread_out, layout.config), layout)
+    random = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        name, normal = jax.tree_util.keystr(path), random.normal(size=leaf.shape)
+        if "scale" in name or "bias" in name:
+            made = 0.3 * normal + ("scale" in name)
+        else:
+            made = normal * (1.0 if "'embedding'" in name else leaf.shape[-2] ** -0.5)
+        return jnp.asarray(made.astype(np.float32)).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, layout)
 
 
 @functools.cache
