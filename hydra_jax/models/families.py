@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hydra_jax.errors import UserError
-from hydra_jax.models import settings
+from hydra_jax.models import gguf_settings, settings
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.settings import Fields, Settings
 
@@ -169,7 +169,7 @@ class Family:
 
     names: Names
     read: Callable[[Settings], Fields]
-    read_gguf: Callable[[Settings, Mapping[str, Any]], Fields] = settings.gguf
+    read_gguf: Callable[[Settings, Mapping[str, Any]], Fields] = gguf_settings.common
     switches: Fields = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     form: Form = _as_published
@@ -209,7 +209,7 @@ _GEMMA3_TEXT = dict(
 _GEMMA = dict(head_dim=256, tie_word_embeddings=True)
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(LLAMA, settings.llama, settings.gguf_mistral, gguf_form=_neighbouring_pairs, gguf="llama"),
+    "llama": Family(LLAMA, settings.llama, gguf_settings.mistral, gguf_form=_neighbouring_pairs, gguf="llama"),
     "mistral": Family(LLAMA, settings.mistral, defaults=dict(sliding_window=4096)),
     "qwen2": Family(LLAMA, settings.qwen2, gguf="qwen2"),
     "qwen3": Family(LLAMA, settings.qwen3, switches=dict(qk_norm="head"), defaults=dict(head_dim=128), gguf="qwen3"),
@@ -220,11 +220,11 @@ FAMILIES: dict[str, Family] = {
         defaults=dict(rms_norm_eps=1e-5),
         gguf="olmo2",
     ),
-    "phi3": Family(PHI3, settings.mistral, settings.gguf_mistral, defaults=dict(rms_norm_eps=1e-5), gguf="phi3"),
+    "phi3": Family(PHI3, settings.mistral, gguf_settings.mistral, defaults=dict(rms_norm_eps=1e-5), gguf="phi3"),
     "gemma": Family(
         LLAMA,
         settings.gemma,
-        settings.gguf_gemma,
+        gguf_settings.gemma,
         switches=dict(activation="gelu_tanh"),
         defaults=_GEMMA,
         form=_gain_less_one,
@@ -233,7 +233,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         POST_NORMS,
         settings.gemma2,
-        settings.gguf_gemma2,
+        gguf_settings.gemma2,
         switches=dict(activation="gelu_tanh", post_norm=True),
         defaults=_GEMMA
         | dict(
@@ -245,7 +245,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         POST_NORMS,
         settings.gemma3,
-        settings.gguf_gemma3,
+        gguf_settings.gemma3,
         switches=dict(activation="gelu_tanh", post_norm=True, qk_norm="head"),
         defaults=_GEMMA3_TEXT,
         form=_gain_less_one,
@@ -269,7 +269,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         GPT_NEOX,
         settings.gpt_neox,
-        settings.gguf_gpt_neox,
+        gguf_settings.gpt_neox,
         switches=_LAYER_NORMS | dict(activation="gelu"),
         form=_fused_by_head,
         renamed=(("lm_head.", "embed_out."),),

@@ -308,17 +308,18 @@ def _fill(
 ) -> None:
     """Read tensor `name`, or its part that is parameter `path` among those of `sizes`, into one layer's array."""
     array = source.read(name)
-    found = array.shape
     with contextlib.suppress(ValueError):  # what cannot be reshaped has the wrong shape
         array = source.form(path, array, config)
-    if len(sizes) > 1 and array.shape[:1] == (sum(sizes.values()),):
-        starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
-        array = array[starts[path] :][: sizes[path]]
-    array = array.T if path.endswith("/kernel") or path == "unembedding" else array
-    if array.shape != into.shape:
+    flipped = path.endswith("/kernel") or path == "unembedding"
+    wanted = into.shape[::-1] if flipped else into.shape
+    wanted = (sum(sizes.values()), *wanted[1:]) if len(sizes) > 1 else wanted
+    if array.shape != wanted:
         raise UserError(
-            f"{source.path}: tensor {name} has shape {found}, the config calls for {into.shape}; fetch it again"
+            f"{source.path}: tensor {name} has shape {array.shape}, the config calls for {wanted}; fetch it again"
         )
     if not np.isfinite(array).all():
         raise UserError(f"{source.path}: tensor {name} holds NaN or infinity; fetch it again")
-    into[...] = array
+    if len(sizes) > 1:
+        starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+        array = array[starts[path] :][: sizes[path]]
+    into[...] = array.T if flipped else array
