@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from hydra_jax.errors import UserError
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 CONFIGS = Path(__file__).parent.parent / "configs"
+NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
+"""Of XLA_FLAGS: trying Triton's kernels for float32 products of full precision takes minutes a program on a GPU."""
 
 
 def main(command: Callable[[], None], config: str | None = None, on_interrupt: str = "stopped") -> None:
@@ -23,6 +26,9 @@ def main(command: Callable[[], None], config: str | None = None, on_interrupt: s
       on_interrupt: what to say when the user stops it.
     """
     logging.set_verbosity(logging.WARNING)
+    chosen = os.environ.get("XLA_FLAGS", "")
+    if NO_TRITON.partition("=")[0] not in chosen:
+        os.environ["XLA_FLAGS"] = f"{chosen} {NO_TRITON}".strip()
 
     def parse(arguments: list[str]) -> list[str]:
         if config and not any(a == "--config" or a.startswith("--config=") for a in arguments):

@@ -19,11 +19,14 @@ def effects_of(direct, compensation, norm=0.0):
     clean["delta_unembed"] = np.arange(prompts * ablated, dtype=np.float32).reshape(prompts, ablated)
     clean["ablated_delta_unembed"] = clean["delta_unembed"]
     source = np.zeros((prompts, draws), int)
-    dataset = store.frame(columns, all_components(ablated // 2), ablated // 2, clean, source).copy(deep=True)
+    dataset = store.frame(columns, all_components(ablated // 2), ablated // 2, clean, source, edges=True).copy(
+        deep=True
+    )
     dataset["direct_effect"][:] = direct
     dataset["attn_compensation"][:] = compensation
     dataset["mlp_compensation"][:] = 0
     dataset["norm_compensation"][:] = norm
+    dataset["compensation"][:] = dataset["direct_edge"][:] = 0
     dataset["finished"][:] = True
     dataset["total_effect"][:] = direct - compensation - norm
     return dataset

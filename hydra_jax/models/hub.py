@@ -31,6 +31,7 @@ class PackagedFile:
       size: in bytes.
       sha256: hex.
       about: a line for `launch.fetch --list`.
+      dropout: the rate it was trained with, None where that is not published.
     """
 
     package: str
@@ -39,6 +40,7 @@ class PackagedFile:
     size: int
     sha256: str
     about: str
+    dropout: float | None
 
 
 MODELS = {
@@ -49,6 +51,7 @@ MODELS = {
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         about="SmolLM2-135M-Instruct, 30 layers, Q4_1, Apache-2.0 (98 MB)",
+        dropout=0.0,
     ),
 }
 
