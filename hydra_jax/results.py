@@ -126,26 +126,37 @@ def load(workdir: Path, samples: int = 1000, seed: int = 0) -> Results:
     return Results(effects, examples, samples, seed)
 
 
-def side_by_side(results: Results, others: Sequence[Results]) -> list[Results]:
-    """Sweeps of other ablation kinds beside one, all cut to the prompts that all of them have.
+def beside(results: Results, others: Sequence[Results]) -> tuple[list[Results], Results | None]:
+    """Sweeps of the same model beside one.
+
+    Returns:
+      The sweep and those of other ablation kinds, all cut to the prompts that all of them have; and the
+      sweep of heads, None where there is none.
 
     Raises:
-      UserError: if one is of another model, of heads, or has no prompt in common.
+      UserError: if one is of another model, there are two of a kind, or they have no prompt in common.
     """
-    every = [results, *others]
-    ids = [set(each.effects["prompt_id"].values) for each in every]
-    common = set.intersection(*ids)
+    kinds, heads = [results], results if results.by_head else None
     for each in others:
-        name = each.protocol["model"]["name"]
         if each.protocol["model"]["sha256"] != results.protocol["model"]["sha256"]:
-            raise UserError(f"--also: a sweep of {name} is not of the model of --workdir; leave it out")
+            raise UserError(
+                f"--also: a sweep of {each.protocol['model']['name']} beside one of"
+                f" {results.protocol['model']['name']}; give sweeps of the same model"
+            )
+        if each.by_head and heads is None:
+            heads = each
+        elif not each.by_head and not results.by_head and each.kind not in {other.kind for other in kinds}:
+            kinds.append(each)
+        else:
+            raise UserError(f"--also: there are two sweeps of {each.caption}; give one of each kind, and one of heads")
+    ids = [set(each.effects["prompt_id"].values) for each in kinds]
+    common = set.intersection(*ids)
     if not common:
         raise UserError("--also: the sweeps have no prompt in common; sweep the same prompts with each kind")
     if all(len(each) == len(common) for each in ids):
-        return every
+        return kinds, heads
+    chosen = [[name in common for name in each.effects["prompt_id"].values] for each in kinds]
     return [
-        dataclasses.replace(
-            each, effects=each.effects.isel(prompt=[i in common for i in each.effects["prompt_id"].values])
-        )
-        for each in every
-    ]
+        dataclasses.replace(each, effects=each.effects.isel(prompt=np.flatnonzero(places)))
+        for each, places in zip(kinds, chosen, strict=True)
+    ], heads

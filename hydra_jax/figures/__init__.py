@@ -16,6 +16,8 @@ from hydra_jax.figures.style import STYLE
 from hydra_jax.results import Results
 
 FORMATS = ("png", "pdf")
+FIT = 3
+"""Prompts below which there is nothing to regress."""
 
 
 def figures_of(
@@ -37,11 +39,14 @@ def figures_of(
     drawn["direct_against_total"] = lambda: prompts.direct_against_total(results)
     if examples is not None:
         drawn["single_prompts"] = lambda: prompts.single_prompts(examples)
-    drawn["compensation_by_layer"] = lambda: prompts.compensation_by_layer(results)
-    if not results.by_head:
+    several = results.effects.sizes["prompt"] >= FIT
+    if several:
+        drawn["compensation_by_layer"] = lambda: prompts.compensation_by_layer(results)
+    if several and not results.by_head:
         drawn["regression"] = lambda: layers.regression(results)
     drawn["compensation"] = lambda: components.compensation_matrix(results)
-    drawn["erasure"] = lambda: layers.erasure(results)
+    if several:
+        drawn["erasure"] = lambda: layers.erasure(results)
     if len(kinds) > 1:
         drawn["kinds"] = lambda: layers.kinds(kinds)
     if heads is not None:
@@ -59,6 +64,8 @@ def draw(
     for name, figure in tqdm(figures_of(results, kinds, heads).items(), desc="figures", disable=not progress):
         with mpl.rc_context(STYLE):
             drawn = figure()
+            drawn.draw_without_rendering()
+            drawn.set_layout_engine("none")  # laid out once, for both formats
             for form in FORMATS:
                 paths.append(workdir / f"{name}.{form}")
                 store.write_whole(paths[-1], functools.partial(drawn.savefig, format=form))
