@@ -386,10 +386,11 @@ function grid(titles, across) {
 }
 
 const settings = () => ({ responsive: true, displaylogo: false, displayModeBar: wide() ? "hover" : false,
-  modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] });  // none that sends data anywhere
 const drawn = new Set();
 
 function draw(id) {
+  stale.delete(id);
   const [traces, layout] = figures[id].draw();
   Plotly.react("plot-" + id, traces, layout, settings());
   if (!drawn.has(id)) {
@@ -441,7 +442,7 @@ const watch = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     const id = target.dataset.figure;
     if (!isIntersecting) visible.delete(id);
-    else { visible.add(id); if (!drawn.has(id) || stale.delete(id)) draw(id); }
+    else { visible.add(id); if (!drawn.has(id) || stale.has(id)) draw(id); }
   }
 }, { rootMargin: "600px" });
 for (const [id, figure] of Object.entries(figures)) {
