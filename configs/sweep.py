@@ -4,7 +4,7 @@
 
 After the colon stands the model: a name that `python -m launch.fetch --list` shows, a .gguf file, a
 Hugging Face directory, or a Hub id. Any setting below is changed with --config.NAME=VALUE. On two CPU
-cores ROME's 1,209 known_1000.json prompts, 279 of them answered right and swept, take three and a half minutes.
+cores ROME's 1,209 known_1000.json prompts, 279 of them answered right and swept, take six minutes.
 """
 
 from ml_collections import config_dict
@@ -19,6 +19,7 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
         prompts=dict(
             kind="records",  # or text: prompts cut from an ordinary text file at random positions
             path="",  # the built-in facts; or known_1000.json, CounterFact, or JSON lines
+            text="",  # one prompt by itself, as --prompt gives it
             correct_only=True,  # as the paper: prompts that the model answers right
             limit=0,  # of prompts swept; 0: no limit
         ),
@@ -27,10 +28,11 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
             replacements=15,
             sites="attn,mlp",  # or heads: each attention head by itself
             layers="all",  # or e.g. "0,5,10-14"
+            edges=True,  # also what each component does when it alone sees the edit: doubles the work
         ),
         seed=0,
         rows=0,  # edits replayed at once; 0: 512 on a CPU, 4096 on an accelerator
         identity_tolerance=1e-4,  # logits
         bootstrap=1000,
-        example="",  # prompt_id for the single-prompt figure; "": where repair is largest
+        example="",  # prompt_id for the single-prompt figure, among those picked by how much is repaired
     )

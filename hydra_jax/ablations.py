@@ -19,10 +19,10 @@ from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Params
 from hydra_jax.plan import CleanRow, Plan, batch_of, prefill_batch
 from hydra_jax.prefill import Clean
-from hydra_jax.replay import replay
+from hydra_jax.replay import direct_edges, replay
 
 
-@functools.partial(jax.jit, static_argnames="kind")
+@functools.partial(jax.jit, static_argnames=("kind", "edges"))
 def ablate_batch(
     params: Params,
     clean: Clean,
@@ -31,8 +31,9 @@ def ablate_batch(
     sources: jax.Array,
     statistics: WriteStatistics,
     keys: jax.Array,
-) -> Effects:
-    """The effects of ablating one component in P prompts, R times each.
+    edges: bool = False,
+) -> tuple[Effects, jax.Array | None]:
+    """The effects of ablating one component in P prompts, R times each, and its direct edges [P, R, L, 2].
 
     Args:
       params: the model.
@@ -42,6 +43,7 @@ def ablate_batch(
       sources: [P, R, E], the component's writes (or what the head mixed) in the replacements' prompts.
       statistics: of the component over the prompt set.
       keys: [P], each prompt's.
+      edges: whether to compute the direct edges; else they are None.
     """
     layer, site, head = component
 
@@ -51,10 +53,11 @@ def ablate_batch(
             return new - clean.writes[layer, site]
         return transformer.head_delta(params, layer, head, clean.mixed[layer], new)
 
-    def prompt(clean: Clean, sources: jax.Array, key: jax.Array) -> Effects:
-        def edit(source: jax.Array, key: jax.Array) -> Effects:
+    def prompt(clean: Clean, sources: jax.Array, key: jax.Array) -> tuple[Effects, jax.Array | None]:
+        def edit(source: jax.Array, key: jax.Array) -> tuple[Effects, jax.Array | None]:
             delta = change(clean, source, key)
-            return effects(clean, delta, replay(params, clean, (layer, site), delta))
+            found = effects(clean, delta, replay(params, clean, (layer, site), delta))
+            return found, direct_edges(params, clean, (layer, site), delta) if edges else None
 
         own = jax.random.fold_in(key, 2 * layer + site)
         draws = jax.random.split(own if head is None else jax.random.fold_in(own, head), sources.shape[0])
@@ -63,8 +66,10 @@ def ablate_batch(
     return jax.vmap(prompt)(clean, sources, keys)
 
 
-def ablate_chunk(plan: Plan, chunk: slice, size: int, components: Iterable[Component]) -> Iterator[Effects]:
-    """The effects of every ablation in one chunk's prompts: for each component, arrays [prompts, R, ...].
+def ablate_chunk(
+    plan: Plan, chunk: slice, size: int, components: Iterable[Component]
+) -> Iterator[tuple[Effects, np.ndarray | None]]:
+    """The effects and direct edges of every ablation in one chunk's prompts: arrays [prompts, R, ...] a component.
 
     Args:
       plan: the sweep.
@@ -87,11 +92,14 @@ def ablate_chunk(plan: Plan, chunk: slice, size: int, components: Iterable[Compo
         statistics = WriteStatistics(*(each[of] for each in plan.statistics))
         head = None if component.head == WHOLE else jnp.int32(component.head)
         where = jnp.int32(component.layer), jnp.int32(component.site), head
+        keys = plan.keys[places]
         found = jax.device_get(
-            ablate_batch(plan.model.params, clean, where, plan.ablation.kind, sources, statistics, plan.keys[places])
+            ablate_batch(
+                plan.model.params, clean, where, plan.ablation.kind, sources, statistics, keys, plan.ablation.edges
+            )
         )
         found = jax.tree.map(lambda array: array[: len(rows)], found)
-        _check_identity(plan, rows, component, found.residual)
+        _check_identity(plan, rows, component, found[0].residual)
         yield found
 
 
@@ -129,12 +137,16 @@ def fill(
                 continue
             shape = len(plan.rows[chunk]), len(plan.components)
             columns = {name: np.empty((*shape, draws), np.float32) for name in store.EFFECTS}
-            columns["compensation"] = np.empty((*shape, plan.model.config.components), np.float32)
+            for name in store.BY_COMPONENT if plan.ablation.edges else ("compensation",):
+                columns[name] = np.empty((*shape, plan.model.config.components), np.float32)
             components = [plan.components[turn] for turn in turns]
-            for turn, found in zip(turns, ablate_chunk(plan, chunk, plan.chunks[0].stop, components), strict=True):
+            chunks = ablate_chunk(plan, chunk, plan.chunks[0].stop, components)
+            for turn, (found, edges) in zip(turns, chunks, strict=True):
                 for name in store.EFFECTS:
                     columns[name][:, turn] = getattr(found, name)
                 columns["compensation"][:, turn] = found.compensation.mean(axis=1).reshape(shape[0], -1)
+                if edges is not None:
+                    columns["direct_edge"][:, turn] = edges.mean(axis=1).reshape(shape[0], -1)
                 bar.update(shape[0] * draws)
             write(chunk, columns)
 
@@ -156,12 +168,14 @@ def frame(plan: Plan) -> xr.Dataset:
     own = "head_unembed" if plan.ablation.by_head else "delta_unembed"
     units = [plan.unit(component) for component in plan.components]
     clean["ablated_delta_unembed"] = np.stack([getattr(row, own)[units] for row in plan.rows])
-    return store.frame(prompts, plan.components, plan.model.config.layers, clean, plan.sources)
+    # Places in the bank are places in the store only where the two are the same prompts.
+    source = plan.sources if len(plan.bank) == len(plan.rows) else np.full_like(plan.sources, -1)
+    return store.frame(prompts, plan.components, plan.model.config.layers, clean, source, plan.ablation.edges)
 
 
 def ablate_one(plan: Plan, place: int, component: Component) -> xr.Dataset:
     """Everything about one ablation in one prompt: a dataset of (replacement, component)."""
-    (found,) = ablate_chunk(plan, slice(place, place + 1), 1, [component])
+    ((found, _),) = ablate_chunk(plan, slice(place, place + 1), 1, [component])
     found = jax.tree.map(lambda array: array[0], found)
     row = plan.rows[place]
     compensation = found.compensation.reshape(len(found.compensation), -1)

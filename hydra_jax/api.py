@@ -14,12 +14,9 @@ from hydra_jax.config import HEADS, AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.edits import ATTN, SITES, Component
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import Model
-from hydra_jax.plan import Plan, choose, clean_rows, evenly, itemise, prompts_at_once
+from hydra_jax.plan import Plan, choose, clean_rows, evenly, facts_beside, itemise, prompts_at_once
 from hydra_jax.prompts import Prompt
 from hydra_jax.run import protocol
-
-POOL = 64
-"""Built-in prompts that `ablate` draws replacements from where it is given no others."""
 
 
 def sweep(
@@ -30,6 +27,7 @@ def sweep(
     replacements: int = 15,
     sites: str = "attn,mlp",
     layers: str = "all",
+    edges: bool = True,
     correct_only: bool = False,
     limit: int = 0,
     seed: int = 0,
@@ -45,6 +43,7 @@ def sweep(
       replacements: R, drawn for each ablation where the kind is random.
       sites: "attn", "mlp", "attn,mlp", or "heads" for each attention head by itself.
       layers: "all", or e.g. "0,5,10-14".
+      edges: also compute direct edges, at about the cost of the rest.
       correct_only: keep only prompts whose answer the model gives.
       limit: of prompts; 0 for none.
       seed: of every draw.
@@ -62,14 +61,14 @@ def sweep(
         dtype=model.config.dtype,
         precision=model.config.precision,
         prompts=PromptsConfig(correct_only=correct_only, limit=limit),
-        ablation=AblationConfig(kind=kind, replacements=replacements, sites=sites, layers=layers),
+        ablation=AblationConfig(kind=kind, replacements=replacements, sites=sites, layers=layers, edges=edges),
         seed=seed,
         rows=rows,
     )
     chosen = prompt_sets.builtin() if prompts is None else prompt_sets.as_prompts(prompts)
     batch = prompts_at_once(rows, config.ablation.draws)
     kept, _ = choose(model, itemise(model, chosen), config.prompts, seed, batch, config.ablation.by_head, progress)
-    plan = Plan(model, kept, config.ablation, seed, evenly(len(kept), batch), config.identity_tolerance)
+    plan = Plan(model, kept, kept, config.ablation, seed, evenly(len(kept), batch), config.identity_tolerance)
     dataset = frame(plan).copy(deep=True)
     dataset.attrs = store.protocol_attributes(protocol(config, model.weights_hash, chosen))
 
@@ -115,21 +114,19 @@ def ablate(
       UserError: if an argument is out of range.
     """
     component = _component(model, site, layer, head)
-    ablation = AblationConfig(kind=kind, replacements=replacements, sites=site if head is None else HEADS)
+    ablation = AblationConfig(kind=kind, replacements=replacements, sites=site if head is None else HEADS, edges=False)
     SweepConfig(ablation=ablation, seed=seed)  # checks both
     if kind == "zero":
         others: list[str] = []
     elif sources is None:
-        facts = [fact.text for fact in prompt_sets.builtin() if fact.text != prompt]
-        drawn = np.random.default_rng(seed).choice(len(facts), max(POOL, replacements), replace=False)
-        others = [facts[i] for i in drawn]
+        others = [fact.text for fact in facts_beside(prompt, replacements, seed)]
     else:
         others = [text for text in dict.fromkeys(sources) if text != prompt]
     items = itemise(model, prompt_sets.as_prompts([prompt, *others]))
     batch = prompts_at_once(0, ablation.draws)
     rows = clean_rows(model, items, batch, ablation.by_head, progress=False)
     tolerance = SweepConfig().identity_tolerance
-    plan = Plan(model, rows, ablation, seed, evenly(len(rows), batch), tolerance)
+    plan = Plan(model, rows, rows, ablation, seed, evenly(len(rows), batch), tolerance)
     return ablate_one(plan, plan.ids.index(prompt), component)
 
 

@@ -23,19 +23,21 @@ class PromptsConfig:
     Attributes:
       kind: "records", one prompt a record; or "text", cut from ordinary text at random positions.
       path: a file that `prompts.read` knows, "" for the built-in facts; or any UTF-8 text.
+      text: one prompt, swept by itself, whatever the rest says; replacements come from the built-in facts.
       correct_only: of records, keep those whose most likely next token begins the answer, as the paper does.
       limit: at most this many, picked by seed and id; 0 for all (of text, for 512).
     """
 
     kind: str = "records"
     path: str = ""
+    text: str = ""
     correct_only: bool = True
     limit: int = 0
 
     @property
     def filtered(self) -> bool:
         """Whether prompts that are not answered right are left out; text has nothing to be right about."""
-        return self.correct_only and self.kind != "text"
+        return self.correct_only and self.kind != "text" and not self.text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +49,14 @@ class AblationConfig:
       replacements: R, drawn for each ablation of a random kind (resample, noise).
       sites: "attn", "mlp", "attn,mlp", or "heads" for each attention head by itself.
       layers: "all", or numbers and ranges, as in "0,5,10-14".
+      edges: also compute direct edges, at about the cost of the rest.
     """
 
     kind: str = "resample"
     replacements: int = 15
     sites: str = "attn,mlp"
     layers: str = "all"
+    edges: bool = True
 
     @property
     def draws(self) -> int:
@@ -99,7 +103,7 @@ class SweepConfig:
       rows: edits replayed at once; 0 picks 512 on a CPU and 4096 on an accelerator.
       identity_tolerance: how far design's identity may be off before the run stops, in logits.
       bootstrap: resamples behind each interval.
-      example: id of the prompt for the single-prompt figure; "" picks one.
+      example: id of a prompt for the single-prompt figure; "" picks all of them.
     """
 
     model: str = "smollm2-135m"

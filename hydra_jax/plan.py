@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from hydra_jax import prompts as prompt_sets
 from hydra_jax.config import AblationConfig, PromptsConfig
 from hydra_jax.edits import Component, WriteStatistics, draw_sources, prompt_keys
 from hydra_jax.effects import delta_unembed, head_unembed
@@ -25,6 +26,9 @@ from hydra_jax.prompts import Prompt
 
 PREFILL_TOKENS = 4096
 """Tokens of clean runs at once: their traces are the largest thing in memory when prompts are long."""
+
+POOL = 64
+"""Built-in facts that replacements for a single prompt come from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +168,13 @@ def _clean_rows(
         bar.update(len(chosen))
 
 
+def facts_beside(text: str, replacements: int, seed: int) -> list[Prompt]:
+    """Built-in facts that replacements for a prompt of one's own come from, drawn by seed."""
+    facts = [fact for fact in prompt_sets.builtin() if fact.text != text]
+    drawn = np.random.default_rng(seed).choice(len(facts), max(POOL, replacements + 1), replace=False)
+    return [facts[place] for place in drawn]
+
+
 def clean_rows(model: Model, items: Sequence[Item], batch: int, by_head: bool, progress: bool) -> list[CleanRow]:
     """The clean runs of all of `items`, shortest first."""
     with _bar(len(items), progress) as bar:
@@ -233,7 +244,8 @@ class Plan:
 
     Attributes:
       model: the model.
-      rows: P clean runs, with what ablations replace.
+      rows: P clean runs, of the prompts that are swept.
+      bank: those that replacements, means and deviations come from; among them, or equal to them, are `rows`.
       ablation: what is ablated, and how.
       seed: of the draws.
       chunks: runs of prompts that are computed and stored together.
@@ -242,6 +254,7 @@ class Plan:
 
     model: Model
     rows: Sequence[CleanRow]
+    bank: Sequence[CleanRow]
     ablation: AblationConfig
     seed: int
     chunks: Sequence[slice]
@@ -259,10 +272,13 @@ class Plan:
 
     @functools.cached_property
     def sources(self) -> np.ndarray:
-        """[P, R], -1 where the kind takes nothing from another prompt."""
+        """[P, R], places in the bank; -1 where the kind takes nothing from another prompt."""
         if self.ablation.kind == "resample":
-            return draw_sources(self.keys, self.ids, self.ablation.draws)
-        if self.ablation.kind != "zero" and len(self.rows) < 2:
+            ids = [row.item.prompt.id for row in self.bank]
+            drawn = draw_sources(prompt_keys(self.seed, ids), ids, self.ablation.draws)
+            places = {name: place for place, name in enumerate(ids)}
+            return drawn[[places[name] for name in self.ids]]
+        if self.ablation.kind != "zero" and len(self.bank) < 2:
             raise UserError(f"prompts: a {self.ablation.kind} over one prompt says nothing; give more prompts")
         return np.full((len(self.rows), self.ablation.draws), -1)
 
@@ -273,8 +289,8 @@ class Plan:
 
     @functools.cached_property
     def ablatable(self) -> np.ndarray:
-        """[P, U, E], every write or what every head mixed, in every prompt."""
-        return np.stack([row.ablatable for row in self.rows])
+        """[B, U, E], every write or what every head mixed, in every prompt of the bank."""
+        return np.stack([row.ablatable for row in self.bank])
 
     def unit(self, component: Component) -> int:
         """A component's place along `ablatable`'s second axis."""
@@ -289,6 +305,6 @@ class Plan:
             nothing = np.zeros(self.ablatable.shape[1:], np.float32)
             return WriteStatistics(nothing, nothing)
         # Summed in order of id, so that the order of prompts changes nothing.
-        values = self.ablatable[np.argsort(np.asarray(self.ids))]
+        values = self.ablatable[np.argsort([row.item.prompt.id for row in self.bank])]
         mean, deviation = values.mean(axis=0, dtype=np.float64), values.std(axis=0, dtype=np.float64)
         return WriteStatistics(mean.astype(np.float32), deviation.astype(np.float32))

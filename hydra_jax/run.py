@@ -20,9 +20,18 @@ from hydra_jax.config import SweepConfig
 from hydra_jax.edits import ATTN, SITES, check_enough
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import Model, load
-from hydra_jax.plan import CleanRow, Plan, choose, clean_rows, evenly, itemise, prompts_at_once
+from hydra_jax.plan import CleanRow, Plan, choose, clean_rows, evenly, facts_beside, itemise, prompts_at_once
 from hydra_jax.prompts import Prompt
 from hydra_jax.version import __version__
+
+SINGLE = "prompt"
+"""Id of the prompt of `config.prompts.text`."""
+
+EXAMPLES = 4
+EXAMPLE_COORDINATES = (
+    *("prompt_id", "text", "target_text", "clean_logit", "clean_probability"),
+    *("ablated_layer", "ablated_site", "ablated_head"),
+)
 
 
 def protocol(config: SweepConfig, weights_hash: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -33,7 +42,7 @@ def protocol(config: SweepConfig, weights_hash: str, prompts: Sequence[Prompt]) 
         "dtype": config.dtype,
         "precision": config.precision,
         "prompts": {
-            "source": Path(config.prompts.path).name or "built-in facts",
+            "source": "one prompt" if config.prompts.text else Path(config.prompts.path).name or "built-in facts",
             "sha256": prompt_sets.content_hash(prompts),
             "kind": config.prompts.kind,
             "correct_only": config.prompts.filtered,
@@ -49,7 +58,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
     """Sweep into `<workdir>/effects.zarr`, going on from what is finished there.
 
     Beside the store stand `prompts.csv`, every prompt that was examined and whether it was kept, and
-    `example.zarr`, one prompt's ablation with every replacement.
+    `examples.zarr`, a few prompts' ablations with every replacement.
 
     Args:
       config: the sweep.
@@ -63,7 +72,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
       UserError: if anything asked for cannot be; then nothing half-written is left behind.
     """
     with store.directory(workdir):
-        prompts = prompt_sets.read(config.prompts.path, config.prompts.kind, config.prompts.limit, config.seed)
+        prompts = _prompts(config)
         model = load(config.model, config.dtype, config.precision)
         _check(config, model, prompts)
         asked = protocol(config, model.weights_hash, prompts)
@@ -73,17 +82,22 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
         if resumed:
             old = store.open_effects(workdir)
             store.check_protocol(old, asked, workdir)
-            if old["finished"].all() and store.has_example(workdir, config.example):
+            if old["finished"].all() and store.has_examples(workdir, config.example):
                 return old
+        by_head = config.ablation.by_head
+        if config.prompts.text:
+            bank = clean_rows(model, items, batch, by_head, progress)
+            kept = examined = [row for row in bank if row.item.prompt.id == SINGLE]
+        elif resumed:
             chosen = {item.prompt.id: item for item in items}
-            kept = clean_rows(
-                model, [chosen[i] for i in old["prompt_id"].values], batch, config.ablation.by_head, progress
-            )
+            kept = bank = clean_rows(model, [chosen[i] for i in old["prompt_id"].values], batch, by_head, progress)
         else:
-            kept, examined = choose(model, items, config.prompts, config.seed, batch, config.ablation.by_head, progress)
+            kept, examined = choose(model, items, config.prompts, config.seed, batch, by_head, progress)
+            bank = kept
         plan = Plan(
             model=model,
             rows=kept,
+            bank=bank,
             ablation=config.ablation,
             seed=config.seed,
             chunks=evenly(len(kept), batch),
@@ -96,9 +110,17 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
             store.create(workdir, dataset, plan.chunks[0].stop, beside)
         fill(plan, store.open_effects(workdir)["finished"].values, functools.partial(store.write, workdir), progress)
         effects = store.open_effects(workdir)
-        store.write_example(workdir, example(plan, effects, config.example))
+        store.write_examples(workdir, examples(plan, effects, config.example))
         store.seal(workdir)
         return effects
+
+
+def _prompts(config: SweepConfig) -> list[Prompt]:
+    """The prompts to examine; of a single one, with the facts that replacements come from."""
+    asked = config.prompts
+    if asked.text:
+        return [Prompt(SINGLE, asked.text), *facts_beside(asked.text, config.ablation.draws, config.seed)]
+    return prompt_sets.read(asked.path, asked.kind, asked.limit, config.seed)
 
 
 def _check(config: SweepConfig, model: Model, prompts: Sequence[Prompt]) -> None:
@@ -128,16 +150,22 @@ def examined_table(model: Model, kept: Sequence[CleanRow], examined: Sequence[Cl
     )
 
 
-def example(plan: Plan, effects: xr.Dataset, prompt_id: str = "") -> xr.Dataset:
-    """One prompt under ablation of its strongest attention layer, the one of the largest mean direct effect.
+def examples(plan: Plan, effects: xr.Dataset, prompt_id: str = "") -> xr.Dataset:
+    """A few prompts, each under ablation of its strongest attention layer, the one of the largest direct effect.
+
+    They are the one that is asked for, and those in which that ablation is repaired most, at the
+    quartiles, and least (or made worse most), in logits.
 
     Args:
       plan: the sweep.
       effects: its results.
-      prompt_id: which prompt; "" picks the one in which that ablation is repaired most, in logits.
+      prompt_id: which prompt comes first; "" for none in particular.
 
     Raises:
       UserError: if the sweep has no such prompt.
+
+    Returns:
+      `ablations.ablate_one` of each, along the dimension `example`.
     """
     if prompt_id and prompt_id not in plan.ids:
         raise UserError(f"config.example: {prompt_id!r} is not among the prompts swept; see prompts.csv")
@@ -146,5 +174,15 @@ def example(plan: Plan, effects: xr.Dataset, prompt_id: str = "") -> xr.Dataset:
     direct = means["direct_effect"].where(attention if attention.any() else True, -np.inf).values
     strongest = direct.argmax(axis=1)
     repaired = (means["direct_effect"] - means["total_effect"]).values[np.arange(len(strongest)), strongest]
-    place = plan.ids.index(prompt_id) if prompt_id else int(repaired.argmax())
-    return ablate_one(plan, place, plan.components[int(strongest[place])])
+    asked = [plan.ids.index(prompt_id)] if prompt_id else []
+    order = np.argsort(-repaired)
+    spread = order[np.linspace(0, len(order) - 1, EXAMPLES).round().astype(int)]
+    places = list(dict.fromkeys([*asked, *spread.tolist()]))[:EXAMPLES]
+    found = []
+    for place in places:
+        one = ablate_one(plan, place, plan.components[int(strongest[place])])
+        named = {name: np.array(one.attrs[name]) for name in EXAMPLE_COORDINATES}
+        named |= {name: value.astype(object) for name, value in named.items() if value.dtype.kind == "U"}
+        found.append(one.assign_coords(named).drop_attrs(deep=False))
+    shared = {"kind": plan.ablation.kind, "units": store.LOGITS}
+    return xr.concat(found, "example", coords=list(EXAMPLE_COORDINATES), compat="override").assign_attrs(shared)

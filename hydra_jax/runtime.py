@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 
 from hydra_jax.errors import UserError
+from hydra_jax.models.hub import cache_dir
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 CONFIGS = Path(__file__).parent.parent / "configs"
+NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
+"""Of XLA_FLAGS: trying Triton's kernels for float32 products of full precision takes minutes a program on a GPU."""
 
 
 def main(command: Callable[[], None], config: str | None = None, on_interrupt: str = "stopped") -> None:
@@ -23,6 +29,13 @@ def main(command: Callable[[], None], config: str | None = None, on_interrupt: s
       on_interrupt: what to say when the user stops it.
     """
     logging.set_verbosity(logging.WARNING)
+    chosen = os.environ.get("XLA_FLAGS", "")
+    if NO_TRITON.partition("=")[0] not in chosen:
+        os.environ["XLA_FLAGS"] = f"{chosen} {NO_TRITON}".strip()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    # A cache that cannot be written costs time, not results.
+    warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
 
     def parse(arguments: list[str]) -> list[str]:
         if config and not any(a == "--config" or a.startswith("--config=") for a in arguments):

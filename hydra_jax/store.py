@@ -26,7 +26,7 @@ from hydra_jax.edits import SITES, Component, all_components
 from hydra_jax.errors import UserError
 
 NAME = "effects.zarr"
-EXAMPLE = "example.zarr"
+EXAMPLES = "examples.zarr"
 
 LOGITS = "logits"
 EFFECTS = {
@@ -38,10 +38,21 @@ EFFECTS = {
 }
 """The variables of (prompt, ablated, replacement), and what they mean."""
 
-DIMS = dict.fromkeys(EFFECTS, ("prompt", "ablated", "replacement")) | {
-    "compensation": ("prompt", "ablated", "component")
+BY_COMPONENT = {
+    "compensation": "change of a component's contribution, mean over replacements",
+    "direct_edge": "the same where it alone sees the edit, all between frozen",
 }
+"""The variables of (prompt, ablated, component), and what they mean; `direct_edge` where it was asked for."""
+
+CLEAN = ("clean_logit", "clean_probability", "final_scale", "delta_unembed", "ablated_delta_unembed")
+"""The variables of the clean run."""
+
+DIMS = dict.fromkeys(EFFECTS, ("prompt", "ablated", "replacement"))
+DIMS |= dict.fromkeys(BY_COMPONENT, ("prompt", "ablated", "component"))
 """Dimensions of what a chunk writes."""
+
+FORMAT = 2
+"""Of the store; it changes whenever an older store could not be read as if it were new."""
 
 
 def labels(dim: str, components: Sequence[Component], prefix: str = "") -> dict[str, Any]:
@@ -57,6 +68,7 @@ def frame(
     layers: int,
     clean: Mapping[str, np.ndarray],
     source: np.ndarray,
+    edges: bool,
 ) -> xr.Dataset:
     """A dataset with every coordinate and clean-run variable, its effects still NaN.
 
@@ -68,6 +80,7 @@ def frame(
       clean: `clean_logit`, `clean_probability`, `final_scale` [P], `delta_unembed` [P, 2L] and, of what is
         ablated, `ablated_delta_unembed` [P, A].
       source: [P, R], the position in this dataset of each replacement's prompt; -1 where there is none.
+      edges: whether there are direct edges.
     """
     rows, replacements = source.shape
     every = all_components(layers)
@@ -100,8 +113,9 @@ def frame(
         "source": (("prompt", "replacement"), source, {"long_name": "position of the replacement's prompt; -1: none"}),
         "finished": ("prompt", np.zeros(rows, bool), {"long_name": "whether the prompt's effects are computed"}),
     }
-    meanings = EFFECTS | {"compensation": "change of a component's contribution, mean over replacements"}
-    for name, meaning in meanings.items():
+    for name, meaning in (EFFECTS | BY_COMPONENT).items():
+        if name == "direct_edge" and not edges:
+            continue
         unknown = np.broadcast_to(np.float32(np.nan), [sizes[d] for d in DIMS[name]])
         variables[name] = (DIMS[name], unknown, units | {"long_name": meaning})
     return xr.Dataset(variables, coordinates)
@@ -202,21 +216,24 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(part)
 
 
-def has_example(workdir: Path, prompt_id: str) -> bool:
-    """Whether the example is there and of the prompt that is asked for ("" asks for none in particular)."""
-    path = workdir / EXAMPLE
-    return path.is_dir() and prompt_id in ("", open_example(workdir).attrs["prompt_id"])
+def has_examples(workdir: Path, prompt_id: str) -> bool:
+    """Whether examples are there, among them the prompt that is asked for ("" asks for none in particular)."""
+    path = workdir / EXAMPLES
+    return path.is_dir() and (not prompt_id or prompt_id in open_examples(workdir)["prompt_id"].values)
 
 
-def open_example(workdir: str | Path) -> xr.Dataset:
-    """One prompt's ablation, every replacement of it."""
-    with _undisturbed():
-        return xr.open_zarr(Path(workdir) / EXAMPLE, consolidated=False, chunks=None)
+def open_examples(workdir: str | Path) -> xr.Dataset:
+    """Single prompts' ablations, every replacement of each: (example, replacement, component).
+
+    Raises:
+      UserError: if they are not there or cannot be read.
+    """
+    return _open(Path(workdir) / EXAMPLES)
 
 
-def write_example(workdir: Path, dataset: xr.Dataset) -> None:
-    """Write the example, or nothing at all."""
-    with _undisturbed(), _whole(workdir / EXAMPLE) as part:
+def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
+    """Write the examples, or nothing at all."""
+    with _undisturbed(), _whole(workdir / EXAMPLES) as part:
         dataset.to_zarr(part, mode="w-", zarr_format=3, consolidated=False)
 
 
@@ -244,19 +261,58 @@ def open_effects(workdir: str | Path) -> xr.Dataset:
       UserError: if there is no store, or it cannot be read.
     """
     path = Path(workdir) / NAME
+    dataset = _open(path)
+    if "protocol" not in dataset.attrs or "format" not in dataset.attrs:
+        raise UserError(f"{path}: is not a result store of this version of hydra_jax; sweep into another --workdir")
+    if dataset.attrs["format"] != FORMAT:
+        raise UserError(
+            f"{path}: is of format {dataset.attrs['format']}, this version reads {FORMAT}; sweep into another --workdir"
+        )
+    return dataset
+
+
+def load_effects(workdir: str | Path) -> xr.Dataset:
+    """A sweep's finished prompts, in memory, checked to be whole.
+
+    Raises:
+      UserError: if there is no store, it cannot be read, none of it is finished, or parts of it are missing.
+    """
+    path = Path(workdir) / NAME
+    effects = open_effects(workdir)
+    try:
+        finished = np.flatnonzero(effects["finished"].values)
+        if finished.size:
+            effects = effects.isel(prompt=finished).load()
+        holes = [name for name in (*DIMS, *CLEAN) if name in effects and np.isnan(effects[name].values).any()]
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if not finished.size:
+        raise UserError(f"{path}: none of its prompts is finished; go on with the sweep first")
+    missing = [name for name in (*EFFECTS, *CLEAN, "compensation") if name not in effects]
+    if missing or holes:
+        raise UserError(f"{path}: {(missing + holes)[0]} is missing or has holes; delete the store and sweep again")
+    return effects
+
+
+def _open(path: Path) -> xr.Dataset:
     if not path.is_dir():
-        raise UserError(f"{path}: there is no result store; run `python -m launch.sweep --workdir={workdir}` first")
+        raise UserError(f"{path}: is not there; run `python -m launch.sweep --workdir={path.parent}` first")
     try:
         with _undisturbed():
             return xr.open_zarr(path, consolidated=False, chunks=None)
-    except Exception as error:  # zarr's and the codecs' own kinds
-        raise UserError(f"{path}: cannot be read ({error}); delete it and sweep again") from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
 
 
-def protocol_attributes(protocol: Mapping[str, Any]) -> dict[str, str]:
-    """A protocol as a store's attributes: JSON, and its SHA-256."""
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """Whatever zarr and its codecs raise of a damaged store, in one line."""
+    return UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); delete it and sweep again")
+
+
+def protocol_attributes(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """A protocol as a store's attributes: JSON, its SHA-256, and the store's format."""
     text = json.dumps(protocol, sort_keys=True)
-    return {"protocol": text, "protocol_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return {"protocol": text, "protocol_sha256": hashlib.sha256(text.encode()).hexdigest(), "format": FORMAT}
 
 
 def check_protocol(dataset: xr.Dataset, protocol: Mapping[str, Any], where: Path) -> None:

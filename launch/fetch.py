@@ -18,7 +18,8 @@ def main() -> None:
         print(f"{'name':16} {'size':>8}  {'licence':12} {'dropout in training':20} model")
         for name, source in hub.MODELS.items():
             size = f"{source.size / 1e6:,.0f} MB"
-            print(f"{name:16} {size:>8}  {source.licence:12} {source.dropout:20} {source.about}")
+            dropout = "not published" if source.dropout is None else f"{source.dropout:g}"
+            print(f"{name:16} {size:>8}  {source.licence:12} {dropout:20} {source.about}")
         print(f"kept in {hub.cache_dir()} (set {hub.CACHE_VARIABLE} to move it)")
         return
     print(f"fetching {MODEL.value} into {hub.cache_dir()} ...", flush=True)

@@ -1,5 +1,6 @@
 import concurrent.futures
 import errno
+import io
 import os
 import shutil
 import signal
@@ -18,8 +19,16 @@ from tests import builders
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, REPLACEMENTS = 24, 3
-FIGURES = {"effects_by_layer.png", "direct_against_total.png", "example.png", "compensation.png"}
-RESULTS = {"effects.zarr", "example.zarr", "summary.csv", "prompts.csv"} | FIGURES
+FIGURES = {
+    f"{name}.{form}"
+    for name in (
+        *("effects_by_layer", "direct_against_total", "single_prompts", "compensation_by_layer", "regression"),
+        *("compensation", "erasure", "causal_motifs"),
+    )
+    for form in ("png", "pdf")
+}
+TABLES = {f"{name}.{form}" for name in ("summary", "erasure", "findings") for form in ("csv", "parquet")}
+RESULTS = {"effects.zarr", "examples.zarr", "prompts.csv", "report.html"} | FIGURES | TABLES
 
 FULL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))"
 INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
@@ -33,6 +42,7 @@ REFUSED = {
     "unknown flag": ([WORKDIR, "--nonsense=1"], "nonsense"),
     "stray argument": ([WORKDIR, "nonsense"], "nonsense"),
     "no workdir": ([], "workdir"),
+    "empty prompt": ([WORKDIR, "--prompt= "], "--prompt"),
     "empty workdir": (["--workdir="], "workdir"),
     "workdir a file": (["--workdir={inputs}/file"], "{inputs}/file"),
     "workdir below a file": (["--workdir={inputs}/file/deeper"], "{inputs}/file/deeper"),
@@ -164,9 +174,9 @@ def test_a_sweep_leaves_its_results_and_nothing_else(good):
     summary, prompts = pd.read_csv(good / "summary.csv"), pd.read_csv(good / "prompts.csv")
     assert len(summary) == effects.sizes["ablated"] == 2 * builders.LAYERS
     assert set(prompts["prompt_id"]) == set(effects["prompt_id"].values) == {f"p{i}" for i in range(PROMPTS)}
-    assert store.open_example(good).sizes["replacement"] == REPLACEMENTS
-    for figure in FIGURES:
-        assert (good / figure).read_bytes().startswith(b"\x89PNG")
+    examples = store.open_examples(good)
+    assert dict(examples.sizes) == {"example": 4, "replacement": REPLACEMENTS, "component": 2 * builders.LAYERS}
+    assert len(set(examples["prompt_id"].values)) == 4
 
 
 def test_a_finished_sweep_is_not_computed_again(inputs, finished):
@@ -175,7 +185,27 @@ def test_a_finished_sweep_is_not_computed_again(inputs, finished):
     assert process.returncode == 0, process.err
     after = contents(finished)
     assert before.keys() == after.keys()
-    assert {p for p in after if after[p] != before[p]} <= {finished / figure for figure in FIGURES}
+    assert {p for p in after if after[p] != before[p]} <= {finished / name for name in FIGURES | TABLES}
+
+
+def test_one_prompt_is_swept_by_itself(inputs, tmp_path):
+    text = "The Eiffel Tower is located in the city of"
+    process = sweep(inputs, f"--prompt={text}", f"--workdir={tmp_path}")
+    assert process.returncode == 0, process.err
+    effects, examples = store.open_effects(tmp_path), store.open_examples(tmp_path)
+    assert effects["text"].values.tolist() == examples["text"].values.tolist() == [text]
+    assert (effects["source"] == -1).all()
+    assert np.ptp(effects["direct_effect"].values, axis=2).max() > 0  # replacements differ
+    header = process.out.index("component")
+    assert process.out[header:].split()[:4] == ["component", "before", "after", "change"]
+    table = pd.read_csv(
+        io.StringIO(process.out[header:].partition("\n\n")[0]), sep=r"\s{2,}|\s(?=[+-])", engine="python"
+    )
+    example = examples.isel(example=0)
+    place = 2 * example["ablated_layer"].item()
+    expected = example["ablated_unembed"].mean("replacement") - example["delta_unembed"]
+    np.testing.assert_allclose(table["change"], expected[place:], atol=2e-3)
+    assert text in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_another_protocol_in_the_same_workdir_is_refused(inputs, finished):

@@ -20,7 +20,7 @@ SOURCE = hub.PackagedFile(
     sha256=hashlib.sha256(CONTENT).hexdigest(),
     about="a test",
     licence="MIT",
-    dropout="0.1",
+    dropout=0.1,
 )
 
 

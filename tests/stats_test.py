@@ -3,30 +3,10 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from hydra_jax import store
-from hydra_jax.edits import all_components
+from hydra_jax import stats
 from hydra_jax.errors import UserError
-from hydra_jax.stats import summary
-
-
-def effects_of(direct, compensation, norm=0.0):
-    """A dataset of [P, A, R] effects that keep the identity, all of the compensation by attention."""
-    prompts, ablated, draws = direct.shape
-    numbers = np.arange(prompts)
-    names = ("prompt_id", "text", "relation", "answer_text", "target_text")
-    columns = {name: numbers.astype(str) for name in names} | {"target_id": numbers, "length": numbers}
-    clean = {name: np.ones(prompts, np.float32) for name in ("clean_logit", "clean_probability", "final_scale")}
-    clean["delta_unembed"] = np.arange(prompts * ablated, dtype=np.float32).reshape(prompts, ablated)
-    clean["ablated_delta_unembed"] = clean["delta_unembed"]
-    source = np.zeros((prompts, draws), int)
-    dataset = store.frame(columns, all_components(ablated // 2), ablated // 2, clean, source).copy(deep=True)
-    dataset["direct_effect"][:] = direct
-    dataset["attn_compensation"][:] = compensation
-    dataset["mlp_compensation"][:] = 0
-    dataset["norm_compensation"][:] = norm
-    dataset["finished"][:] = True
-    dataset["total_effect"][:] = direct - compensation - norm
-    return dataset
+from hydra_jax.stats import bootstrap, erasure, interval, summary
+from tests import synthetic
 
 
 @pytest.fixture
@@ -36,7 +16,7 @@ def random():
 
 def test_statistics_have_their_closed_forms(random):
     direct = random.normal(2, 1, (50, 4, 3)).astype(np.float32)
-    table = summary(effects_of(direct, 0.7 * direct + 0.1), samples=10)
+    table = summary(synthetic.effects(direct, 0.7 * direct + 0.1), samples=10)
     means = direct.mean(axis=2)
     np.testing.assert_allclose(table["slope"], 0.7, rtol=1e-4)
     np.testing.assert_allclose(table["r2"], 1, rtol=1e-4)
@@ -53,7 +33,7 @@ def test_statistics_have_their_closed_forms(random):
 
 def test_intervals_of_a_mean_are_as_wide_as_theory_says(random):
     direct = random.normal(0, 2, (400, 2, 1)).astype(np.float32)
-    table = summary(effects_of(direct, np.zeros_like(direct)), samples=2000)
+    table = summary(synthetic.effects(direct, np.zeros_like(direct)), samples=2000)
     width = table["direct_effect_high"] - table["direct_effect_low"]
     expected = 2 * 1.96 * direct.std(axis=0)[:, 0] / 20
     np.testing.assert_allclose(width, expected, rtol=0.1)
@@ -65,14 +45,14 @@ def test_intervals_know_of_the_replacements(random):
     """Prompts all alike: what is uncertain comes from their replacements alone."""
     one = random.normal(0, 1, 5).astype(np.float32)
     direct = np.broadcast_to(one, (30, 2, 5)).copy()
-    table = summary(effects_of(direct, np.zeros_like(direct)), samples=2000)
+    table = summary(synthetic.effects(direct, np.zeros_like(direct)), samples=2000)
     expected = 2 * 1.96 * one.std() / np.sqrt(30 * 5)
     np.testing.assert_allclose(table["direct_effect_high"] - table["direct_effect_low"], expected, rtol=0.15)
 
 
 def test_intervals_equal_a_plain_bootstrap(random):
     direct = random.gamma(1.0, 2.0, (60, 2, 4)).astype(np.float32)
-    effects = effects_of(direct, 0.5 * direct + random.normal(0, 1, direct.shape).astype(np.float32))
+    effects = synthetic.effects(direct, 0.5 * direct + random.normal(0, 1, direct.shape).astype(np.float32))
     table = summary(effects, samples=3000)
     compensation = effects["attn_compensation"].values
     shares = []
@@ -89,14 +69,14 @@ def test_intervals_equal_a_plain_bootstrap(random):
 def test_nothing_is_restored_where_nothing_was_taken(random):
     direct = random.normal(0, 1, (40, 2, 3)).astype(np.float32)
     direct[:, 1] += 5
-    table = summary(effects_of(direct, 0.5 * direct), samples=200)
+    table = summary(synthetic.effects(direct, 0.5 * direct), samples=200)
     assert table["restored_share"].isna().tolist() == [True, False]
     assert table["restored_share_low"].isna().tolist() == [True, False]
 
 
 def test_a_seed_gives_the_same_intervals_again(random):
     direct = random.normal(1, 1, (20, 2, 3)).astype(np.float32)
-    effects = effects_of(direct, direct / 2)
+    effects = synthetic.effects(direct, direct / 2)
     first, again, other = (summary(effects, samples=50, seed=seed) for seed in (0, 0, 1))
     pd.testing.assert_frame_equal(first, again)
     assert not np.allclose(first["direct_effect_low"], other["direct_effect_low"])
@@ -105,7 +85,7 @@ def test_a_seed_gives_the_same_intervals_again(random):
 def test_regressions_equal_scipys(random):
     direct = random.normal(1, 2, (80, 2, 3)).astype(np.float32)
     noise = random.normal(0, 1, direct.shape).astype(np.float32)
-    effects = effects_of(direct, 0.4 * direct + noise, norm=0.2 * direct - noise / 2)
+    effects = synthetic.effects(direct, 0.4 * direct + noise, norm=0.2 * direct - noise / 2)
     table = summary(effects, samples=5)
     means = effects.mean("replacement")
     for part, of in (("attn", "attn_compensation"), ("norm", "norm_compensation")):
@@ -118,7 +98,7 @@ def test_regressions_equal_scipys(random):
 
 
 def test_coupling_counts_who_moves(random):
-    effects = effects_of(np.full((6, 4, 1), 2.0, np.float32), np.zeros((6, 4, 1), np.float32))
+    effects = synthetic.effects(np.full((6, 4, 1), 2.0, np.float32), np.zeros((6, 4, 1), np.float32))
     effects["compensation"][:] = 0
     effects["compensation"][:, 0, 1:] = np.array([0.5, -0.5, 0.1])  # two above a tenth of 2.0, one below
     effects["compensation"][:, 1, 3] = 3
@@ -128,7 +108,7 @@ def test_coupling_counts_who_moves(random):
 
 
 def test_unfinished_prompts_are_left_out(random):
-    effects = effects_of(random.normal(1, 1, (9, 2, 2)).astype(np.float32), np.zeros((9, 2, 2), np.float32))
+    effects = synthetic.effects(random.normal(1, 1, (9, 2, 2)).astype(np.float32), np.zeros((9, 2, 2), np.float32))
     part = effects.copy(deep=True)
     part["finished"][4:] = False
     part["direct_effect"][4:] = np.nan
@@ -136,3 +116,84 @@ def test_unfinished_prompts_are_left_out(random):
     part["finished"][:] = False
     with pytest.raises(UserError, match="none of its prompts is finished"):
         summary(part)
+
+
+def test_planted_slopes_fits_and_coupling_are_recovered(random):
+    """Compensation is a planted line of the direct effect plus noise that makes a planted R^2."""
+    prompts, slopes, fits, movers = 4000, [0.7, 0.3, -0.4, 0.9], [0.9, 0.5, 0.2, 0.99], [1, 3, 2, 0]
+    x = random.normal(1, 1, (prompts, 4, 1))
+    noise = [abs(slope) * np.sqrt(1 / fit - 1) for slope, fit in zip(slopes, fits, strict=True)]
+    y = x * np.array(slopes)[None, :, None] + random.normal(0, 1, x.shape) * np.array(noise)[None, :, None]
+    effects = synthetic.effects(x.astype(np.float32), y.astype(np.float32))
+    for ablated, count in enumerate(movers):
+        effects["compensation"][:, ablated, 4 - count :] = effects["direct_effect"][:, ablated].values
+    table = summary(effects, samples=200)
+    np.testing.assert_allclose(table["slope"], slopes, atol=0.03)
+    np.testing.assert_allclose(table["r2"], fits, atol=0.03)
+    np.testing.assert_allclose(table["responders"], movers)
+    np.testing.assert_allclose(table["participation_ratio"], movers, atol=1e-4)
+    for name, truth in (("slope", slopes), ("r2", fits)):
+        assert (table[f"{name}_low"] < truth).all()
+        assert (truth < table[f"{name}_high"]).all()
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say(random):
+    times, prompts, draws, slope, noise, inner = 400, 120, 3, 0.6, 0.5, 0.3
+    spread = 1 + inner**2 / draws
+    truth = {
+        "direct_effect": 1.0,
+        "compensation": slope + 0.1,
+        "restored_share": slope + 0.1,
+        "slope": slope,
+        "r2": slope**2 * spread / (slope**2 * spread + noise**2),
+    }
+    covered = dict.fromkeys(truth, 0)
+    # A simulation an ablated component: they are all alike and independent, and share the drawn prompts only.
+    for start in range(0, times, 40):
+        direct = random.normal(1, 1, (prompts, 40, 1)) + random.normal(0, inner, (prompts, 40, draws))
+        compensation = slope * direct + 0.1 + random.normal(0, noise, (prompts, 40, 1))
+        table = summary(synthetic.effects(direct.astype(np.float32), compensation.astype(np.float32)), 400, seed=start)
+        for name, value in truth.items():
+            covered[name] += ((table[f"{name}_low"] <= value) & (value <= table[f"{name}_high"])).sum()
+    shares = {name: count / times for name, count in covered.items()}
+    assert all(0.92 <= share <= 0.98 for share in shares.values()), shares
+
+
+def test_medians_of_resamples_are_medians(random):
+    values = random.normal(0, 1, (31, 5)).astype(np.float32)
+    chosen = random.integers(0, 31, (20, 31))
+    counts = np.stack([np.bincount(row, minlength=31) for row in chosen])
+    np.testing.assert_allclose(stats._medians(values, counts), np.median(values[chosen], axis=1))
+    np.testing.assert_allclose(stats._medians(values[:30], np.ones((1, 30)))[0], np.median(values[:30], axis=0))
+
+
+def test_weights_give_every_statistic_the_same_prompts(random):
+    """A mean over the bootstrap's own prompts is the bootstrap's mean, where replacements are all alike."""
+    direct = np.broadcast_to(random.normal(1, 1, (30, 2, 1)), (30, 2, 4)).astype(np.float32)
+    effects = synthetic.effects(direct, direct / 2)
+    resampled = bootstrap(effects, samples=23)
+    value, samples = resampled.mean(direct[:, :, 0])
+    np.testing.assert_allclose(samples, resampled.samples["direct_effect"], rtol=1e-4)
+    np.testing.assert_allclose(value, resampled.values["direct_effect"], rtol=1e-5)
+    assert samples.shape == (23, 2)
+
+
+def test_erasure_is_the_mean_contribution_clean_and_ablated(random):
+    direct = random.normal(0, 0.1, (50, 6, 2)).astype(np.float32)
+    direct[:, 2] += 3  # attention 1 is the strongest
+    effects = synthetic.effects(direct, np.zeros_like(direct))
+    effects["delta_unembed"][:, 5] = -1 + random.normal(0, 0.1, 50)
+    effects["compensation"][:, 2, 5] = 0.25
+    table = erasure(effects, bootstrap(effects, samples=50), ablations=1)
+    clean, ablated = (table[(table["layer"] == 2) & (table["ablated"] == run)].iloc[0] for run in ("", "attn 1"))
+    assert clean["delta_unembed"] == pytest.approx(effects["delta_unembed"][:, 5].mean().item(), abs=1e-5)
+    assert clean["delta_unembed_low"] < clean["delta_unembed"] < clean["delta_unembed_high"] < 0
+    assert ablated["change"] == pytest.approx(0.25, abs=1e-5)
+    assert ablated["delta_unembed"] == pytest.approx(clean["delta_unembed"] + 0.25, abs=1e-5)
+    assert set(table[table["ablated"] == "attn 1"]["layer"]) == {1, 2}  # MLP 0 comes before it
+    assert (table[table["ablated"] == ""]["change"] == 0).all()
+
+
+def test_an_interval_is_of_percentiles():
+    low, high = interval(np.arange(101.0)[:, None], level=0.8)
+    assert (low[0], high[0]) == (pytest.approx(10), pytest.approx(90))

@@ -32,7 +32,7 @@ class PackagedFile:
       sha256: hex.
       about: which model it is.
       licence: of the weights.
-      dropout: in its training, as published.
+      dropout: the rate it was trained with, None where that is not published.
     """
 
     package: str
@@ -42,7 +42,7 @@ class PackagedFile:
     sha256: str
     about: str
     licence: str
-    dropout: str
+    dropout: float | None
 
 
 MODELS = {
@@ -54,7 +54,7 @@ MODELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         about="SmolLM2-135M-Instruct, 30 layers, 4-bit (Q4_1)",
         licence="Apache-2.0",
-        dropout="none",
+        dropout=0.0,
     ),
 }
 

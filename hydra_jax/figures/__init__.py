@@ -1,0 +1,72 @@
+"""A sweep as pictures, PNG and PDF. Effects are in logits of the target token, centred over the vocabulary."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from hydra_jax import store
+from hydra_jax.figures import components, layers, motifs, prompts
+from hydra_jax.figures.style import STYLE
+from hydra_jax.results import Results
+
+FORMATS = ("png", "pdf")
+FIT = 3
+"""Prompts below which there is nothing to regress."""
+
+
+def figures_of(
+    results: Results, kinds: Sequence[Results] = (), heads: Results | None = None
+) -> dict[str, Callable[[], Figure]]:
+    """Every figure there is to draw, by name.
+
+    Args:
+      results: a sweep.
+      kinds: it and sweeps of other kinds on the same prompts.
+      heads: a sweep of heads of the same model, if `results` is not one.
+    """
+    examples = results.examples
+    drawn: dict[str, Callable[[], Figure]] = {}
+    if results.by_head:
+        heads = heads or results
+    else:
+        drawn["effects_by_layer"] = lambda: layers.effects_by_layer(results)
+    drawn["direct_against_total"] = lambda: prompts.direct_against_total(results)
+    if examples is not None:
+        drawn["single_prompts"] = lambda: prompts.single_prompts(examples)
+    several = results.effects.sizes["prompt"] >= FIT
+    if several:
+        drawn["compensation_by_layer"] = lambda: prompts.compensation_by_layer(results)
+    if several and not results.by_head:
+        drawn["regression"] = lambda: layers.regression(results)
+    drawn["compensation"] = lambda: components.compensation_matrix(results)
+    if several:
+        drawn["erasure"] = lambda: layers.erasure(results)
+    if len(kinds) > 1:
+        drawn["kinds"] = lambda: layers.kinds(kinds)
+    if heads is not None:
+        of_heads = heads
+        drawn["heads"] = lambda: components.heads(of_heads)
+    drawn["causal_motifs"] = motifs.causal_motifs
+    return drawn
+
+
+def draw(
+    workdir: Path, results: Results, kinds: Sequence[Results] = (), heads: Results | None = None, progress: bool = False
+) -> list[Path]:
+    """Draw every figure of a sweep as PNG and PDF into `workdir`; returns the paths. Arguments as `figures_of`."""
+    paths = []
+    for name, figure in tqdm(figures_of(results, kinds, heads).items(), desc="figures", disable=not progress):
+        with mpl.rc_context(STYLE):
+            drawn = figure()
+            drawn.draw_without_rendering()
+            drawn.set_layout_engine("none")  # laid out once, for both formats
+            for form in FORMATS:
+                paths.append(workdir / f"{name}.{form}")
+                store.write_whole(paths[-1], functools.partial(drawn.savefig, format=form))
+    return paths

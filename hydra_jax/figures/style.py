@@ -1,0 +1,65 @@
+"""What every figure looks like: colours that stay apart for the colour-blind, and the parts figures share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+SITE_NAMES = {"attn": "attention", "mlp": "MLP"}
+COLOURS = {
+    "clean": "#3b4a5c",
+    "ablated": "#c1354a",
+    "delta_unembed": "#1f6fb4",
+    "total_effect": "#c1354a",
+    "direct_effect": "#1f6fb4",
+    "attn": "#1f6fb4",
+    "mlp": "#d9822b",
+    "norm": "#3f8f5a",
+    "all": "#2b2f36",
+}
+KIND_COLOURS = {"resample": "#2b2f36", "mean": "#1f6fb4", "zero": "#c1354a", "noise": "#d9822b"}
+DIVERGING = "RdBu_r"
+MOST_POINTS = 20_000
+"""In a scatter: more are drawn from at random."""
+
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": "medium",
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text stays text
+    "savefig.dpi": 160,
+    "text.parse_math": False,  # prompts are text, dollar signs and all
+}
+
+
+def zero_line(axis: Axes) -> None:
+    """Where nothing changes."""
+    axis.axhline(0, color="0.7", linewidth=0.8)
+
+
+def band(axis: Axes, rows: pd.DataFrame, name: str, colour: str, label: str | None = None) -> None:
+    """A statistic by layer with its interval."""
+    if len(rows) == 1:  # a band of one layer has no width
+        axis.vlines(rows["layer"], rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.5, linewidth=3)
+    axis.fill_between(rows["layer"], rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.2, linewidth=0)
+    axis.plot(rows["layer"], rows[name], color=colour, marker="o", markersize=2.5, linewidth=1.3, label=label)
+
+
+def reach(values: np.ndarray, share: float = 0.98) -> float:
+    """Where a diverging colour scale ends, so that a few large values do not wash out the rest."""
+    moved = np.abs(values[np.isfinite(values) & (values != 0)])
+    return float(np.quantile(moved, share)) if moved.size else 1.0
+
+
+def ticks(axis: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Names along both axes of a matrix, as many as can be read."""
+    step, stride = max(1, len(rows) // 30), max(1, len(columns) // 30)
+    axis.set_yticks(range(0, len(rows), step), rows[::step], fontsize=7)
+    axis.set_xticks(range(0, len(columns), stride), columns[::stride], fontsize=7, rotation=90)

@@ -1,0 +1,272 @@
+"""The paper's six findings, as tests of a sweep: what was measured, with its interval, and a verdict.
+
+Every criterion is stated with its verdict, so that a reader who would draw the line elsewhere can.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import xarray as xr
+
+from hydra_jax.edits import ATTN, MLP, SITES, Component
+from hydra_jax.stats import Bootstrap, erasure, finished, interval, strongest_attention
+
+HOLDS, WEAKLY, PARTLY, UNCLEAR, FAILS, UNTOLD = (
+    *("holds", "holds weakly", "holds in part", "unclear", "does not hold", "cannot be told"),
+)
+
+FEWEST = 20
+"""Prompts below which nothing is said of the model."""
+
+LATE = 1 / 3
+"""Share of the layers, the last ones, that count as late."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def text(self, form: str = "{:.2f}") -> str:
+        """As in "0.30 (0.25 to 0.36)"."""
+        return f"{form.format(self.value)} ({form.format(self.low)} to {form.format(self.high)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One finding.
+
+    Attributes:
+      title: its name.
+      claim: what the paper says, of Chinchilla 7B.
+      verdict: whether it is so in this sweep.
+      measured: the numbers, in a sentence or two.
+      criterion: when the verdict would be that it holds.
+    """
+
+    title: str
+    claim: str
+    verdict: str
+    measured: str
+    criterion: str
+
+
+def findings(effects: xr.Dataset, resampled: Bootstrap, dropout: float | None) -> list[Finding]:
+    """The six findings of the paper in a sweep.
+
+    Args:
+      effects: a sweep.
+      resampled: its bootstrap.
+      dropout: the rate that the model was trained with; None where it is not known.
+    """
+    sweep = _Sweep(finished(effects), resampled)
+    found = []
+    for title, claim, criterion, judge in _CLAIMS:
+        if effects.sizes["prompt"] < FEWEST:
+            verdict, measured = UNTOLD, f"A verdict wants {FEWEST} prompts or more; these are {sweep.prompts}."
+        elif not sweep.promoting.size:
+            verdict, measured = UNTOLD, "No attention layer was ablated whose direct effect is clearly above zero."
+        else:
+            verdict, measured = judge(sweep)
+        found.append(Finding(title, claim, verdict, measured, criterion))
+    return [*found, _without_dropout([found[0].verdict, found[3].verdict], dropout)]
+
+
+class _Sweep:
+    """A sweep's statistics as the judges below ask for them."""
+
+    def __init__(self, effects: xr.Dataset, resampled: Bootstrap):
+        self.effects, self.resampled = effects, resampled
+        self.prompts = effects.sizes["prompt"]
+        self.layers = int(effects["layer"].max()) + 1
+        self.first_late = self.layers - max(1, round(self.layers * LATE))
+        self.of = effects["ablated_layer"].values
+        self.attention = np.flatnonzero(effects["ablated_site"].values == SITES[ATTN])
+        low, _ = interval(resampled.samples["direct_effect"])
+        self.promoting = self.attention[low[self.attention] > 0]
+        self.labels = ("ablated_layer", "ablated_site", "ablated_head")
+
+    def name(self, place: int) -> str:
+        return str(Component.named(*(self.effects[label].values[place] for label in self.labels)))
+
+    def estimate(self, of: Callable[[dict[str, np.ndarray]], np.ndarray]) -> Estimate:
+        """Of a function of the statistics, along their last axis."""
+        low, high = interval(of(self.resampled.samples))
+        return Estimate(float(of(self.resampled.values)), float(low), float(high))
+
+    def statistic(self, name: str, place: int) -> Estimate:
+        return self.estimate(lambda statistics: statistics[name][..., place])
+
+    def share(self, part: str, places: np.ndarray) -> Estimate:
+        """Of the direct effects of `places` together, how much a part of the compensation restores."""
+        return self.estimate(lambda s: s[f"{part}compensation"][..., places].sum(-1) / _direct(s, places))
+
+
+def _direct(statistics: dict[str, np.ndarray], places: np.ndarray) -> np.ndarray:
+    return statistics["direct_effect"][..., places].sum(-1)
+
+
+def _hydra(sweep: _Sweep) -> tuple[str, str]:
+    places = sweep.promoting
+    parts = {name: sweep.share(part, places) for part, name in _WHO.items()}
+    by_attention = parts["downstream attention"]
+    most = max(places, key=lambda place: sweep.resampled.values["attn_compensation"][place])
+    where = sweep.statistic("attn_compensation", most)
+    low, _ = interval(sweep.resampled.samples["attn_compensation"])
+    repaired = [sweep.name(place) for place in places if low[place] > 0]
+    verdict = _sign(by_attention, HOLDS if by_attention.high >= 0.1 else WEAKLY)
+    if verdict != HOLDS and verdict != WEAKLY and repaired:
+        verdict = PARTLY
+    restored = ", ".join(f"{name} {share.text('{:.0%}')}" for name, share in parts.items())
+    return verdict, (
+        f"Of the {len(places)} ablated attention {sweep_noun(sweep)} whose direct effect is clearly above zero, this"
+        f" share of it is restored: {restored}; negative is made worse. Downstream attention clearly repairs"
+        f" {', '.join(repaired) or 'none of them'}; it does most after {sweep.name(most)}:"
+        f" {where.text('{:+.2f}')} logits."
+    )
+
+
+_WHO = {"attn_": "downstream attention", "mlp_": "downstream MLPs", "norm_": "the final norm"}
+
+
+def sweep_noun(sweep: _Sweep) -> str:
+    """What was ablated of attention."""
+    return "heads" if (sweep.effects["ablated_head"].values >= 0).any() else "layers"
+
+
+def _erasure(sweep: _Sweep) -> tuple[str, str]:
+    effects, resampled = sweep.effects, sweep.resampled
+    late = np.flatnonzero((effects["site"].values == SITES[MLP]) & (effects["layer"].values >= sweep.first_late))
+    clean = _sum(*resampled.mean(effects["delta_unembed"].values[:, late]))
+    strongest = strongest_attention(resampled, effects, 3)
+    change = _sum(*resampled.mean(effects["compensation"].values[:, strongest][:, :, late].mean(axis=1)))
+    table = erasure(effects, resampled, 0)
+    down = table[(table["layer"] >= sweep.first_late) & (table["delta_unembed_high"] < 0)]
+    holds = [clean.high < 0, change.low > 0]
+    verdict = HOLDS if all(holds) else PARTLY if any(holds) or len(down) else FAILS
+    named = ", ".join(str(layer) for layer in down["layer"]) or "none"
+    ablated = ", ".join(sweep.name(place) for place in strongest)
+    return verdict, (
+        f"MLPs {sweep.first_late} to {sweep.layers - 1} together add {clean.text('{:+.2f}')} logits to the target"
+        f" (clearly pushing it down: {named}). With {ablated} ablated, one at a time, they add"
+        f" {change.text('{:+.2f}')} more than in the clean run."
+    )
+
+
+def _disagreement(sweep: _Sweep) -> tuple[str, str]:
+    # Without an interval's worth of ablated layers on both sides there is nothing to compare.
+    last = sweep.of >= sweep.layers - max(1, sweep.layers // 4)
+    if last.all() or not last.any():
+        return UNTOLD, "The sweep did not ablate both late and earlier layers."
+    late = sweep.estimate(lambda s: np.nanmean(s["total_r2"][..., last], axis=-1))
+    early = sweep.estimate(lambda s: np.nanmean(s["total_r2"][..., ~last], axis=-1))
+    more = sweep.estimate(
+        lambda s: np.nanmean(s["total_r2"][..., last], axis=-1) - np.nanmean(s["total_r2"][..., ~last], axis=-1)
+    )
+    verdict = _sign(more, HOLDS if late.value >= 0.5 else WEAKLY)
+    return verdict, (
+        f"R² between delta_unembed and total effect over prompts: {late.text()} in the last quarter of the layers,"
+        f" {early.text()} before; the difference is {more.text('{:+.2f}')}."
+    )
+
+
+def _linear(sweep: _Sweep) -> tuple[str, str]:
+    values = sweep.resampled.values
+    repaired = [place for place in sweep.promoting if values["slope"][place] > 0 and np.isfinite(values["r2"][place])]
+    if not repaired:
+        return FAILS, "In no ablated attention layer does compensation grow with the direct effect."
+    best = max(repaired, key=lambda place: values["r2"][place])
+    r2, slope = sweep.statistic("r2", best), sweep.statistic("slope", best)
+    restored = sweep.statistic("restored_share", best)
+    fits = r2.low >= 0.5
+    verdict = HOLDS if fits and slope.high < 1 else PARTLY if fits or r2.value >= 0.5 else FAILS
+    return verdict, (
+        f"Compensation is closest to linear after {sweep.name(best)}: R² {r2.text()}, slope {slope.text()}, with"
+        f" {restored.text('{:.0%}')} restored. It grows with the direct effect in {len(repaired)} of"
+        f" {len(sweep.promoting)} {sweep_noun(sweep)} whose direct effect is clearly above zero."
+    )
+
+
+def _loose(sweep: _Sweep) -> tuple[str, str]:
+    downstream = (sweep.effects["compensation"].values != 0).any(axis=0).sum(axis=1)
+    places = sweep.promoting[downstream[sweep.promoting] > 3]
+    if not places.size:
+        return UNTOLD, "Too few components are downstream of those that were ablated."
+    share = sweep.estimate(lambda s: (s["responders"][..., places] / downstream[places]).mean(-1))
+    sharing = sweep.estimate(lambda s: s["participation_ratio"][..., places].mean(-1))
+    verdict = HOLDS if share.high < 0.25 else FAILS if share.low > 0.25 else UNCLEAR
+    return verdict, (
+        f"After ablation of attention, {share.text('{:.0%}')} of the components downstream move by more than a tenth"
+        f" of the direct effect; the movement is shared by {sharing.text('{:.1f}')} components (participation ratio)."
+    )
+
+
+def _without_dropout(repair: list[str], dropout: float | None) -> Finding:
+    if dropout is None:
+        verdict, measured = UNTOLD, "It is not known with what dropout this model was trained."
+    elif dropout > 0:
+        verdict, measured = UNTOLD, f"This model was trained with dropout ({dropout:g})."
+    else:
+        verdict = next((v for v in (HOLDS, WEAKLY, PARTLY) if v in repair), UNTOLD)
+        measured = "This model was trained without dropout, so what is repaired in it is repaired without."
+    return Finding(
+        "Without dropout",
+        "None of this needs a model that was trained with dropout.",
+        verdict,
+        measured,
+        "the first or fourth finding holds in a model known to be trained without dropout (matched models would say"
+        " more)",
+    )
+
+
+def _sign(estimate: Estimate, above: str) -> str:
+    """A verdict by which side of zero an interval lies on."""
+    return above if estimate.low > 0 else FAILS if estimate.high < 0 else UNCLEAR
+
+
+def _sum(value: np.ndarray, samples: np.ndarray) -> Estimate:
+    low, high = interval(samples.sum(axis=1))
+    return Estimate(float(value.sum()), float(low), float(high))
+
+
+_CLAIMS = (
+    (
+        "The Hydra effect",
+        "Attention layers downstream take over part of an ablated attention layer's work.",
+        "the share restored by downstream attention is clearly above zero (weakly: and below a tenth;"
+        " in part: not of all together, but of single layers)",
+        _hydra,
+    ),
+    (
+        "Erasure",
+        "Late MLP layers push the most likely token down, and push less once it has been weakened.",
+        "the late third of the MLPs together push the target down, and less so with attention ablated;"
+        " in part: one of the two, or single MLPs that do",
+        _erasure,
+    ),
+    (
+        "Direct and total effect disagree",
+        "What a layer contributes and what is lost when it is ablated agree only in the last layers.",
+        "their R² over prompts is clearly larger in the last quarter of the layers, and 0.5 or more there"
+        " (weakly: less than 0.5)",
+        _disagreement,
+    ),
+    (
+        "Compensation is close to linear",
+        "Compensation grows linearly with the direct effect: R² up to 0.92, slope below one, about 70 % restored.",
+        "in the attention layer of the best fit R² is clearly 0.5 or more and the slope between zero and one",
+        _linear,
+    ),
+    (
+        "Loose coupling",
+        "An ablation moves few of the layers downstream.",
+        "clearly fewer than a quarter of the components downstream respond",
+        _loose,
+    ),
+)

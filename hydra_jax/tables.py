@@ -1,0 +1,95 @@
+"""What the commands print: a sweep's results as text."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pandas as pd
+
+from hydra_jax.edits import Component
+from hydra_jax.errors import UserError
+from hydra_jax.results import Results
+
+STRONGEST = 12
+WIDTH = 110
+
+
+def kept(prompts: pd.DataFrame) -> str:
+    """How many prompts of each relation were examined, answered right and kept; `prompts` as in prompts.csv."""
+    counts = prompts.groupby("relation").agg(
+        examined=("kept", "size"), correct=("correct", "sum"), kept=("kept", "sum")
+    )
+    table = counts.sort_values("kept", ascending=False).to_string() + "\n" if len(counts) > 1 else ""
+    return (
+        f"{table}{len(prompts):,} prompts examined, {counts['correct'].sum():,} answered right,"
+        f" {counts['kept'].sum():,} swept"
+    )
+
+
+def strongest(results: Results) -> str:
+    """The ablations with the strongest direct effect, and how much of it came back."""
+    summary = results.summary
+    chosen = summary.nlargest(STRONGEST, "direct_effect").sort_index()
+    shown = pd.DataFrame(
+        {
+            "ablated": [str(Component.named(row.layer, row.site, row.head)) for row in chosen.itertuples()],
+            "direct effect": interval(chosen, "direct_effect"),
+            "total effect": interval(chosen, "total_effect"),
+            "restored": interval(chosen, "restored_share", "{:.0%}"),
+            "by attention": chosen["attn_compensation"].map("{:+.2f}".format),
+            "by MLPs": chosen["mlp_compensation"].map("{:+.2f}".format),
+            "by final norm": chosen["norm_compensation"].map("{:+.2f}".format),
+        }
+    )
+    return (
+        f"the {len(shown)} of {len(summary)} components with the largest direct effect under {results.kind} ablation:\n"
+        "means over prompts in logits (95% interval); restored = 1 - total / direct, left out where direct may be 0\n\n"
+        + shown.to_string(index=False)
+    )
+
+
+def one_prompt(results: Results) -> str:
+    """The one prompt of a sweep: every component downstream before and after ablation of the strongest attention layer.
+
+    Raises:
+      UserError: if the sweep has no examples.
+    """
+    if results.examples is None:
+        raise UserError("examples.zarr: is not there; run the sweep again, it goes on from what is finished")
+    example = results.examples.isel(example=0)
+    ablated = Component.named(*(example[f"ablated_{name}"].item() for name in ("layer", "site", "head")))
+    before, after = example["delta_unembed"].values, example["ablated_unembed"].mean("replacement").values
+    table = pd.DataFrame({"component": results.component_names, "before": before, "after": after})
+    table["change"] = table["after"] - table["before"]
+    direct, total, norm = (
+        float(example[name].mean()) for name in ("direct_effect", "total_effect", "norm_compensation")
+    )
+    text = textwrap.shorten(example["text"].item(), WIDTH, placeholder=" ...")
+    return (
+        f"{text} ->{example['target_text'].item()} (p = {example['clean_probability'].item():.2f})\n"
+        f"{results.kind} ablation of {ablated}, the attention {'layer' if ablated.head < 0 else 'head'} of the largest"
+        f" direct effect, mean over {example.sizes['replacement']} replacements; contributions in logits:\n\n"
+        + table.iloc[ablated.place :].to_string(index=False, float_format="{:+.3f}".format)
+        + f"\n\ndirect effect {direct:.3f}, total effect {total:.3f}; the final norm restores {norm:+.3f};"
+        f" components before {ablated} do not change"
+    )
+
+
+def findings(results: Results) -> str:
+    """The findings and their verdicts, a paragraph each."""
+    paragraphs = [
+        f"{number}. {finding.title}: {finding.verdict}\n"
+        + textwrap.fill(finding.measured, WIDTH, initial_indent="   ", subsequent_indent="   ")
+        for number, finding in enumerate(results.findings, 1)
+    ]
+    return "\n".join(paragraphs)
+
+
+def interval(table: pd.DataFrame, name: str, form: str = "{:.2f}") -> pd.Series:
+    """A column with its interval, as text; empty where there is no value."""
+
+    def text(value: float, low: float, high: float) -> str:
+        return "" if pd.isna(value) else f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
+
+    columns = (table[column] for column in (name, f"{name}_low", f"{name}_high"))
+    return pd.Series([text(*row) for row in zip(*columns, strict=True)], index=table.index)

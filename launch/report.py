@@ -1,0 +1,33 @@
+"""Report on a finished sweep: findings with verdicts, tables, figures, and report.html, a page that opens offline.
+
+    python -m launch.report --workdir=DIR
+
+With sweeps of other kinds, or of heads, of the same model and prompts beside it:
+
+    python -m launch.report --workdir=DIR --also=DIR/zero,DIR/mean,DIR/heads
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from hydra_jax import report, results, runtime, store, tables
+
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep; the report goes into it", required=True)
+ALSO = flags.DEFINE_list("also", [], "directories of sweeps of other kinds, or of heads, on the same prompts")
+BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "resamples behind each interval", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "of the resamples", lower_bound=0)
+
+
+def main() -> None:
+    workdir = Path(WORKDIR.value)
+    every = [results.load(Path(str(each)), BOOTSTRAP.value, SEED.value) for each in (workdir, *ALSO.value)]
+    print(f"{every[0].caption}; intervals from {BOOTSTRAP.value:,} resamples", flush=True)
+    beside = results.beside(every[0], every[1:])
+    with store.directory(workdir):
+        paths = report.write(workdir, every[0], *beside, progress=True)
+    print(f"\n{tables.findings(every[0])}\n\n{len(paths)} files, the page to open: {paths[-1]}")
+
+
+if __name__ == "__main__":
+    runtime.main(main)

@@ -1,0 +1,323 @@
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+import hydra_jax
+from hydra_jax import report, results, store
+from hydra_jax.errors import UserError
+from hydra_jax.results import Results
+from tests import builders, synthetic
+
+ROOT = Path(__file__).parent.parent
+HOSTILE = [
+    "</script><script>hacked = 1</script> the",
+    '<img src=x onerror="window.hacked = 1"> the',
+    "&lt;b&gt; <b>x</b> <i>in</i> the",
+    "<a href='javascript:hacked=1'>of</a> the",
+    "[[SCRIPT]] [[DATA]] ]] the of \u2028 in",
+]
+TEXTS = [*HOSTILE, *(f"the {number} of the in" for number in range(20))]
+BROWSER = shutil.which("chromium")
+browser_only = pytest.mark.skipif(not BROWSER, reason="no chromium here; install Debian's chromium and chromium-driver")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return hydra_jax.load(str(builders.gguf_file(tmp_path_factory.mktemp("model") / "tiny.gguf")))
+
+
+@pytest.fixture(scope="module")
+def swept(model, tmp_path_factory):
+    """A directory with the report of a sweep, kinds and heads beside it."""
+    every = [
+        Results(hydra_jax.sweep(model, TEXTS, kind=kind, sites=sites, replacements=2), samples=20)
+        for kind, sites in (("resample", "attn,mlp"), ("zero", "attn,mlp"), ("zero", "heads"))
+    ]
+    directory = tmp_path_factory.mktemp("report")
+    report.write(directory, every[0], *results.beside(every[0], every[1:]))
+    return directory, every[0]
+
+
+@pytest.fixture
+def page(swept):
+    """The report in headless Chromium, which logs what it asks of the network and what goes wrong."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    with tempfile.TemporaryDirectory() as profile:
+        flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update"]
+        flags += ["disable-background-networking", "disable-sync", f"user-data-dir={profile}"]
+        for flag in flags:
+            options.add_argument(f"--{flag}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+        try:
+            driver.get("about:blank")
+            driver.get_log("performance")  # what the browser's own first page asked for
+            driver.get(f"file://{swept[0] / report.PAGE}")
+            yield driver
+        finally:
+            driver.quit()
+
+
+def settled(driver, script, *arguments):
+    """What a script returns once that is true: figures draw themselves a little later."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    return WebDriverWait(driver, 20).until(lambda d: d.execute_script(script, *arguments))
+
+
+def drawn(driver, figure):
+    """The data that a figure shows."""
+    # Figures above grow as they are drawn: scroll again until this one is there.
+    scroll = "document.getElementById(arguments[0]).scrollIntoView();"
+    settled(driver, scroll + "return drawn.has(arguments[0]) && !stale.has(arguments[0])", figure)
+    shown = "document.getElementById('plot-' + arguments[0]).data"
+    read = f"return {shown}.map(t => ({{x: [...t.x], y: [...t.y], name: t.name}}))"
+    return driver.execute_script(read, figure)
+
+
+def requests(driver):
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    return [url for url in urls if not url.startswith(("data:", "blob:"))]
+
+
+@browser_only
+def test_every_figure_renders_and_nothing_goes_wrong_or_out(page, swept):
+    figures = page.execute_script("return [...document.querySelectorAll('figure')].map(f => f.id)")
+    assert figures == [
+        *("layers", "against", "agreement", "prompt", "regress", "panels", "regression", "matrix", "erasure"),
+        *("kinds", "heads", "motifs"),
+    ]
+    for figure in figures:
+        assert drawn(page, figure)
+        assert page.execute_script("return document.querySelectorAll('#plot-' + arguments[0] + ' svg').length", figure)
+    assert [entry for entry in page.get_log("browser") if entry["level"] != "INFO"] == []
+    buttons = page.execute_script("return [...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
+    assert set(buttons) == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}
+    assert requests(page) == [f"file://{swept[0] / report.PAGE}"]
+    assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert len(page.find_elements("css selector", ".card .verdict")) == 6
+
+
+@browser_only
+def test_prompts_stay_text(page):
+    for figure in ("against", "prompt", "regress"):
+        drawn(page, figure)
+    for place in range(len(TEXTS)):
+        page.execute_script("update({prompt: arguments[0]})", place)
+    assert page.execute_script("return window.hacked === undefined")
+    assert (
+        page.execute_script("return document.querySelectorAll('img, figure a[href^=javascript], figure b').length") == 0
+    )
+    texts = page.execute_script("return data.prompts.text")
+    assert set(texts) == set(TEXTS)
+    options = page.execute_script("return [...document.getElementById('prompt').options].map(o => o.textContent)")
+    assert all(option.startswith(f"{text} →") for option, text in zip(options, texts, strict=True))
+
+
+@browser_only
+def test_a_chosen_component_changes_what_the_figures_show(page, swept):
+    effects = swept[1].effects
+    for ablated in (0, 3):
+        page.execute_script("document.getElementById('ablated').value = arguments[0]", ablated)
+        page.execute_script("document.getElementById('ablated').dispatchEvent(new Event('change'))")
+        against = {trace["name"]: trace for trace in drawn(page, "against")}
+        name = swept[1].ablated_names[ablated]
+        expected = effects[["direct_effect", "total_effect"]].mean("replacement").isel(ablated=ablated)
+        np.testing.assert_allclose(against[name]["x"], expected["direct_effect"], atol=1e-6)
+        np.testing.assert_allclose(against[name]["y"], expected["total_effect"], atol=1e-6)
+        one = drawn(page, "prompt")
+        prompt = page.execute_script("return state.prompt")
+        after = [value for trace in one if trace["name"] == "ablated run" for value in trace["y"]]
+        clean = effects["delta_unembed"].values[prompt]
+        changed = clean + effects["compensation"].values[prompt, ablated]
+        changed[ablated] -= expected["direct_effect"].values[prompt]
+        np.testing.assert_allclose(after, np.concatenate([changed[::2], changed[1::2]]), atol=1e-4)
+
+
+@browser_only
+def test_the_keyboard_reaches_a_component_and_a_prompt(page):
+    from selenium.webdriver import ActionChains, Keys
+
+    for _ in range(3):
+        ActionChains(page).send_keys(Keys.TAB).perform()
+        if page.switch_to.active_element.get_attribute("id") == "ablated":
+            break
+    else:
+        pytest.fail("Tab does not reach the choice of a component")
+    before = page.execute_script("return state.ablated")
+    other = Keys.ARROW_UP if before else Keys.ARROW_DOWN
+    ActionChains(page).send_keys(other).perform()
+    settled(page, "return state.ablated !== arguments[0]", before)
+    ActionChains(page).send_keys(Keys.TAB).send_keys("17 OF").perform()
+    settled(page, "return document.getElementById('prompt').options.length === 1")
+    assert page.execute_script("return data.prompts.text[state.prompt]") == "the 17 of the in"
+    assert page.find_element("id", "status").text == f"1 of {len(TEXTS)} prompts"
+    drawn(page, "prompt")
+    assert "the 17 of the in" in page.find_element("id", "note-prompt").text
+
+
+@browser_only
+@pytest.mark.parametrize("width", [360, 1400])
+def test_the_page_fits_screens_of_all_widths(page, width):
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    for figure in ("layers", "matrix", "heads"):
+        drawn(page, figure)
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
+    paper = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert max(int(part) for part in paper[4:-1].split(",")) < 60
+
+
+def test_packed_compensation_comes_back():
+    random = np.random.default_rng(0)
+    compensation = random.normal(0, 1, (5, 3, 6)).astype(np.float32)
+    for ablated in range(3):
+        compensation[:, ablated, : ablated + 1] = 0
+    compensation[2, 1] = 0
+    firsts = [report._first_downstream(compensation[:, ablated]) for ablated in range(3)]
+    assert firsts == [1, 2, 3]
+    packed, scale = report._packed(compensation, firsts)
+    whole = np.frombuffer(report.base64.b64decode(packed), "<i2").reshape(5, -1)
+    scale = np.frombuffer(report.base64.b64decode(scale), "<f4").reshape(5, 3)
+    for ablated, columns in enumerate(np.split(whole, np.cumsum([6 - first for first in firsts])[:-1], axis=1)):
+        back = columns * scale[:, [ablated]]
+        np.testing.assert_allclose(back, compensation[:, ablated, firsts[ablated] :], atol=2e-4)
+
+
+def test_the_page_of_1209_prompts_is_below_15_megabytes():
+    random = np.random.default_rng(0)
+    direct = random.normal(1, 1, (1209, 60, 1)).astype(np.float32)
+    effects = synthetic.effects(direct, direct / 2, texts=["The mother tongue of Danielle Darrieux is" * 2] * 1209)
+    for ablated in range(60):
+        effects["compensation"][:, ablated, ablated + 1 :] = 0.5
+    text = report.page(Results(effects, samples=10))
+    assert len(text.encode()) < 15_000_000
+    assert json.loads(text.partition('id="data">')[2].partition("</script>")[0])["prompts"]["note"] == ""
+
+
+def test_of_more_prompts_than_fit_some_are_drawn(monkeypatch):
+    monkeypatch.setattr(report, "PROMPT_BYTES", 40)
+    random = np.random.default_rng(0)
+    direct = random.normal(1, 1, (30, 4, 1)).astype(np.float32)
+    effects = synthetic.effects(direct, direct / 2)
+    effects["compensation"][:, 0, 1:] = 1
+    found = report.payload(Results(effects, samples=10), (), None)
+    assert 0 < len(found["prompts"]["text"]) < 30
+    assert f"of {30} prompts" in found["prompts"]["note"]
+
+
+def test_tables_are_the_same_as_csv_and_parquet(swept):
+    for name in ("summary", "erasure", "findings"):
+        text = pd.read_csv(swept[0] / f"{name}.csv", keep_default_na=name == "summary")
+        binary = pd.read_parquet(swept[0] / f"{name}.parquet")
+        pd.testing.assert_frame_equal(text, binary, check_dtype=False, rtol=1e-4, atol=1e-5)
+
+
+def test_sweeps_that_do_not_go_together_are_refused():
+    direct = np.ones((3, 2, 1), np.float32)
+    of = {
+        name: Results(synthetic.effects(direct, direct, kind=kind, model=model))
+        for name, kind, model in (
+            ("this", "zero", "a"),
+            ("again", "zero", "a"),
+            ("other", "mean", "b"),
+            ("mean", "mean", "a"),
+        )
+    }
+    with pytest.raises(UserError, match="beside one of"):
+        results.beside(of["this"], [of["other"]])
+    with pytest.raises(UserError, match="two sweeps"):
+        results.beside(of["this"], [of["again"]])
+    elsewhere = of["mean"].effects.assign_coords(prompt_id=("prompt", np.array(["x", "y", "z"], object)))
+    with pytest.raises(UserError, match="no prompt in common"):
+        results.beside(of["this"], [Results(elsewhere)])
+    overlap = of["mean"].effects.assign_coords(prompt_id=("prompt", np.array(["2", "y", "0"], object)))
+    kinds, heads = results.beside(of["this"], [Results(overlap)])
+    assert [sorted(each.effects["prompt_id"].values) for each in kinds] == [["0", "2"]] * 2
+    assert heads is None
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A store that a report can be made of."""
+    direct = np.random.default_rng(0).normal(1, 1, (6, 4, 2)).astype(np.float32)
+    (tmp_path / "sweep").mkdir()
+    store.create(tmp_path / "sweep", synthetic.effects(direct, direct), 3)
+    return tmp_path / "sweep"
+
+
+def spoil(path, how):
+    """Make a store one that cannot be reported on."""
+    zarr = path / store.NAME
+    match how:
+        case "not there":
+            shutil.rmtree(zarr)
+        case "a chunk missing":
+            sorted(p for p in (zarr / "total_effect" / "c").rglob("*") if p.is_file())[0].unlink()
+        case "a chunk damaged":
+            chunk = sorted(p for p in (zarr / "compensation" / "c").rglob("*") if p.is_file())[0]
+            chunk.write_bytes(chunk.read_bytes()[:10])
+        case "metadata damaged":
+            (zarr / "zarr.json").write_text("{")
+        case "an older format" | "another program":
+            attributes = json.loads((zarr / "zarr.json").read_text())
+            attributes["attributes"] = {"protocol": "{}", "format": 1} if how == "an older format" else {}
+            (zarr / "zarr.json").write_text(json.dumps(attributes))
+        case "nothing finished":
+            xr.Dataset({"finished": ("prompt", np.zeros(6, bool))}).to_zarr(zarr, mode="r+", consolidated=False)
+        case "a variable gone":
+            shutil.rmtree(zarr / "direct_effect")
+
+
+SPOILT = {
+    "not there": "launch.sweep",
+    "a chunk missing": "total_effect",
+    "a chunk damaged": "cannot be read",
+    "metadata damaged": "cannot be read",
+    "an older format": "format 1",
+    "another program": "not a result store",
+    "nothing finished": "none of its prompts is finished",
+    "a variable gone": "direct_effect",
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_store_that_cannot_be_reported_on_is_refused_in_one_line(stored, how):
+    results.load(stored)
+    spoil(stored, how)
+    with pytest.raises(UserError, match=SPOILT[how]) as raised:
+        results.load(stored)
+    assert "\n" not in str(raised.value)
+    assert str(stored) in str(raised.value)
+
+
+def test_the_command_writes_the_page_or_one_line(stored):
+    def run(*arguments):
+        command = [sys.executable, "-m", "launch.report", f"--workdir={stored}", "--bootstrap=10", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert (stored / report.PAGE).is_file()
+    assert "The Hydra effect: cannot be told" in done.stdout
+    before = {path.name for path in stored.iterdir()}
+    spoil(stored, "another program")
+    refused = run()
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: ")
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert {path.name for path in stored.iterdir()} == before

@@ -1,0 +1,24 @@
+"""Whole sweeps of models that are not Llama: the identity is asserted of every ablation in them."""
+
+import numpy as np
+import pytest
+
+import hydra_jax
+from hydra_jax.models.load import Model
+from tests import builders, toys
+
+PROMPTS = [f"the {number} in the" for number in (7, 12, 385, 4096)]
+
+
+@pytest.mark.parametrize("block", ["gpt-2", "pythia", "gemma 2", "olmo 2"])
+@pytest.mark.parametrize("sites", ["attn,mlp", "heads"])
+def test_a_sweep_of_every_kind_of_block(block, sites):
+    params = toys.params(vocab_size=300, **toys.BLOCKS[block])
+    model = Model(block, params, builders.tokenizer(), "")
+    effects = hydra_jax.sweep(model, PROMPTS, kind="resample", replacements=2, sites=sites, layers="1,3")
+    assert np.isfinite(effects["total_effect"]).all()
+    assert (np.abs(effects["total_effect"]).max("prompt") > 1e-3).all()
+    ablated = effects.isel(ablated=(effects["ablated_site"] == "attn") & (effects["ablated_layer"] == 3))
+    own_mlp = (effects["layer"] == 3) & (effects["site"] == "mlp")
+    responds = np.abs(ablated["compensation"].isel(component=own_mlp)) > 1e-6
+    assert (responds.any() == (not params.config.parallel)).all()
