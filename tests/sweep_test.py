@@ -60,7 +60,7 @@ def test_the_identity_holds_in_every_entry(model):
 def test_a_broken_identity_stops_the_sweep_and_names_the_prompt(model):
     rows = plan.clean_rows(model, plan.itemise(model, [Prompt(text, text) for text in TEXTS]), 8, False, False)
     config = hydra_jax.config.AblationConfig(kind="zero")
-    exact = plan.Plan(model, rows, config, seed=0, chunks=plan.evenly(len(rows), 8), tolerance=1e-12)
+    exact = plan.Plan(model, rows, rows, config, seed=0, chunks=plan.evenly(len(rows), 8), tolerance=1e-12)
     nan = dataclasses.replace(exact, tolerance=1e-4)
     broken = jax.tree.map(lambda leaf: leaf * np.nan, model.params.weights)
     nan = dataclasses.replace(nan, model=dataclasses.replace(model, params=model.params.replace(weights=broken)))
