@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, MLP_WIDTH, CONTEXT = 2, 16, 4, 2, 4, 24, 48
+LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, MLP_WIDTH, CONTEXT = 2, 16, 4, 2, 4, 24, 128
 NORM_EPS, ROPE_BASE = 2.0**-16, 10_000.0
 MERGES = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("Ġ", "in"), ("o", "f")]
 CONTROL = "<|endoftext|>"

@@ -67,7 +67,7 @@ def test_both_files_of_a_model_are_described_alike_without_their_weights(tmp_pat
     ("arguments", "status", "words"),
     [
         (["--model={model}"], 0, "parameters"),
-        (["--model={model}", "--length=49"], 1, "at most 48"),
+        (["--model={model}", "--length=129"], 1, "at most 128"),
         (["--model={model}.not"], 1, "not found"),
         (["--model={model}", "--prompts=0"], 1, "prompts"),
     ],
