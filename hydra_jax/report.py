@@ -23,8 +23,8 @@ from hydra_jax.figures.style import reach
 from hydra_jax.results import Results
 
 PAGE = "report.html"
-PROMPT_BYTES = 6_000_000
-"""Of compensations in the page: of more prompts than fit, some are drawn at random. Statistics are of all."""
+PROMPT_BYTES = 7_000_000
+"""Of what the page holds of single prompts: of more than fit, some are drawn at random. Statistics are of all."""
 
 FAINT = 4000
 """Points of other components behind the chosen one's."""
@@ -181,9 +181,11 @@ def payload(results: Results, kinds: Sequence[Results], heads: Results | None) -
     prompts, ablated = effects.sizes["prompt"], effects.sizes["ablated"]
     compensation = effects["compensation"].values
     firsts = [_first_downstream(compensation[:, place]) for place in range(ablated)]
-    size = 2 * sum(compensation.shape[2] - first for first in firsts)
+    components = compensation.shape[2]
+    size = 2 * sum(components - first for first in firsts) + 4 * ((len(store.EFFECTS) + 1) * ablated + components)
+    size += 2 * int(np.mean([len(text) for text in effects["text"].values]))
     random = np.random.default_rng(results.seed)
-    kept = np.sort(random.permutation(prompts)[: max(1, PROMPT_BYTES // max(size, 1))])
+    kept = np.sort(random.permutation(prompts)[: max(1, PROMPT_BYTES // size)])
     packed, scale = _packed(compensation[kept], firsts)
     means = results.means.isel(prompt=kept)
     heads = results if results.by_head else heads

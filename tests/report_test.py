@@ -210,7 +210,7 @@ def test_the_page_of_1209_prompts_is_below_15_megabytes():
 
 
 def test_of_more_prompts_than_fit_some_are_drawn(monkeypatch):
-    monkeypatch.setattr(report, "PROMPT_BYTES", 40)
+    monkeypatch.setattr(report, "PROMPT_BYTES", 3000)
     random = np.random.default_rng(0)
     direct = random.normal(1, 1, (30, 4, 1)).astype(np.float32)
     effects = synthetic.effects(direct, direct / 2)
