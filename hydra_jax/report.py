@@ -102,7 +102,8 @@ def _subtitle(results: Results) -> str:
     return (
         f"{results.kind} ablation of {what}, one at a time, at the last token of {results.effects.sizes['prompt']:,}"
         f" prompts ({results.protocol['prompts']['source']}), {results.effects.sizes['replacement']} replacements each."
-        " Effects are in logits of the model's most likely next token, less the mean logit."
+        " Effects are in logits of the model's most likely next token, less the mean logit; where a model soft-caps its"
+        " logits (Gemma 2), before it does."
     )
 
 

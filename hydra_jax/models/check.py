@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,8 @@ ROUNDED_TOLERANCE = 3e-2
 """Where products round their inputs."""
 
 
-@jax.jit
+# Or a CPU, which computes in float32, would convert all layers' bfloat16 weights at once: twice their size.
+@functools.partial(jax.jit, compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"})
 def _runs(params: Params, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Clean]:
     """What enters the first layer at the last token [P, D], and the clean runs of P prompts."""
     entering = jax.vmap(lambda tokens, length: transformer.embed(params, tokens)[length - 1])(tokens, lengths)

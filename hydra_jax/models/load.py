@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -277,7 +278,7 @@ def _assemble(config: ModelConfig, family: Family, source: _Source) -> Params:
         # Parameters of one name are fused: each has the rows after those of the ones before it.
         sizes = {p: expected[p].shape[-1] for p, name in published.items() if name == published[path]}
         stacked = path.startswith("layers/")
-        whole = np.empty(struct.shape, struct.dtype)
+        whole = _aligned(struct.shape, struct.dtype)
         for layer in range(config.layers if stacked else 1):
             name = published[path].format(layer)
             if name not in source.names:
@@ -285,12 +286,20 @@ def _assemble(config: ModelConfig, family: Family, source: _Source) -> Params:
             name = source.names[name]
             used.add(name)
             _fill(whole[layer] if stacked else whole, path, config, source, name, sizes)
-        weights[path] = jnp.asarray(whole)
+        weights[path] = jax.device_put(whole, may_alias=True)
     ignored = (*source.ignored, *([re.escape(_published(table, "unembedding"))] if config.tied else []))
     for ours, name in source.names.items():
         if name not in used and not any(re.fullmatch(pattern, ours) for pattern in ignored):
             raise UserError(f"{source.path}: tensor {name} is more than this architecture has; fetch the model again")
     return Params(weights=traverse_util.unflatten_dict(weights, sep="/"), config=config)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that JAX can take over as it is on a CPU, where it wants 64-byte alignment, and need not copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _published(table: Mapping[str, str], path: str) -> str:
