@@ -21,6 +21,9 @@ HOLDS, WEAKLY, PARTLY, UNCLEAR, FAILS, UNTOLD = (
 FEWEST = 20
 """Prompts below which nothing is said of the model."""
 
+WORTH = 0.05
+"""Share of a direct effect below which what is restored is not worth naming."""
+
 LATE = 1 / 3
 """Share of the layers, the last ones, that count as late."""
 
@@ -119,14 +122,17 @@ def _hydra(sweep: _Sweep) -> tuple[str, str]:
     most = max(places, key=lambda place: sweep.resampled.values["attn_compensation"][place])
     where = sweep.statistic("attn_compensation", most)
     low, _ = interval(sweep.resampled.samples["attn_compensation"])
-    repaired = [sweep.name(place) for place in places if low[place] > 0]
-    verdict = _sign(by_attention, HOLDS if by_attention.high >= 0.1 else WEAKLY)
+    values = sweep.resampled.values
+    enough = values["attn_compensation"] >= WORTH * values["direct_effect"]
+    repaired = [sweep.name(place) for place in places if low[place] > 0 and enough[place]]
+    verdict = _sign(by_attention, HOLDS if by_attention.value >= 0.1 else WEAKLY)
     if verdict != HOLDS and verdict != WEAKLY and repaired:
         verdict = PARTLY
     restored = ", ".join(f"{name} {share.text('{:.0%}')}" for name, share in parts.items())
     return verdict, (
         f"Of the {len(places)} ablated attention {sweep_noun(sweep)} whose direct effect is clearly above zero, this"
-        f" share of it is restored: {restored}; negative is made worse. Downstream attention clearly repairs"
+        f" share of it is restored: {restored}; together {sweep.share('', places).text('{:.0%}')}. Below zero is made"
+        " worse. Downstream attention clearly repairs"
         f" {', '.join(repaired) or 'none of them'}; it does most after {sweep.name(most)}:"
         f" {where.text('{:+.2f}')} logits."
     )
@@ -150,12 +156,12 @@ def _erasure(sweep: _Sweep) -> tuple[str, str]:
     down = table[(table["layer"] >= sweep.first_late) & (table["delta_unembed_high"] < 0)]
     holds = [clean.high < 0, change.low > 0]
     verdict = HOLDS if all(holds) else PARTLY if any(holds) or len(down) else FAILS
-    named = ", ".join(str(layer) for layer in down["layer"]) or "none"
+    named = ", ".join(f"MLP {layer}" for layer in down["layer"]) or "none"
     ablated = ", ".join(sweep.name(place) for place in strongest)
     return verdict, (
         f"MLPs {sweep.first_late} to {sweep.layers - 1} together add {clean.text('{:+.2f}')} logits to the target"
-        f" (clearly pushing it down: {named}). With {ablated} ablated, one at a time, they add"
-        f" {change.text('{:+.2f}')} more than in the clean run."
+        f" (clearly pushing it down: {named}). With {ablated} ablated, one at a time, that sum changes by"
+        f" {change.text('{:+.2f}')} on average."
     )
 
 
@@ -171,7 +177,8 @@ def _disagreement(sweep: _Sweep) -> tuple[str, str]:
     )
     verdict = _sign(more, HOLDS if late.value >= 0.5 else WEAKLY)
     return verdict, (
-        f"R² between delta_unembed and total effect over prompts: {late.text()} in the last quarter of the layers,"
+        "R² over prompts between what a component contributes (delta_unembed) and what its ablation costs (total"
+        f" effect), averaged over components: {late.text()} in the last quarter of the layers,"
         f" {early.text()} before; the difference is {more.text('{:+.2f}')}."
     )
 
@@ -203,7 +210,8 @@ def _loose(sweep: _Sweep) -> tuple[str, str]:
     verdict = HOLDS if share.high < 0.25 else FAILS if share.low > 0.25 else UNCLEAR
     return verdict, (
         f"After ablation of attention, {share.text('{:.0%}')} of the components downstream move by more than a tenth"
-        f" of the direct effect; the movement is shared by {sharing.text('{:.1f}')} components (participation ratio)."
+        f" of the direct effect in the median prompt, averaged over {len(places)} {sweep_noun(sweep)} with more than"
+        f" three components downstream; the movement is shared by {sharing.text('{:.1f}')} (participation ratio)."
     )
 
 
@@ -239,8 +247,8 @@ _CLAIMS = (
     (
         "The Hydra effect",
         "Attention layers downstream take over part of an ablated attention layer's work.",
-        "the share restored by downstream attention is clearly above zero (weakly: and below a tenth;"
-        " in part: not of all together, but of single layers)",
+        "the share restored by downstream attention is clearly above zero and a tenth or more (weakly: less than a"
+        " tenth; in part: not of all together, but a twentieth or more of single layers)",
         _hydra,
     ),
     (

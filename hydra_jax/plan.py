@@ -210,7 +210,7 @@ def choose(
     step = len(items)
     if limit:
         items = sorted(items, key=lambda i: hashlib.sha256(f"{seed} {i.prompt.id}".encode()).digest())
-        step = 2 * max(limit, batch) if correct_only else limit
+        step = 2 * max(limit, PREFILL_TOKENS // 64) if correct_only else limit
     kept: list[CleanRow] = []
     examined: list[CleanRow] = []
     with _bar(len(items), progress) as bar:

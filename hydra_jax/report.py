@@ -8,7 +8,7 @@ import html
 import importlib.resources
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from hydra_jax.results import Results
 PAGE = "report.html"
 PROMPT_BYTES = 7_000_000
 """Of what the page holds of single prompts: of more than fit, some are drawn at random. Statistics are of all."""
+
+BESIDE = ("kinds", "heads")
+"""Figures that want sweeps beside the one."""
 
 FAINT = 4000
 """Points of other components behind the chosen one's."""
@@ -63,7 +66,12 @@ def write(
         ):
             paths.append(workdir / f"{name}.{form}")
             store.write_whole(paths[-1], save)
-    paths += figures.draw(workdir, results, kinds, heads, progress)
+    drawn = figures.draw(workdir, results, kinds, heads, progress)
+    for name in BESIDE:  # of an earlier report that had other sweeps beside it
+        for form in figures.FORMATS:
+            if (stale := workdir / f"{name}.{form}") not in drawn:
+                stale.unlink(missing_ok=True)
+    paths += drawn
     text = page(results, kinds, heads)
     paths.append(workdir / PAGE)
     store.write_whole(paths[-1], functools.partial(Path.write_text, data=text, encoding="utf-8"))
@@ -81,6 +89,7 @@ def page(results: Results, kinds: Sequence[Results] = (), heads: Results | None 
         "SUBTITLE": html.escape(_subtitle(results)),
         "ABOUT": html.escape(_about(results)),
         "FINDINGS": "".join(_card(number, finding) for number, finding in enumerate(results.findings, 1)),
+        "GLOSSARY": _terms(GLOSSARY),
         "TABLE": _table(results.summary),
         "PROTOCOL": _protocol(results),
         "SCRIPT": parts.joinpath("page.js").read_text("utf-8"),
@@ -157,8 +166,12 @@ def _protocol(results: Results) -> str:
         "versions": ", ".join(f"{key} {value}" for key, value in protocol["versions"].items()),
         "protocol SHA-256": results.effects.attrs["protocol_sha256"],
     }
+    return f"{_terms(lines)}<pre>{html.escape(_command(protocol))}</pre>"
+
+
+def _terms(lines: Mapping[str, str]) -> str:
     terms = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in lines.items())
-    return f"<dl>{terms}</dl><pre>{html.escape(_command(protocol))}</pre>"
+    return f"<dl>{terms}</dl>"
 
 
 def _command(protocol: dict[str, Any]) -> str:
@@ -237,6 +250,7 @@ def payload(results: Results, kinds: Sequence[Results], heads: Results | None) -
         "erasure": _columns(results.erasure),
         "kinds": [{"kind": each.kind, "table": _columns(each.summary)} for each in kinds],
         "kinds_sites": results.sites,
+        "kinds_prompts": kinds[0].effects.sizes["prompt"] if kinds else prompts,
         "heads": _columns(heads.summary) if heads else None,
         "heads_reach": float(heads.summary[["direct_effect"]].abs().quantile(0.99).iloc[0]) if heads else 0,
         "motifs": _motifs(),
@@ -246,6 +260,18 @@ def payload(results: Results, kinds: Sequence[Results], heads: Results | None) -
         "absent": ABSENT,
     }
 
+
+GLOSSARY = {
+    "component": "the attention or the MLP of a layer; what it writes is added to the residual stream",
+    "delta_unembed": "what a component's write contributes to the target's logit in the clean run",
+    "direct effect": "the drop of the logit if the ablated write changed and nothing else did",
+    "total effect": "the drop that there is, with everything downstream responding",
+    "compensation": "by how much a component downstream contributes more once another is ablated; below zero, less",
+    "restored share": "mean compensation (with the final norm's) over mean direct effect; below zero, made worse",
+    "slope, R²": "of the regression of compensation on direct effect over prompts",
+    "responders": "components downstream that move by more than a tenth of the direct effect, median over prompts",
+}
+"""The page's words."""
 
 ABSENT = {
     "kinds": "Sweep the same prompts with another --config.ablation.kind into a directory of its own, and give it as"
@@ -328,6 +354,7 @@ def _quartiles(results: Results, site: str) -> dict[str, Any]:
     }
     for name, values in (
         ("delta_unembed", results.effects["ablated_delta_unembed"].values),
+        ("direct_effect", results.means["direct_effect"].values),
         ("total_effect", results.means["total_effect"].values),
     ):
         found[name] = _rounded(np.quantile(values[:, places], [0.25, 0.5, 0.75], axis=0))

@@ -148,7 +148,8 @@ def beside(results: Results, others: Sequence[Results]) -> tuple[list[Results], 
         elif not each.by_head and not results.by_head and each.kind not in {other.kind for other in kinds}:
             kinds.append(each)
         else:
-            raise UserError(f"--also: there are two sweeps of {each.caption}; give one of each kind, and one of heads")
+            what = "heads" if each.by_head else f"{each.kind} ablation"
+            raise UserError(f"--also: there are two sweeps of {what}; give one of each kind, and one of heads")
     ids = [set(each.effects["prompt_id"].values) for each in kinds]
     common = set.intersection(*ids)
     if not common:

@@ -21,7 +21,9 @@ SEED = flags.DEFINE_integer("seed", 0, "of the resamples", lower_bound=0)
 
 def main() -> None:
     workdir = Path(WORKDIR.value)
-    every = [results.load(Path(str(each)), BOOTSTRAP.value, SEED.value) for each in (workdir, *ALSO.value)]
+    every = [
+        results.load(Path(str(each)), BOOTSTRAP.value, SEED.value) for each in (workdir, *filter(None, ALSO.value))
+    ]
     print(f"{every[0].caption}; intervals from {BOOTSTRAP.value:,} resamples", flush=True)
     beside = results.beside(every[0], every[1:])
     with store.directory(workdir):

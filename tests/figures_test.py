@@ -60,7 +60,7 @@ def test_figures_show_the_numbers_of_the_sweep():
     with mpl.rc_context(figures.STYLE):
         drawn = figures.figures_of(results)
         slope = drawn["regression"]().axes[0].lines[0].get_ydata()
-        median = drawn["effects_by_layer"]().axes[0].lines[1].get_ydata()
+        median = drawn["effects_by_layer"]().axes[0].lines[2].get_ydata()
         points = drawn["direct_against_total"]().axes[0].collections[0].get_offsets()
     np.testing.assert_allclose(slope, 0.5, atol=1e-4)
     np.testing.assert_allclose(median, np.median(0.5 * direct.mean(axis=2), axis=0)[::2], atol=1e-5)

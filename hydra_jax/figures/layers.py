@@ -31,10 +31,11 @@ def _by_site(results: Results, rows: int, height: float) -> tuple[Figure, np.nda
 
 
 def effects_by_layer(results: Results) -> Figure:
-    """Contribution and total effect by layer, attention beside MLP: median and quartiles over prompts."""
+    """Contribution, direct and total effect by layer, attention beside MLP: median and quartiles over prompts."""
     lines = {
         "delta_unembed": ("contributes directly (delta_unembed)", results.effects["ablated_delta_unembed"].values),
-        "total_effect": ("is lost when it is ablated (total effect)", results.means["total_effect"].values),
+        "direct_effect": ("is lost directly when it is ablated (direct effect)", results.means["direct_effect"].values),
+        "total_effect": ("is lost in the end (total effect)", results.means["total_effect"].values),
     }
     figure, axes = _by_site(results, 1, 4)
     for axis, site in zip(axes[0], results.sites, strict=True):
@@ -43,7 +44,8 @@ def effects_by_layer(results: Results) -> Figure:
         for name, (label, values) in lines.items():
             low, middle, high = np.quantile(values[:, places], [0.25, 0.5, 0.75], axis=0)
             axis.fill_between(layers, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
-            axis.plot(layers, middle, color=COLOURS[name], marker="o", markersize=3, label=label)
+            dashes = "--" if name == "delta_unembed" else "-"
+            axis.plot(layers, middle, color=COLOURS[name], marker="o", markersize=3, linestyle=dashes, label=label)
         zero_line(axis)
     axes[0, 0].set_ylabel("logits of the target token")
     axes[0, 0].legend(loc="upper left")
@@ -118,7 +120,7 @@ def kinds(every: Sequence[Results]) -> Figure:
     axes[0, 0].legend(loc="upper left", fontsize=8)
     first = every[0]
     figure.suptitle(
-        f"The same prompts under each kind of ablation\n{first.protocol['model']['name']},"
-        f" {first.effects.sizes['prompt']:,} prompts, mean and 95% interval"
+        f"The same prompts under each kind of ablation\n{first.protocol['model']['name']}, the"
+        f" {first.effects.sizes['prompt']:,} prompts that all sweeps have, mean and 95% interval"
     )
     return figure

@@ -141,6 +141,6 @@ def _one_prompt(figure: Figure, example: xr.Dataset, kind: str, legend: bool) ->
     figure.suptitle(
         f"{text} → “{example['target_text'].item().strip()}” (p = {example['clean_probability'].item():.2f})\n"
         f"{kind} ablation of {SITE_NAMES[site]} {layer}{of_head} takes {direct:.2f} logits away directly;"
-        f" in the end the logit falls by {drop:.2f}",
+        f" in the end the logit {'falls' if drop >= 0 else 'rises'} by {abs(drop):.2f}",
         fontsize=10,
     )

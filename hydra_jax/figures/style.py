@@ -13,7 +13,7 @@ SITE_NAMES = {"attn": "attention", "mlp": "MLP"}
 COLOURS = {
     "clean": "#3b4a5c",
     "ablated": "#c1354a",
-    "delta_unembed": "#1f6fb4",
+    "delta_unembed": "#8a94a0",
     "total_effect": "#c1354a",
     "direct_effect": "#1f6fb4",
     "attn": "#1f6fb4",

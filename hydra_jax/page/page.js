@@ -113,12 +113,12 @@ const figures = {
   layers: {
     title: "What a layer contributes, and what its ablation costs", shown: !data.by_head, on: ["ablated"],
     caption: "Median over prompts, with quartiles. Where red is below blue, layers downstream repair part of the loss; above," +
-      " they add to it. Click a layer to choose it.",
+      " they add to it. (Grey is all of a layer's contribution; what replaces it keeps some of that.) Click a layer to choose it.",
     draw() {
       const traces = [];
       data.sites.forEach((site, panel) => {
-        for (const [name, label, shade] of [["delta_unembed", "contributes directly", "blue"],
-          ["total_effect", "is lost when it is ablated", "red"]]) {
+        for (const [name, label, shade] of [["delta_unembed", "contributes (delta_unembed)", "grey"],
+          ["direct_effect", "is lost directly when ablated (direct effect)", "blue"], ["total_effect", "is lost in the end (total effect)", "red"]]) {
           const q = data.quartiles[site][name];
           traces.push(band(data.quartiles[site].layer, q[0], q[2], shade, panel, label));
           traces.push(line(label, data.quartiles[site].layer, q[1], shade, panel, { showlegend: panel === 0,
@@ -203,7 +203,7 @@ const figures = {
       const value = (name) => effect(name, p, a).toFixed(2);
       document.getElementById("note-prompt").textContent = `“${data.prompts.text[p]}” → “${data.prompts.target[p].trim()}”` +
         ` (p = ${data.prompts.probability[p].toFixed(2)}). Ablating ${own.name} takes ${value("direct_effect")} logits away directly;` +
-        ` in the end the logit falls by ${value("total_effect")}. Restored: by attention ${value("attn_compensation")}, by MLPs` +
+        ` in the end the logit ${effect("total_effect", p, a) < 0 ? "rises" : "falls"} by ${value("total_effect").replace("-", "")}. Restored: by attention ${value("attn_compensation")}, by MLPs` +
         ` ${value("mlp_compensation")}, by the final norm ${value("norm_compensation")}.`;
       return [traces, { ...panels(["attention", "MLP"], ["layer"], ["contribution (logits)"]), shapes: own.site === "attn" ? [marker("")] : [marker(2)] }];
     },
@@ -316,7 +316,8 @@ const figures = {
   },
   kinds: {
     title: "Kinds of ablation side by side", shown: data.kinds.length > 1, on: [],
-    caption: "The same prompts with the write replaced by another prompt's (resample), by the mean, by zero, or by noise.",
+    caption: `The ${data.kinds_prompts} prompts that all sweeps have, with the write replaced by another prompt's (resample), by the` +
+      " mean over prompts, by zero, or by noise. Means over prompts.",
     draw() {
       const shades = { resample: "ink", mean: "blue", zero: "red", noise: "orange" }, traces = [], titles = [];
       let panel = 0;
