@@ -72,7 +72,7 @@ def findings(effects: xr.Dataset, resampled: Bootstrap, dropout: float | None) -
     found = []
     for title, claim, criterion, judge in _CLAIMS:
         if effects.sizes["prompt"] < FEWEST:
-            verdict, measured = UNTOLD, f"A verdict wants {FEWEST} prompts or more; these are {sweep.prompts}."
+            verdict, measured = UNTOLD, f"A verdict wants {FEWEST} prompts or more; here: {sweep.prompts}."
         elif not sweep.promoting.size:
             verdict, measured = UNTOLD, "No attention layer was ablated whose direct effect is clearly above zero."
         else:

@@ -209,7 +209,7 @@ const figures = {
     },
   },
   regress: {
-    title: "Compensation against direct effect", shown: true, on: ["ablated", "prompt"],
+    title: "Compensation against direct effect", shown: P > 2, on: ["ablated", "prompt"],
     caption: "A point a prompt, for the chosen component, with the regression: a slope of 1 would restore everything.",
     draw() {
       const a = state.ablated, own = range(P);
