@@ -207,7 +207,8 @@ def payload(results: Results, kinds: Sequence[Results], heads: Results | None) -
     if "direct_edge" in effects:
         edges = effects["direct_edge"].values.mean(axis=0)
         matrices |= {"direct edges": edges, "passed on": matrices["compensation"] - edges}
-    start = _start(results, kept)
+    examples = _examples(results, kept)
+    strongest = {"prompt": 0, "ablated": int(np.argmax(results.resampled.values["direct_effect"]))}
     return {
         "by_head": results.by_head,
         "sites": results.sites,
@@ -255,8 +256,8 @@ def payload(results: Results, kinds: Sequence[Results], heads: Results | None) -
         "heads_reach": float(heads.summary[["direct_effect"]].abs().quantile(0.99).iloc[0]) if heads else 0,
         "motifs": _motifs(),
         "motif_values": _rounded(MOTIF_VALUES),
-        "examples": _examples(results, kept),
-        "start": start,
+        "examples": examples,
+        "start": {name: examples[0][name] for name in strongest} if examples else strongest,
         "absent": ABSENT,
     }
 
@@ -376,11 +377,3 @@ def _examples(results: Results, kept: np.ndarray) -> list[dict[str, Any]]:
             prompt, ablated = ids.index(example["prompt_id"].item()), results.ablated_names.index(name)
             found.append({"prompt": prompt, "ablated": ablated, "runs": runs})
     return found
-
-
-def _start(results: Results, kept: np.ndarray) -> dict[str, int]:
-    """What the page shows first: the first example."""
-    examples = _examples(results, kept)
-    if examples:
-        return {"prompt": examples[0]["prompt"], "ablated": examples[0]["ablated"]}
-    return {"prompt": 0, "ablated": int(np.argmax(results.resampled.values["direct_effect"]))}

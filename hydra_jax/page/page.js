@@ -42,6 +42,8 @@ const wrap = (text, width = 70) => {
   return lines.slice(0, 6).map(plain).join("<br>");
 };
 const hovers = data.prompts.text.map((text, i) => `“${wrap(text)}” → “${plain(data.prompts.target[i].trim())}”`);
+// Blue erodes, red repairs.
+const diverging = [[0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#f7f7f7"], [0.75, "#f4a582"], [1, "#b2182b"]];
 const siteName = { attn: "attention", mlp: "MLP" };
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 
@@ -284,10 +286,9 @@ const figures = {
     draw() {
       const titles = data.matrices.map((m) => m.title), n = titles.length;
       const traces = data.matrices.map((m, i) => ({ type: "heatmap", z: m.z, x: data.components.map((c) => c.name), y: data.ablated.map((a) => a.name),
-        xaxis: "x" + (i ? i + 1 : ""), yaxis: "y" + (i ? i + 1 : ""), zmin: -data.reach, zmax: data.reach, colorscale: "RdBu", reversescale: false,
+        xaxis: "x" + (i ? i + 1 : ""), yaxis: "y" + (i ? i + 1 : ""), zmin: -data.reach, zmax: data.reach, colorscale: diverging,
         showscale: i === n - 1, colorbar: { title: { text: "logits" }, thickness: 10 }, meta: "row",
         hovertemplate: "%{y} ablated, %{x} responds:<br>%{z:+.4f} logits<extra></extra>" }));
-      traces.forEach((t) => { t.colorscale = [[0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#f7f7f7"], [0.75, "#f4a582"], [1, "#b2182b"]]; });
       const layout = panels(titles, ["responding component"], ["ablated component"], 520);
       range(n).forEach((i) => {
         layout["yaxis" + (i ? i + 1 : "")].autorange = "reversed";
@@ -346,7 +347,7 @@ const figures = {
       const z = (of) => layers.map((_, l) => range(H).map((h) => of(l * H + h)));
       const map = (title, of, panel) => ({ type: "heatmap", z: z(of), x: range(H), y: layers, xaxis: "x" + panel, yaxis: "y" + panel,
         zmin: -data.heads_reach, zmax: data.heads_reach, showscale: panel === 3, colorbar: { thickness: 10, title: { text: "logits" } },
-        colorscale: [[0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#f7f7f7"], [0.75, "#f4a582"], [1, "#b2182b"]],
+        colorscale: diverging,
         hovertemplate: `layer %{y} head %{x}: ${title} %{z:+.3f}<extra></extra>` });
       const traces = [...bars, map("direct effect", (i) => t.direct_effect[i], 2), map("repaired", (i) => t.direct_effect[i] - t.total_effect[i], 3)];
       const layout = panels(["the strongest", "direct effect", "repaired: direct less total"], ["logits", "head", "head"], ["", "layer", ""], 560);
