@@ -83,7 +83,7 @@ class AblationConfig:
         if self.by_head:
             return [Component(layer, ATTN, head) for layer in sorted(chosen) for head in range(model.heads)]
         allowed = (*SITES, HEADS)
-        sites = [_one_of("ablation.sites", site.strip(), allowed) for site in self.sites.split(",")]
+        sites = [one_of("ablation.sites", site.strip(), allowed) for site in self.sites.split(",")]
         if HEADS in sites:
             raise UserError(f"config.ablation.sites: {HEADS} cannot be mixed with others; sweep them by themselves")
         return sorted({Component(layer, SITES.index(site)) for layer in chosen for site in sites})
@@ -118,12 +118,12 @@ class SweepConfig:
     example: str = ""
 
     def __post_init__(self) -> None:
-        _one_of("ablation.kind", self.ablation.kind, KINDS)
-        _one_of("prompts.kind", self.prompts.kind, prompt_sets.KINDS)
+        one_of("ablation.kind", self.ablation.kind, KINDS)
+        one_of("prompts.kind", self.prompts.kind, prompt_sets.KINDS)
         if self.prompts.kind == "text" and not self.prompts.path:
             raise UserError("config.prompts.path: is empty; give a UTF-8 text file to cut prompts from")
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("precision", self.precision, PRECISIONS)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("precision", self.precision, PRECISIONS)
         smallest = {
             "ablation.replacements": (self.ablation.replacements, 1),
             "prompts.limit": (self.prompts.limit, 0),
@@ -144,10 +144,20 @@ def sweep_config(config: Mapping[str, Any]) -> SweepConfig:
     Raises:
       UserError: if a key is unknown, or a value is of the wrong type or out of range.
     """
-    return _parse(SweepConfig, config, "config")
+    return parse(SweepConfig, config, "config")
 
 
-def _parse(kind: type, given: Any, where: str) -> Any:
+def parse(kind: type, given: Any, where: str) -> Any:
+    """A dataclass of a mapping of the same shape, nested ones as well.
+
+    Args:
+      kind: the dataclass.
+      given: its values, some left out.
+      where: what they are called in errors.
+
+    Raises:
+      UserError: if a key is unknown, or a value is of the wrong type or (says the dataclass) out of range.
+    """
     if not isinstance(given, Mapping) and not hasattr(given, "items"):
         raise UserError(f"{where}: is {given!r}; it has settings of its own, as in --{where}.KEY=VALUE")
     types = typing.get_type_hints(kind)
@@ -157,7 +167,7 @@ def _parse(kind: type, given: Any, where: str) -> Any:
             raise UserError(f"{where}.{key}: is not a setting; {_suggest(key, list(types))}")
         wanted = types[key]
         if dataclasses.is_dataclass(wanted):
-            values[key] = _parse(typing.cast(type, wanted), value, f"{where}.{key}")
+            values[key] = parse(typing.cast(type, wanted), value, f"{where}.{key}")
         elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
             values[key] = float(value)
         elif type(value) is wanted:
@@ -167,7 +177,12 @@ def _parse(kind: type, given: Any, where: str) -> Any:
     return kind(**values)
 
 
-def _one_of(name: str, value: str, allowed: typing.Sequence[str]) -> str:
+def one_of(name: str, value: str, allowed: typing.Sequence[str]) -> str:
+    """`value`, the setting `name`, if it is among those `allowed`.
+
+    Raises:
+      UserError: if it is not, with what may have been meant.
+    """
     if value not in allowed:
         raise UserError(f"config.{name}: {value!r} is unknown; {_suggest(value, allowed)}")
     return value

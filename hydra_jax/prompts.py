@@ -81,7 +81,7 @@ def read(path: str, kind: str = "records", limit: int = 0, seed: int = 0) -> lis
     """
     if not path:
         return builtin()
-    text = _text(Path(os.path.expanduser(path)))
+    text = read_text(Path(os.path.expanduser(path)))
     if kind == "text":
         return _checked(cut(text, path, limit or CUTS, seed), path)
     records = _array(text, path) if text.lstrip().startswith("[") else _lines(text, path)
@@ -124,7 +124,12 @@ def content_hash(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text, unpacked if its name ends in .gz.
+
+    Raises:
+      UserError: if it cannot be read, is a damaged gzip file, or is not UTF-8.
+    """
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data

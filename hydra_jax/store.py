@@ -321,18 +321,21 @@ def check_protocol(dataset: xr.Dataset, protocol: Mapping[str, Any], where: Path
     Raises:
       UserError: if the store's protocol differs, with every setting that does.
     """
-    stored = _flat(json.loads(dataset.attrs.get("protocol", "{}")))
-    asked = _flat(protocol)
-    differing = [
-        f"{key} was {stored.get(key)!r}, is {asked.get(key)!r}"
-        for key in sorted(stored.keys() | asked.keys())
-        if stored.get(key) != asked.get(key)
-    ]
+    differing = differences(json.loads(dataset.attrs.get("protocol", "{}")), protocol)
     if differing:
         raise UserError(
-            f"{where}: holds results of another protocol ({'; '.join(differing)});"
-            " give another --workdir, or delete this one"
+            f"{where}: holds results of another protocol ({differing}); give another --workdir, or delete this one"
         )
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """In words, where two trees of settings differ; "" where they do not."""
+    was, now = _flat(stored), _flat(asked)
+    return "; ".join(
+        f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -60,13 +60,19 @@ def draw(
     workdir: Path, results: Results, kinds: Sequence[Results] = (), heads: Results | None = None, progress: bool = False
 ) -> list[Path]:
     """Draw every figure of a sweep as PNG and PDF into `workdir`; returns the paths. Arguments as `figures_of`."""
-    paths = []
+    paths: list[Path] = []
     for name, figure in tqdm(figures_of(results, kinds, heads).items(), desc="figures", disable=not progress):
-        with mpl.rc_context(STYLE):
-            drawn = figure()
-            drawn.draw_without_rendering()
-            drawn.set_layout_engine("none")  # laid out once, for both formats
-            for form in FORMATS:
-                paths.append(workdir / f"{name}.{form}")
-                store.write_whole(paths[-1], functools.partial(drawn.savefig, format=form))
+        paths += save(workdir, name, figure)
+    return paths
+
+
+def save(workdir: Path, name: str, figure: Callable[[], Figure]) -> list[Path]:
+    """Draw one figure as `name`.png and `name`.pdf into `workdir`; returns the paths."""
+    paths = [workdir / f"{name}.{form}" for form in FORMATS]
+    with mpl.rc_context(STYLE):
+        drawn = figure()
+        drawn.draw_without_rendering()
+        drawn.set_layout_engine("none")  # laid out once, for both formats
+        for form, path in zip(FORMATS, paths, strict=True):
+            store.write_whole(path, functools.partial(drawn.savefig, format=form))
     return paths

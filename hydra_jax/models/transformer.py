@@ -6,6 +6,7 @@ are the pieces that `prefill` and `replay` are made of, each for one token [D].
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -41,13 +42,42 @@ class Edits(flax.struct.PyTreeNode):
     value: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class DropoutRates:
+    """How much of what is added to the stream training leaves out, each between 0 and 1.
+
+    Attributes:
+      resid: of the embedding's dimensions, where tokens enter the stream.
+      attn: of the dimensions of what attention writes.
+      mlp: of the dimensions of what the MLP writes.
+      depth: of whole writes (stochastic depth), in one of a batch's sequences at all of its tokens.
+    """
+
+    resid: float = 0.0
+    attn: float = 0.0
+    mlp: float = 0.0
+    depth: float = 0.0
+
+
+class Dropout(flax.struct.PyTreeNode):
+    """Dropout of one sequence: what is kept is divided by the share that is kept, on its way to the stream.
+
+    Attributes:
+      key: [] of every draw.
+      rates: static under `jax.jit`, so that rates of 0 are the program without dropout.
+    """
+
+    key: jax.Array
+    rates: DropoutRates = flax.struct.field(pytree_node=False)
+
+
 class Trace(flax.struct.PyTreeNode):
     """What every layer read and wrote. What a caller does not use costs nothing under `jax.jit`.
 
     Attributes:
       resid_pre: [L, T, D], the residual stream before the layer.
-      attn_out: [L, T, D], the attention's write (after any post-norm and edit).
-      mlp_out: [L, T, D], the MLP's write (after any post-norm and edit).
+      attn_out: [L, T, D], the attention's write (after any post-norm, dropout and edit).
+      mlp_out: [L, T, D], the MLP's write (after any post-norm, dropout and edit).
       mixed: [L, T, H, head_dim], the values as each head mixed them, before the output projection.
       keys: [L, T, K, head_dim], normed and rotated where the model does so.
       values: [L, T, K, head_dim].
@@ -83,11 +113,14 @@ class Layer(nn.Module):
         self.attn = Attention(c)
         self.mlp = MLP(c)
 
-    def __call__(self, resid_pre: jax.Array, edits: Edits | None, at: Positions) -> tuple[jax.Array, Trace]:
+    def __call__(
+        self, resid_pre: jax.Array, edits: Edits | None, dropout: Dropout | None, at: Positions
+    ) -> tuple[jax.Array, Trace]:
         heads, mixed, keys, values = self.attn(self.attn_norm(resid_pre), at)
-        attn_out = _edited(self.attn_post_norm(heads), edits, 0)
+        attn_out = _edited(_dropped(self.attn_post_norm(heads), dropout, 0), edits, 0)
         resid_mid = resid_pre + attn_out
-        mlp_out = _edited(self.mlp_write(resid_pre if self.config.parallel else resid_mid), edits, 1)
+        mlp_write = self.mlp_write(resid_pre if self.config.parallel else resid_mid)
+        mlp_out = _edited(_dropped(mlp_write, dropout, 1), edits, 1)
         return resid_mid + mlp_out, Trace(resid_pre, attn_out, mlp_out, mixed, keys, values)
 
     def attn_decode(
@@ -111,6 +144,22 @@ def _edited(write: jax.Array, edits: Edits | None, site: int) -> jax.Array:
     return write if edits is None else jnp.where(edits.mask[site][:, None], edits.value[site], write)
 
 
+def _dropped(write: jax.Array, dropout: Dropout | None, site: int) -> jax.Array:
+    """A layer's write [T, D] as dropout leaves it: dimensions of it, or all of it."""
+    if dropout is None:
+        return write
+    rate, depth = (dropout.rates.attn, dropout.rates.mlp)[site], dropout.rates.depth
+    of_dimensions, of_depth = jax.random.split(jax.random.fold_in(dropout.key, site))
+    return _kept(_kept(write, of_dimensions, rate, write.shape), of_depth, depth, (1, 1))
+
+
+def _kept(x: jax.Array, key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """`x` with as much of it set to 0 as `rate` says, by draws of `shape`, and the rest scaled to make up for it."""
+    if not rate:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)
+
+
 class Decoder(nn.Module):
     """Embedding, scanned layers, final norm, unembedding; for one sequence."""
 
@@ -128,8 +177,15 @@ class Decoder(nn.Module):
             shape = (c.width, c.vocab_size)
             self.unembedding = self.param("unembedding", nn.initializers.lecun_normal(), shape, c.dtype)
 
-    def __call__(self, tokens: jax.Array, edits: Edits | None) -> tuple[jax.Array, Trace]:
-        resid, trace = self.layers(self.embed(tokens), edits, positions(self.config))
+    def __call__(
+        self, tokens: jax.Array, edits: Edits | None, dropout: Dropout | None = None
+    ) -> tuple[jax.Array, Trace]:
+        resid, of_layers = self.embed(tokens), None
+        if dropout is not None:
+            entering, of_layers = jax.random.split(dropout.key)
+            resid = _kept(resid, entering, dropout.rates.resid, resid.shape)
+            of_layers = Dropout(jax.random.split(of_layers, self.config.layers), dropout.rates)
+        resid, trace = self.layers(resid, edits, of_layers, positions(self.config))
         return softcap(self.unembed(resid), self.config.final_softcap), trace
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -158,18 +214,21 @@ def _apply(params: Params, *arguments: Any, method: str | None = None) -> Any:
     return Decoder(params.config).apply({"params": params.weights}, *arguments, method=method)
 
 
-def forward(params: Params, tokens: jax.Array, edits: Edits | None = None) -> tuple[jax.Array, Trace]:
+def forward(
+    params: Params, tokens: jax.Array, edits: Edits | None = None, dropout: Dropout | None = None
+) -> tuple[jax.Array, Trace]:
     """One forward pass of one sequence.
 
     Args:
       params: the model.
       tokens: [T] int32.
       edits: which writes to replace by what, at any layers, sites and positions.
+      dropout: in training; an edit replaces what dropout has left.
 
     Returns:
       Logits [T, V] in float32, soft-capped where the model does so, and the trace of the pass.
     """
-    return _apply(params, tokens, edits)
+    return _apply(params, tokens, edits, dropout)
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:

@@ -1,0 +1,88 @@
+"""Train a model: with dropout or without, otherwise the same.
+
+    python -m launch.train --config=configs/train.py:no_dropout --workdir=DIR
+    python -m launch.train --config=configs/train.py:dropout,small --workdir=DIR
+
+After the colon stand the arm (no_dropout, dropout, stochastic_depth) and, after a comma, the preset: tiny
+(the default; under ten minutes an arm on two CPU cores), small (one GPU, about ten minutes an arm), or
+base (about 125M parameters, for several accelerators).
+"""
+
+from ml_collections import config_dict
+
+RATE = 0.1
+
+ARMS = {
+    "no_dropout": dict(),
+    "dropout": dict(resid=RATE, attn=RATE, mlp=RATE),
+    "stochastic_depth": dict(depth=RATE),
+}
+
+PRESETS = {
+    "tiny": dict(),
+    "small": dict(
+        steps=6000,
+        batch=256,
+        dtype="bfloat16",
+        model=dict(layers=12, width=512, heads=8, kv_heads=8, mlp_width=1536, context=128),
+        data=dict(people=5000, unseen_people=200, vocab_size=4096),
+        optimizer=dict(learning_rate=1e-3, warmup=200),
+        checkpoint=dict(every=500, keep_every=500),
+        evaluate_every=500,
+    ),
+    "base": dict(
+        steps=40_000,
+        batch=512,
+        dtype="bfloat16",
+        model=dict(layers=16, width=768, heads=12, kv_heads=12, mlp_width=2048, context=256),
+        data=dict(people=50_000, unseen_people=500, variants=40, vocab_size=8192),
+        optimizer=dict(learning_rate=6e-4, warmup=1000),
+        checkpoint=dict(every=1000, keep_every=4000),
+        evaluate_every=1000,
+    ),
+}
+
+
+def get_config(arm: str = "no_dropout") -> config_dict.ConfigDict:
+    """The defaults; `hydra_jax/training/config.py` says what each setting means and what it may be."""
+    arm, _, preset = arm.partition(",")
+    preset = preset or "tiny"
+    for name, known in ((arm, ARMS), (preset, PRESETS)):
+        if name not in known:
+            raise ValueError(f"{name!r} is none of {', '.join(known)}")
+    config = config_dict.create(
+        arm=arm,
+        preset=preset,
+        seed=0,  # of initial parameters, the order of data, and dropout
+        steps=1000,
+        batch=32,  # sequences a step, over all devices
+        accumulate=1,  # parts that a batch is worked through in, one after the other
+        dtype="float32",  # or bfloat16, with float32 parameters
+        precision="highest",  # of float32 products
+        model=dict(layers=8, width=128, heads=4, kv_heads=4, mlp_width=384, context=64),
+        data=dict(
+            kind="biographies",  # of invented people; or text: UTF-8 files
+            seed=0,  # of the people; leave it as it is for models that are compared
+            people=300,
+            unseen_people=50,  # who are in no biography: what is guessed
+            variants=30,  # biographies a person
+            path="",  # of text: files, directories and patterns, separated by commas
+            holdout=0.05,  # of text, kept for evaluation
+            vocab_size=2048,
+        ),
+        dropout=dict(resid=0.0, attn=0.0, mlp=0.0, depth=0.0) | ARMS[arm],
+        optimizer=dict(
+            learning_rate=3e-3,
+            final_share=0.1,  # of it, at the last step
+            warmup=50,  # steps
+            weight_decay=0.1,  # of matrices
+            beta1=0.9,
+            beta2=0.95,
+            clip=1.0,  # of the gradient's norm
+        ),
+        checkpoint=dict(every=100, keep_last=2, keep_every=200),  # in steps
+        evaluate_every=100,
+        log_every=10,
+    )
+    config.update(PRESETS[preset])
+    return config

@@ -1,0 +1,1 @@
+"""Training of matched models: with dropout and without, otherwise the same."""

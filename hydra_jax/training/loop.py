@@ -1,0 +1,243 @@
+"""A training run in its directory: begun, stopped, gone on with, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from hydra_jax import store
+from hydra_jax.errors import UserError
+from hydra_jax.models import tokenizer as tokenizers
+from hydra_jax.training import data
+from hydra_jax.training.checkpoint import Checkpoints
+from hydra_jax.training.config import TrainConfig
+from hydra_jax.training.recall import Evaluation
+from hydra_jax.training.step import Metrics, State, initial, schedule, update
+from hydra_jax.training.workdir import METRICS, TOKENIZER, check_config, describe
+
+BATCH = "data"
+"""The mesh's axis over which a batch is spread."""
+
+
+class Stopped(Exception):  # noqa: N818  (it is no error)
+    """A signal asked for a stop, and the state is saved.
+
+    Attributes:
+      signal: its number.
+      step: of the checkpoint.
+    """
+
+    def __init__(self, number: int, step: int):
+        super().__init__(number, step)
+        self.signal, self.step = number, step
+
+
+def train(config: TrainConfig, workdir: Path, progress: bool = True) -> None:
+    """Train into a directory, going on from its last checkpoint.
+
+    It is given the corpus' tokenizer, the run's settings, prompts with known answers, a line of metrics
+    every few steps, and checkpoints.
+
+    Args:
+      config: the run.
+      workdir: made if it is not there.
+      progress: whether to show a bar.
+
+    Raises:
+      UserError: if something asked for cannot be, or the loss is no longer a number.
+      Stopped: on SIGINT and SIGTERM, once the state is saved.
+    """
+    mesh = Mesh(np.array(jax.devices()), (BATCH,))
+    if config.batch // config.accumulate % mesh.size:
+        raise UserError(
+            f"config.batch: {config.batch} in {config.accumulate} parts does not divide over {mesh.size} devices; give"
+            f" a multiple of {mesh.size * config.accumulate}"
+        )
+    with store.directory(workdir), _signals() as stop:
+        check_config(workdir, config)
+        corpus = data.build(config.data, config.model.context, _tokenizer(workdir))
+        describe(workdir, config, corpus)
+        with Checkpoints(workdir, config.checkpoint) as checkpoints:
+            _Run(config, workdir, corpus, mesh, checkpoints, progress).go(stop)
+
+
+def _tokenizer(workdir: Path) -> Tokenizer | None:
+    path = workdir / TOKENIZER
+    return tokenizers.from_file(path) if path.is_file() else None
+
+
+class _Run:
+    """What the steps of a run share."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        workdir: Path,
+        corpus: data.Corpus,
+        mesh: Mesh,
+        checkpoints: Checkpoints,
+        progress: bool,
+    ):
+        self.config, self.corpus, self.checkpoints, self.progress = config, corpus, checkpoints, progress
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self.spread = NamedSharding(mesh, PartitionSpec(None, BATCH))
+        self.log = _Log(workdir / METRICS)
+        self.evaluation = Evaluation(corpus, config)
+        self.rate = schedule(config.optimizer, config.steps)
+        self.update = jax.jit(functools.partial(update, config=config), donate_argnums=0)
+        self.boundary = jax.device_put(np.int32(corpus.boundary), self.everywhere)
+        self.batches = corpus.batches(config.seed, config.batch)
+
+    def go(self, stop: list[int]) -> None:
+        """Train to the end; `stop` fills with signals."""
+        vocab_size = self.corpus.tokenizer.get_vocab_size()
+        state = jax.jit(initial, static_argnums=(0, 1), out_shardings=self.everywhere)(self.config, vocab_size)
+        if self.checkpoints.steps:
+            state, position = self.checkpoints.restore(state)
+            self.batches.set_state(position)
+        first = int(state.step)
+        self.log.cut(first)
+        if not first:
+            self.log.write(0, self.evaluation(state.weights))
+            self._save(state)
+        with tqdm(
+            total=self.config.steps,
+            initial=first,
+            desc=f"{self.config.arm}, seed {self.config.seed}",
+            unit=" steps",
+            smoothing=0.1,
+            disable=not self.progress,
+        ) as bar:
+            self._steps(state, first, bar, stop)
+
+    def _steps(self, state: State, first: int, bar: tqdm, stop: list[int]) -> None:
+        config = self.config
+        shown: dict[str, str] = {}
+        since, tokens = time.perf_counter(), 0
+        for step in range(first + 1, config.steps + 1):
+            state, metrics = self.update(state, self._batch(), self.boundary)
+            bar.update()
+            tokens += config.batch * config.model.context
+            last = step == config.steps
+            number = _any_of(stop)
+            log, evaluate, save = (
+                last or step % every == 0
+                for every in (config.log_every, config.evaluate_every, config.checkpoint.every)
+            )
+            if not (log or evaluate or save or number):
+                continue
+            values = self._checked(metrics, step)
+            elapsed = time.perf_counter() - since
+            values |= {"learning_rate": float(self.rate(step - 1)), "tokens_per_second": tokens / elapsed}
+            if evaluate:
+                values |= self.evaluation(state.weights)
+            if log or evaluate:
+                self.log.write(step, values)
+                since, tokens = time.perf_counter(), 0
+            shown |= _shown(values)
+            bar.set_postfix(shown, refresh=False)
+            if save or number:
+                self._save(state)
+            if number and not last:
+                raise Stopped(number, step)
+
+    def _batch(self) -> jax.Array:
+        rows = next(self.batches).reshape(self.config.accumulate, -1, self.config.model.context + 1)
+        # Every process draws the whole batch, which is small, and gives its devices their part.
+        return jax.make_array_from_callback(rows.shape, self.spread, lambda place: rows[place])
+
+    def _checked(self, metrics: Metrics, step: int) -> dict[str, float]:
+        values = {name: float(value) for name, value in vars(jax.device_get(metrics)).items()}
+        if not np.isfinite(list(values.values())).all():
+            saved = self.checkpoints.steps
+            raise UserError(
+                f"step {step}: the loss or its gradient is not a number; the last good step that is saved is"
+                f" {saved[-1] if saved else 'none'}: lower config.optimizer.learning_rate or config.optimizer.clip and"
+                " train into another --workdir"
+            )
+        return values
+
+    def _save(self, state: State) -> None:
+        if int(state.step) not in self.checkpoints.steps:
+            self.checkpoints.save(state, self.batches.get_state())
+
+
+def _shown(values: dict[str, float]) -> dict[str, str]:
+    """What the bar says."""
+    forms = {
+        "loss": "{:.3f}",
+        "tokens_per_second": "{:,.0f}",
+        "recall_trained": "{:.0%}",
+        "recall_unseen_template": "{:.0%}",
+        "unseen_loss": "{:.3f}",
+    }
+    names = {"tokens_per_second": "tokens/s", "recall_trained": "recall", "recall_unseen_template": "unseen templates"}
+    return {names.get(name, name): form.format(values[name]) for name, form in forms.items() if name in values}
+
+
+class _Log:
+    """Metrics as JSON lines, written by one process."""
+
+    def __init__(self, path: Path):
+        self._path, self._mine = path, jax.process_index() == 0
+
+    def cut(self, step: int) -> None:
+        """Leave out what is said of steps past `step`: they are made again."""
+        if not self._mine or not self._path.is_file():
+            return
+        kept = [line for line in self._path.read_text("utf-8").splitlines(keepends=True) if _step_of(line) <= step]
+        store.write_whole(self._path, lambda part: part.write_text("".join(kept), "utf-8"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line."""
+        if self._mine:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # cut in the middle
+        return float("inf")
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM add their numbers to; a second SIGINT stops at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        caught.append(number)
+        if caught.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _any_of(stop: list[int]) -> int:
+    """The signal that any process has caught, the same in all; 0 for none."""
+    number = stop[0] if stop else 0
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(jnp.int32(number)).max())

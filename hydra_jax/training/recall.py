@@ -1,0 +1,89 @@
+"""What a model in training knows: which prompts it answers right, and its loss on text that is kept from it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from hydra_jax.models import transformer
+from hydra_jax.models.tokenizer import answer_token, encode
+from hydra_jax.models.transformer import Params
+from hydra_jax.plan import padded_length
+from hydra_jax.prompts import Prompt
+from hydra_jax.training.config import TrainConfig
+from hydra_jax.training.data import Corpus
+from hydra_jax.training.step import batch_loss, computing
+
+ASKED = 256
+"""Prompts of a split, and at most as many rows of text, that an evaluation takes; drawn by seed."""
+
+
+class Questions(NamedTuple):
+    """Prompts as arrays: tokens [P, T], lengths [P] and answers' first tokens [P]."""
+
+    tokens: jax.Array
+    lengths: jax.Array
+    answers: jax.Array
+
+
+def questions(tokenizer: Tokenizer, prompts: Sequence[Prompt], context: int) -> Questions:
+    """Tokens of prompts, padded on the right."""
+    encoded = [encode(tokenizer, prompt.text) for prompt in prompts]
+    tokens = np.zeros((len(encoded), padded_length(max(map(len, encoded)), context)), np.int32)
+    for row, ids in zip(tokens, encoded, strict=True):
+        row[: len(ids)] = ids
+    answers = [answer_token(tokenizer, prompt.text, prompt.answer) for prompt in prompts]
+    return Questions(*(jnp.asarray(each, jnp.int32) for each in (tokens, list(map(len, encoded)), answers)))
+
+
+class Evaluation:
+    """Evaluates weights of one run, always on the same prompts and rows.
+
+    Args:
+      corpus: of the run.
+      config: of the run.
+    """
+
+    def __init__(self, corpus: Corpus, config: TrainConfig):
+        self._config, self._boundary = config, jnp.int32(corpus.boundary)
+        random = np.random.default_rng(config.data.seed)
+        self._asked: Mapping[str, Questions] = {
+            split: questions(
+                corpus.tokenizer,
+                [prompts[place] for place in random.permutation(len(prompts))[:ASKED]],
+                config.model.context,
+            )
+            for split, prompts in corpus.prompts.items()
+            if prompts
+        }
+        self._rows = jnp.asarray(corpus.unseen_rows[random.permutation(len(corpus.unseen_rows))[:ASKED]])
+        self._vocab_size = corpus.tokenizer.get_vocab_size()
+
+    def __call__(self, weights: dict) -> dict[str, float]:
+        """Share of prompts answered right by split, as `recall_SPLIT`; or, of text, `unseen_loss` in nats a token."""
+        params = computing(self._config, weights, self._vocab_size)
+        found = {f"recall_{split}": _recall(params, asked) for split, asked in self._asked.items()}
+        if len(self._rows):
+            found["unseen_loss"] = _unseen_loss(params, self._rows, self._boundary, self._config)
+        return {name: float(value) for name, value in found.items()}
+
+
+@jax.jit
+def _recall(params: Params, asked: Questions) -> jax.Array:
+    def right(tokens: jax.Array, length: jax.Array, answer: jax.Array) -> jax.Array:
+        _, trace = transformer.forward(params, tokens)
+        return jnp.argmax(transformer.unembed(params, trace.resid_post[-1, length - 1])) == answer
+
+    return jax.vmap(right)(*asked).mean()
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _unseen_loss(params: Params, rows: jax.Array, boundary: jax.Array, config: TrainConfig) -> jax.Array:
+    total, count = batch_loss(params, rows, boundary, None, config)
+    return total / count

@@ -1,0 +1,113 @@
+"""What a training run's directory says of itself, so that it is gone on with, compared and loaded as what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pandas as pd
+
+from hydra_jax import store
+from hydra_jax.errors import UserError
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.training.config import TrainConfig, train_config
+from hydra_jax.training.data import Corpus
+
+RUN = "train.json"
+TOKENIZER = "tokenizer.json"
+PROMPTS = "prompts.jsonl"
+METRICS = "metrics.jsonl"
+
+
+def is_trained(path: Path) -> bool:
+    """Whether a directory is of a training run."""
+    return (path / RUN).is_file()
+
+
+def read_run(workdir: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """A run's config and what else RUN says: `vocab_size` and the corpus' SHA-256.
+
+    Raises:
+      UserError: if it is not there or damaged.
+    """
+    path = workdir / RUN
+    try:
+        stated = json.loads(path.read_text("utf-8"))
+        return train_config(stated["config"]), {"vocab_size": int(stated["vocab_size"]), "corpus": stated["corpus"]}
+    except FileNotFoundError:
+        raise UserError(f"{path}: is not there; give the --workdir of a training run") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); train into another --workdir") from error
+
+
+def model_config(workdir: Path, **switches: Any) -> ModelConfig:
+    """The config of the model that a run trains; `switches` are `dtype` and `precision`."""
+    config, stated = read_run(workdir)
+    return dataclasses.replace(config.decoder(stated["vocab_size"]), **switches)
+
+
+def check_config(workdir: Path, config: TrainConfig) -> None:
+    """Refuse to go on with a run of another config.
+
+    Raises:
+      UserError: that names every setting that differs.
+    """
+    if not (workdir / RUN).exists():
+        return
+    old, _ = read_run(workdir)
+    differing = store.differences(dataclasses.asdict(old), dataclasses.asdict(config))
+    if differing:
+        raise UserError(
+            f"{workdir}: holds a run of another configuration ({differing}); give another --workdir, or delete this one"
+        )
+
+
+def read_metrics(workdir: Path) -> pd.DataFrame:
+    """A run's metrics, a row a step that has any; what was not taken at a step is NaN.
+
+    Raises:
+      UserError: if there are none or they cannot be read.
+    """
+    path = workdir / METRICS
+    try:
+        return pd.DataFrame([json.loads(line) for line in path.read_text("utf-8").splitlines()]).set_index("step")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); train first") from error
+
+
+def describe(workdir: Path, config: TrainConfig, corpus: Corpus) -> None:
+    """Write the run's config, tokenizer and prompts, where they are not there yet.
+
+    Raises:
+      UserError: if the run was begun on other data.
+    """
+    stated = {
+        "config": dataclasses.asdict(config),
+        "vocab_size": corpus.tokenizer.get_vocab_size(),
+        "corpus": corpus.digest,
+    }
+    if (workdir / RUN).exists():
+        if read_run(workdir)[1]["corpus"] != corpus.digest:
+            raise UserError(f"{workdir}: was begun on other text; give that at config.data.path, or another --workdir")
+        return
+    if jax.process_index():
+        return
+    lines = [
+        {"id": prompt.id, "prompt": prompt.text, "answer": prompt.answer, "relation": prompt.relation}
+        for prompts in corpus.prompts.values()
+        for prompt in prompts
+    ]
+    files = {
+        TOKENIZER: corpus.tokenizer.to_str(pretty=True),
+        PROMPTS: "".join(json.dumps(line) + "\n" for line in lines),
+        RUN: json.dumps(stated, indent=2) + "\n",  # last: where it is, all of them are
+    }
+    for name, text in files.items():
+        if text:
+            store.write_whole(workdir / name, functools.partial(Path.write_text, data=text, encoding="utf-8"))

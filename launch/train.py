@@ -1,0 +1,43 @@
+"""Train a model with dropout or without, on biographies of invented people or on text files.
+
+    python -m launch.train --config=configs/train.py:no_dropout --workdir=DIR
+    python -m launch.train --config=configs/train.py:dropout --workdir=DIR --config.seed=1
+
+Stopped, by Ctrl-C, SIGTERM or otherwise, the same command goes on from the last checkpoint. The directory
+is a model like any other: python -m launch.sweep --config.model=DIR --config.prompts.path=DIR/prompts.jsonl.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from hydra_jax import figures, runtime, store
+from hydra_jax.errors import UserError
+from hydra_jax.figures.training import training_curves
+from hydra_jax.training.config import train_config
+from hydra_jax.training.loop import Stopped, train
+from hydra_jax.training.workdir import read_metrics
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "what to train: configs/train.py:ARM,PRESET; see the file")
+WORKDIR = flags.DEFINE_string("workdir", None, "directory for the run", required=True)
+
+
+def main() -> None:
+    if not WORKDIR.value:
+        raise UserError("--workdir: is empty; give a directory for the run")
+    config, workdir = train_config(CONFIG.value), Path(WORKDIR.value)
+    try:
+        train(config, workdir)
+    except Stopped as stopped:
+        print(f"\nstopped; step {stopped.step} is saved, the same command goes on from it", file=sys.stderr)
+        sys.exit(128 + stopped.signal)
+    with store.directory(workdir):
+        figures.save(workdir, "training", lambda: training_curves(config, read_metrics(workdir)))
+    print(f"trained: {workdir} (figure: training.png; lines of metrics.jsonl)")
+    print(f"sweep it: python -m launch.sweep --config.model={workdir} --workdir=DIR")
+
+
+if __name__ == "__main__":
+    runtime.main(main, "train.py", "stopped; the same command goes on from the last checkpoint")
