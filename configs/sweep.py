@@ -15,6 +15,7 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
     """The defaults; `hydra_jax/config.py` says what each setting means and what it may be."""
     return config_dict.create(
         model=model,
+        model_step=-1,  # of a model that launch.train trained: which checkpoint; -1: the last
         dtype="float32",  # or bfloat16: half the memory; on accelerators, faster
         precision="highest",  # of float32 products: highest, high or default (TF32 on a GPU)
         prompts=dict(

@@ -70,7 +70,7 @@ def sweep(
     kept, _ = choose(model, itemise(model, chosen), config.prompts, seed, batch, config.ablation.by_head, progress)
     plan = Plan(model, kept, kept, config.ablation, seed, evenly(len(kept), batch), config.identity_tolerance)
     dataset = frame(plan).copy(deep=True)
-    dataset.attrs = store.protocol_attributes(protocol(config, model.weights_hash, chosen))
+    dataset.attrs = store.protocol_attributes(protocol(config, model, chosen))
 
     def write(chunk: slice, arrays: dict[str, np.ndarray]) -> None:
         for name, array in arrays.items():

@@ -95,6 +95,7 @@ class SweepConfig:
 
     Attributes:
       model: what `hydra_jax.load` takes.
+      model_step: of a model that was trained here, which checkpoint; -1 for the last.
       dtype: "float32" or "bfloat16", of weights, keys and values.
       precision: "highest", "high" or "default", of float32 matrix products.
       prompts: which prompts.
@@ -107,6 +108,7 @@ class SweepConfig:
     """
 
     model: str = "smollm2-135m"
+    model_step: int = -1
     dtype: str = "float32"
     precision: str = "highest"
     prompts: PromptsConfig = PromptsConfig()
@@ -128,6 +130,7 @@ class SweepConfig:
             "ablation.replacements": (self.ablation.replacements, 1),
             "prompts.limit": (self.prompts.limit, 0),
             "seed": (self.seed, 0),
+            "model_step": (self.model_step, -1),
             "rows": (self.rows, 0),
             "bootstrap": (self.bootstrap, 1),
         }

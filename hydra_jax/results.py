@@ -17,7 +17,6 @@ from hydra_jax import stats, store
 from hydra_jax.edits import SITES, WHOLE, Component
 from hydra_jax.errors import UserError
 from hydra_jax.findings import Finding, findings
-from hydra_jax.models.hub import MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +58,7 @@ class Results:
     @functools.cached_property
     def findings(self) -> list[Finding]:
         """`findings.findings`."""
-        known = MODELS.get(self.protocol["model"]["name"])
-        return findings(self.effects, self.resampled, known.dropout if known else None)
+        return findings(self.effects, self.resampled, self.protocol["model"].get("dropout"))
 
     @functools.cached_property
     def tables(self) -> dict[str, pd.DataFrame]:

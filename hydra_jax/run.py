@@ -34,11 +34,11 @@ EXAMPLE_COORDINATES = (
 )
 
 
-def protocol(config: SweepConfig, weights_hash: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def protocol(config: SweepConfig, model: Model, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """All that a sweep's results depend on, as a JSON tree."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     return {
-        "model": {"name": config.model, "sha256": weights_hash},
+        "model": {"name": config.model, "sha256": model.weights_hash, "dropout": model.dropout},
         "dtype": config.dtype,
         "precision": config.precision,
         "prompts": {
@@ -73,9 +73,9 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
     """
     with store.directory(workdir):
         prompts = _prompts(config)
-        model = load(config.model, config.dtype, config.precision)
+        model = load(config.model, config.dtype, config.precision, config.model_step)
         _check(config, model, prompts)
-        asked = protocol(config, model.weights_hash, prompts)
+        asked = protocol(config, model, prompts)
         items = itemise(model, prompts)
         batch = prompts_at_once(config.rows, config.ablation.draws)
         resumed = store.exists(workdir)

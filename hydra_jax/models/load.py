@@ -28,7 +28,9 @@ from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.families import Family, Form
 from hydra_jax.models.settings import Settings, model_config
 from hydra_jax.models.transformer import Params
+from hydra_jax.training import workdir
 
+LAST_STEP = -1
 _HUGGING_FACE, _GGUF = 0, 1  # columns of a family's names
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -43,13 +45,15 @@ class Model:
       name: as it was asked for.
       params: weights and config.
       tokenizer: text to tokens and back.
-      weights_hash: SHA-256 of the file, or of the directory's files in order of name.
+      weights_hash: SHA-256 of the file, of the directory's files in order of name, or of a checkpoint's arrays.
+      dropout: the highest rate of any kind that it was trained with; None where that is not known.
     """
 
     name: str
     params: Params
     tokenizer: Tokenizer
     weights_hash: str
+    dropout: float | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -57,21 +61,26 @@ class Model:
         return self.params.config
 
 
-def load(name: str, dtype: str = "float32", precision: str = "highest") -> Model:
+def load(name: str, dtype: str = "float32", precision: str = "highest", step: int = LAST_STEP) -> Model:
     """Load a model.
 
     Args:
       name: one of `hub.MODELS`; a path to a `.gguf` file; a path to a directory with `config.json`,
-        `*.safetensors` and `tokenizer.json`; or a Hugging Face Hub id, "owner/name" or
-        "owner/name@revision".
+        `*.safetensors` and `tokenizer.json`; one that `python -m launch.train` trained into; or a Hugging
+        Face Hub id, "owner/name" or "owner/name@revision".
       dtype: "float32" or "bfloat16", for weights, keys and values.
       precision: "highest", "high" or "default", of float32 matrix products.
+      step: of a model that was trained here, which checkpoint; LAST_STEP for the last.
 
     Raises:
       UserError: if it cannot be found, fetched or read, is damaged, is of an unknown architecture, or
         fails `check`.
     """
     path = hub.locate(name)
+    if workdir.is_trained(path):
+        return _trained(name, path, dtype, precision, step)
+    if step != LAST_STEP:
+        raise UserError(f"{path}: is not a directory of a training run, and has no step {step}; leave model_step out")
     if path.suffix in PICKLED:
         raise UserError(f"{path}: is pickled, which is never read: {CONVERT}")
     read = _read_directory if path.is_dir() else _read_gguf
@@ -83,7 +92,25 @@ def load(name: str, dtype: str = "float32", precision: str = "highest") -> Model
                 f" {params.config.vocab_size:,} rows; fetch the model again"
             )
         check(params, str(path))
-    return Model(name=name, params=params, tokenizer=text, weights_hash=weights_hash(path))
+    known = hub.MODELS.get(name)
+    return Model(name, params, text, weights_hash(path), known.dropout if known else None)
+
+
+def _trained(name: str, path: Path, dtype: str, precision: str, step: int) -> Model:
+    from hydra_jax.training import checkpoint  # orbax is slow to import, and most runs never need it
+
+    trained, _ = workdir.read_run(path)
+    config = workdir.model_config(path, dtype=dtype, precision=precision)
+    kept = jax.eval_shape(
+        lambda: transformer.init_params(dataclasses.replace(config, dtype="float32"), jax.random.key(0))
+    )
+    layout = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+    weights, digest, _ = checkpoint.weights(path, kept.weights, step)
+    weights = jax.tree.map(lambda array, like: array.astype(like.dtype), weights, layout.weights)
+    params = Params(weights=weights, config=config)
+    check(params, str(path))
+    rates = dataclasses.asdict(trained.dropout).values()
+    return Model(name, params, tokenizer.from_file(path / workdir.TOKENIZER), digest, max(rates))
 
 
 def weights_hash(path: Path) -> str:
@@ -183,6 +210,8 @@ def read_config(path: Path, **switches: str) -> tuple[str, ModelConfig]:
     Raises:
       UserError: as `load`.
     """
+    if workdir.is_trained(path):
+        return "llama, trained here", workdir.model_config(path, **switches)
     with _faults_of(path):
         if path.is_dir():
             architecture, _, config = _directory_config(path, **switches)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import pandas as pd
@@ -15,7 +15,9 @@ from hydra_jax import store
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.training.config import TrainConfig, train_config
-from hydra_jax.training.data import Corpus
+
+if TYPE_CHECKING:  # it imports what loading a model need not wait for
+    from hydra_jax.training.data import Corpus
 
 RUN = "train.json"
 TOKENIZER = "tokenizer.json"
