@@ -24,6 +24,7 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
             text="",  # one prompt by itself, as --prompt gives it
             correct_only=True,  # as the paper: prompts that the model answers right
             limit=0,  # of prompts swept; 0: no limit
+            target="top",  # whose logit is read: the most likely next token, or the answer
         ),
         ablation=dict(
             kind="resample",  # or mean, zero, noise

@@ -54,7 +54,7 @@ def get_config(arm: str = "no_dropout") -> config_dict.ConfigDict:
         arm=arm,
         preset=preset,
         seed=0,  # of initial parameters, the order of data, and dropout
-        steps=1000,
+        steps=700,
         batch=32,  # sequences a step, over all devices
         accumulate=1,  # parts that a batch is worked through in, one after the other
         dtype="float32",  # or bfloat16, with float32 parameters
@@ -63,7 +63,7 @@ def get_config(arm: str = "no_dropout") -> config_dict.ConfigDict:
         data=dict(
             kind="biographies",  # of invented people; or text: UTF-8 files
             seed=0,  # of the people; leave it as it is for models that are compared
-            people=300,
+            people=200,
             unseen_people=50,  # who are in no biography: what is guessed
             variants=30,  # biographies a person
             path="",  # of text: files, directories and patterns, separated by commas
@@ -80,7 +80,7 @@ def get_config(arm: str = "no_dropout") -> config_dict.ConfigDict:
             beta2=0.95,
             clip=1.0,  # of the gradient's norm
         ),
-        checkpoint=dict(every=100, keep_last=2, keep_every=200),  # in steps
+        checkpoint=dict(every=100, keep_last=2, keep_every=100),  # in steps
         evaluate_every=100,
         log_every=10,
     )

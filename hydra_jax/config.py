@@ -14,6 +14,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.models.config import DTYPES, PRECISIONS, ModelConfig
 
 HEADS = "heads"
+TARGETS = TOP, ANSWER = "top", "answer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PromptsConfig:
       text: one prompt, swept by itself, whatever the rest says; replacements come from the built-in facts.
       correct_only: of records, keep those whose most likely next token begins the answer, as the paper does.
       limit: at most this many, picked by seed and id; 0 for all (of text, for 512).
+      target: whose logit is read: "top", the clean run's most likely next token, or "answer".
     """
 
     kind: str = "records"
@@ -33,6 +35,7 @@ class PromptsConfig:
     text: str = ""
     correct_only: bool = True
     limit: int = 0
+    target: str = TOP
 
     @property
     def filtered(self) -> bool:
@@ -122,6 +125,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         one_of("ablation.kind", self.ablation.kind, KINDS)
         one_of("prompts.kind", self.prompts.kind, prompt_sets.KINDS)
+        one_of("prompts.target", self.prompts.target, TARGETS)
         if self.prompts.kind == "text" and not self.prompts.path:
             raise UserError("config.prompts.path: is empty; give a UTF-8 text file to cut prompts from")
         one_of("dtype", self.dtype, DTYPES)

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hydra_jax import prompts as prompt_sets
-from hydra_jax.config import AblationConfig, PromptsConfig
+from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
 from hydra_jax.edits import Component, WriteStatistics, draw_sources, prompt_keys
 from hydra_jax.effects import delta_unembed, head_unembed
 from hydra_jax.errors import UserError
@@ -46,6 +46,7 @@ class CleanRow:
 
     Attributes:
       item: the prompt.
+      top: the most likely next token.
       target: the token that is read.
       delta_unembed: [2L], what each component contributes to its logit.
       head_unembed: [L * H], what each head does.
@@ -56,6 +57,7 @@ class CleanRow:
     """
 
     item: Item
+    top: int
     target: int
     delta_unembed: np.ndarray
     head_unembed: np.ndarray
@@ -67,7 +69,7 @@ class CleanRow:
     @property
     def correct(self) -> bool:
         """Whether the most likely next token begins the answer."""
-        return self.target == self.item.answer
+        return self.top == self.item.answer
 
 
 def itemise(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
@@ -136,11 +138,26 @@ def _read(params: Params, clean: Clean, by_head: bool) -> tuple[jax.Array, ...]:
     heads = jax.vmap(head_unembed, (None, 0))(params, clean).reshape(count, -1)
     values = clean.mixed if by_head else clean.writes
     ablatable = values.reshape(count, -1, values.shape[-1])
-    return clean.target, contributions, heads, clean.centred_logit, clean.probability, clean.final_scale, ablatable
+    return (
+        clean.top,
+        clean.target,
+        contributions,
+        heads,
+        clean.centred_logit,
+        clean.probability,
+        clean.final_scale,
+        ablatable,
+    )
 
 
 def _clean_rows(
-    model: Model, items: Sequence[Item], batch: int, by_head: bool, keep: Callable[[CleanRow], bool], bar: tqdm
+    model: Model,
+    items: Sequence[Item],
+    batch: int,
+    by_head: bool,
+    target: str,
+    keep: Callable[[CleanRow], bool],
+    bar: tqdm,
 ) -> Iterator[CleanRow]:
     """The clean runs of `items`, shortest first; those that `keep` refuses come without `ablatable`."""
     items = sorted(items, key=_by_length)
@@ -148,15 +165,19 @@ def _clean_rows(
     for part in slices:
         chosen, size = items[part], slices[0].stop
         tokens, lengths = batch_of(chosen, size, model.config.context)
-        clean = prefill_batch(model.params, tokens, lengths, jnp.full(size, MOST_LIKELY))
+        targets = [item.answer if target == ANSWER else None for item in chosen]
+        read = np.array([MOST_LIKELY if each is None else each for each in targets])
+        read = np.pad(read, (0, size - len(chosen)), mode="edge")
+        clean = prefill_batch(model.params, tokens, lengths, jnp.asarray(read))
         columns = jax.device_get(_read(model.params, clean, by_head))
-        for item, target, contributions, heads, logit, probability, scale, ablatable in zip(
+        for item, top, read_token, contributions, heads, logit, probability, scale, ablatable in zip(
             chosen, *columns, strict=False
         ):
             # Copies, or the batch that they are views of would stay in memory with them.
             row = CleanRow(
                 item=item,
-                target=int(target),
+                top=int(top),
+                target=int(read_token),
                 delta_unembed=contributions.copy(),
                 head_unembed=heads.copy(),
                 clean_logit=float(logit),
@@ -175,10 +196,12 @@ def facts_beside(text: str, replacements: int, seed: int) -> list[Prompt]:
     return [facts[place] for place in drawn]
 
 
-def clean_rows(model: Model, items: Sequence[Item], batch: int, by_head: bool, progress: bool) -> list[CleanRow]:
+def clean_rows(
+    model: Model, items: Sequence[Item], batch: int, by_head: bool, progress: bool, target: str = TOP
+) -> list[CleanRow]:
     """The clean runs of all of `items`, shortest first."""
     with _bar(len(items), progress) as bar:
-        return list(_clean_rows(model, items, batch, by_head, lambda row: True, bar))
+        return list(_clean_rows(model, items, batch, by_head, target, lambda row: True, bar))
 
 
 def choose(
@@ -201,6 +224,11 @@ def choose(
       UserError: if none can be kept.
     """
     limit, correct_only = wanted.limit, wanted.filtered
+    unanswered = next((item.prompt for item in items if item.answer is None), None)
+    if wanted.target == ANSWER and unanswered:
+        raise UserError(
+            f"prompt {unanswered.name}: has no answer to read; give it one, or set --config.prompts.target=top"
+        )
     if correct_only and all(item.answer is None for item in items):
         raise UserError("prompts: none has an answer to be right about; set --config.prompts.correct_only=False")
 
@@ -216,7 +244,9 @@ def choose(
     with _bar(len(items), progress) as bar:
         for start in range(0, len(items), step):
             block = items[start : start + step]
-            rows = {row.item.prompt.id: row for row in _clean_rows(model, block, batch, by_head, keep, bar)}
+            rows = {
+                row.item.prompt.id: row for row in _clean_rows(model, block, batch, by_head, wanted.target, keep, bar)
+            }
             examined += rows.values()
             kept += [rows[item.prompt.id] for item in block if keep(rows[item.prompt.id])]
             if limit and len(kept) >= limit:

@@ -24,6 +24,7 @@ class Clean(flax.struct.PyTreeNode):
       keys: [L, K, head_dim, T], every position's, laid out for `replay`.
       values: [L, K, T, head_dim].
       position: [] int, the last token's place.
+      top: [] int, the most likely next token.
       target: [] int, the token whose logit is read.
       readout: [D], r of that token.
       constant: [], const: the part of its centred logit that no write adds (a final LayerNorm's bias does).
@@ -39,6 +40,7 @@ class Clean(flax.struct.PyTreeNode):
     keys: jax.Array
     values: jax.Array
     position: jax.Array
+    top: jax.Array
     target: jax.Array
     readout: jax.Array
     constant: jax.Array
@@ -66,7 +68,8 @@ def prefill(params: Params, tokens: jax.Array, length: jax.Array, target: jax.Ar
     resid_mid = trace.resid_pre[:, position] + writes[:, 0]
     resid_post = resid_mid + writes[:, 1]
     logits = transformer.unembed(params, resid_post[-1])
-    target = jnp.where(target == MOST_LIKELY, jnp.argmax(logits), target)
+    top = jnp.argmax(logits)
+    target = jnp.where(target == MOST_LIKELY, top, target)
     readout, constant = transformer.readout(params, target)
     return Clean(
         writes=writes,
@@ -76,6 +79,7 @@ def prefill(params: Params, tokens: jax.Array, length: jax.Array, target: jax.Ar
         keys=jnp.transpose(trace.keys, (0, 2, 3, 1)),
         values=jnp.swapaxes(trace.values, 1, 2),
         position=position,
+        top=top,
         target=target,
         readout=readout,
         constant=constant,

@@ -44,7 +44,12 @@ VERDICT_CLASSES = {
 
 
 def write(
-    workdir: Path, results: Results, kinds: Sequence[Results] = (), heads: Results | None = None, progress: bool = False
+    workdir: Path,
+    results: Results,
+    kinds: Sequence[Results] = (),
+    heads: Results | None = None,
+    progress: bool = False,
+    comparison: str = "",
 ) -> list[Path]:
     """Write a sweep's tables (CSV and Parquet), figures (PNG and PDF) and page into `workdir`.
 
@@ -54,6 +59,7 @@ def write(
       kinds: it and sweeps of other kinds on the same prompts, side by side.
       heads: a sweep of heads of the same model.
       progress: whether to show a bar.
+      comparison: a section on matched models, from `report_arms`.
 
     Returns:
       The paths, the page last.
@@ -72,14 +78,14 @@ def write(
             if (stale := workdir / f"{name}.{form}") not in drawn:
                 stale.unlink(missing_ok=True)
     paths += drawn
-    text = page(results, kinds, heads)
+    text = page(results, kinds, heads, comparison)
     paths.append(workdir / PAGE)
     store.write_whole(paths[-1], functools.partial(Path.write_text, data=text, encoding="utf-8"))
     return paths
 
 
-def page(results: Results, kinds: Sequence[Results] = (), heads: Results | None = None) -> str:
-    """The page as text. Whatever comes from prompts, models or files is escaped."""
+def page(results: Results, kinds: Sequence[Results] = (), heads: Results | None = None, comparison: str = "") -> str:
+    """The page as text. Whatever comes from prompts, models or files is escaped; `comparison` is HTML."""
     parts = importlib.resources.files("hydra_jax") / "page"
     # A "<" would let a prompt end the script that holds the data.
     data = json.dumps(payload(results, kinds, heads), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -89,6 +95,7 @@ def page(results: Results, kinds: Sequence[Results] = (), heads: Results | None 
         "SUBTITLE": html.escape(_subtitle(results)),
         "ABOUT": html.escape(_about(results)),
         "FINDINGS": "".join(_card(number, finding) for number, finding in enumerate(results.findings, 1)),
+        "COMPARISON": comparison,
         "GLOSSARY": _terms(GLOSSARY),
         "TABLE": _table(results.summary),
         "PROTOCOL": _protocol(results),
@@ -179,7 +186,10 @@ def _command(protocol: dict[str, Any]) -> str:
     asked = {f"ablation.{key}": protocol["ablation"][key] for key in ("kind", "replacements", "sites", "layers")}
     asked |= {key: protocol[key] for key in ("dtype", "precision", "seed")}
     prompts = protocol["prompts"]
-    asked |= {f"prompts.{key}": prompts[key] for key in ("kind", "limit") if prompts[key] not in ("records", 0)}
+    usual = {"kind": "records", "limit": 0, "target": "top"}
+    asked |= {f"prompts.{key}": prompts[key] for key in usual if prompts.get(key, usual[key]) != usual[key]}
+    if protocol["model"].get("step", -1) != -1:
+        asked["model_step"] = protocol["model"]["step"]
     if prompts["source"] not in ("built-in facts", "one prompt"):
         asked["prompts.path"] = prompts["source"]
     if not prompts["correct_only"]:

@@ -38,7 +38,12 @@ def protocol(config: SweepConfig, model: Model, prompts: Sequence[Prompt]) -> di
     """All that a sweep's results depend on, as a JSON tree."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     return {
-        "model": {"name": config.model, "sha256": model.weights_hash, "dropout": model.dropout},
+        "model": {
+            "name": config.model,
+            "step": config.model_step,
+            "sha256": model.weights_hash,
+            "dropout": model.dropout,
+        },
         "dtype": config.dtype,
         "precision": config.precision,
         "prompts": {
@@ -47,6 +52,7 @@ def protocol(config: SweepConfig, model: Model, prompts: Sequence[Prompt]) -> di
             "kind": config.prompts.kind,
             "correct_only": config.prompts.filtered,
             "limit": config.prompts.limit,
+            "target": config.prompts.target,
         },
         "ablation": dataclasses.asdict(config.ablation) | {"replacements": config.ablation.draws},
         "seed": config.seed,
@@ -90,7 +96,8 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
             kept = examined = [row for row in bank if row.item.prompt.id == SINGLE]
         elif resumed:
             chosen = {item.prompt.id: item for item in items}
-            kept = bank = clean_rows(model, [chosen[i] for i in old["prompt_id"].values], batch, by_head, progress)
+            swept = [chosen[i] for i in old["prompt_id"].values]
+            kept = bank = clean_rows(model, swept, batch, by_head, progress, config.prompts.target)
         else:
             kept, examined = choose(model, items, config.prompts, config.seed, batch, by_head, progress)
             bank = kept
@@ -141,7 +148,7 @@ def examined_table(model: Model, kept: Sequence[CleanRow], examined: Sequence[Cl
             "relation": row.item.prompt.relation,
             "text": row.item.prompt.text,
             "answer": row.item.prompt.answer,
-            "top_token": model.tokenizer.decode([row.target]),
+            "top_token": model.tokenizer.decode([row.top]),
             "probability": row.clean_probability,
             "correct": row.correct,
             "kept": row.item.prompt.id in swept,

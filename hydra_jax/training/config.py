@@ -45,7 +45,7 @@ class DataConfig:
 
     kind: str = "biographies"
     seed: int = 0
-    people: int = 300
+    people: int = 200
     unseen_people: int = 50
     variants: int = 30
     path: str = ""
@@ -87,7 +87,7 @@ class CheckpointConfig:
 
     every: int = 100
     keep_last: int = 2
-    keep_every: int = 200
+    keep_every: int = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class TrainConfig:
     arm: str = "no_dropout"
     preset: str = "tiny"
     seed: int = 0
-    steps: int = 1000
+    steps: int = 700
     batch: int = 32
     accumulate: int = 1
     dtype: str = "float32"

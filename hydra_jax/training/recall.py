@@ -68,19 +68,21 @@ class Evaluation:
     def __call__(self, weights: dict) -> dict[str, float]:
         """Share of prompts answered right by split, as `recall_SPLIT`; or, of text, `unseen_loss` in nats a token."""
         params = computing(self._config, weights, self._vocab_size)
-        found = {f"recall_{split}": _recall(params, asked) for split, asked in self._asked.items()}
+        found = {f"recall_{split}": answered(params, asked).mean() for split, asked in self._asked.items()}
         if len(self._rows):
             found["unseen_loss"] = _unseen_loss(params, self._rows, self._boundary, self._config)
         return {name: float(value) for name, value in found.items()}
 
 
 @jax.jit
-def _recall(params: Params, asked: Questions) -> jax.Array:
+def answered(params: Params, asked: Questions) -> jax.Array:
+    """[P] bool, whether the most likely next token begins the answer."""
+
     def right(tokens: jax.Array, length: jax.Array, answer: jax.Array) -> jax.Array:
         _, trace = transformer.forward(params, tokens)
         return jnp.argmax(transformer.unembed(params, trace.resid_post[-1, length - 1])) == answer
 
-    return jax.vmap(right)(*asked).mean()
+    return jax.lax.map(lambda each: right(*each), asked, batch_size=ASKED)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -104,7 +104,9 @@ def sequence_loss(
     """
     logits, _ = transformer.forward(params, row[:-1], dropout=dropout)
     counted = (row[1:] != boundary).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, row[1:])
+    # Picked by a mask, whose gradient is a product; that of an index would be a scatter into an array of logits.
+    targets = row[1:, None] == jnp.arange(logits.shape[1])[None]
+    losses = jax.nn.logsumexp(logits, axis=1) - jnp.where(targets, logits, 0).sum(axis=1)
     return (losses * counted).sum(), counted.sum()
 
 
@@ -145,6 +147,7 @@ def update(state: State, rows: jax.Array, boundary: jax.Array, config: TrainConf
     else:
         (total, count, gradient), _ = jax.lax.scan(part, nothing, (rows, keys))
     gradient = jax.tree.map(lambda each: each / count, gradient)
-    updates, moments = optimizer(config.optimizer, config.steps).update(gradient, state.optimizer, state.weights)
-    metrics = Metrics(total / count, optax.global_norm(gradient), optax.global_norm(updates))
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+        updates, moments = optimizer(config.optimizer, config.steps).update(gradient, state.optimizer, state.weights)
+    metrics = Metrics(total / count, optax.tree.norm(gradient), optax.tree.norm(updates))
     return State(optax.apply_updates(state.weights, updates), moments, state.step + 1, state.key), metrics

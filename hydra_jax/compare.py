@@ -1,0 +1,250 @@
+"""Matched training runs compared: the same prompts swept in every model, and what differs between the arms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from tqdm import tqdm
+
+from hydra_jax import arms, run, store
+from hydra_jax.arms import Key
+from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig
+from hydra_jax.errors import UserError
+from hydra_jax.models.load import load
+from hydra_jax.prompts import Prompt
+from hydra_jax.prompts import read as read_prompts
+from hydra_jax.training import checkpoint
+from hydra_jax.training.config import TrainConfig
+from hydra_jax.training.recall import answered, questions
+from hydra_jax.training.workdir import PROMPTS, read_metrics, read_run
+
+SWEEPS, COMMON = "sweeps", "prompts.jsonl"
+SPLIT = "trained"
+"""Of the recall prompts, those that are swept: every model is to answer them right."""
+
+FEWEST = 20
+"""Prompts that all models answer right, below which nothing is compared."""
+
+MAY_DIFFER = ("arm", "seed", "dropout")
+"""Of a run's config: all the rest is the same in matched runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A training run.
+
+    Attributes:
+      workdir: where it is.
+      config: what was trained.
+      steps: of its checkpoints.
+    """
+
+    workdir: Path
+    config: TrainConfig
+    steps: list[int]
+
+    def key(self, step: int) -> Key:
+        """Of its model at a step."""
+        return Key(self.config.arm, self.config.seed, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+      table: `arms.compared`, at every step.
+      recall: `arm`, `seed`, `step` and the share of each split's prompts that is answered right.
+      last: the step at which arms are compared.
+      by_layer: of that step: `arm`, `layer`, and the means over seeds and prompts of direct effect, total effect and
+        parts of the compensation, each with an interval.
+      prompts: how many were swept.
+      sweeps: the directories of the sweeps at that step.
+    """
+
+    table: pd.DataFrame
+    recall: pd.DataFrame
+    last: int
+    by_layer: pd.DataFrame
+    prompts: int
+    sweeps: dict[Key, Path]
+
+    @property
+    def arms(self) -> list[str]:
+        """The reference first."""
+        return sorted(self.table["arm"].unique(), key=lambda arm: (arm != arms.REFERENCE, arm))
+
+    @property
+    def final(self) -> pd.DataFrame:
+        """The table at the last step."""
+        return self.table[self.table["step"] == self.last]
+
+    @property
+    def answer(self) -> str:
+        """Whether self-repair needs dropout, in a few sentences."""
+        return arms.answer(self.final, self.arms)
+
+
+def read_runs(workdirs: Sequence[Path]) -> list[TrainedRun]:
+    """Runs that are matched.
+
+    Raises:
+      UserError: if one is not a run, has no checkpoint, differs from the first in more than it may, or is there twice.
+    """
+    runs: list[TrainedRun] = []
+    for workdir in workdirs:
+        config, stated = read_run(workdir)
+        kept = checkpoint.steps(workdir)
+        if not kept:
+            raise UserError(f"{workdir}: has no checkpoint; train first")
+        each = TrainedRun(workdir, config, kept)
+        if runs:
+            first, corpus = runs[0], read_run(runs[0].workdir)[1]["corpus"]
+            of_first, of_each = (
+                {k: v for k, v in dataclasses.asdict(r.config).items() if k not in MAY_DIFFER} for r in (first, each)
+            )
+            differing = store.differences(of_first, of_each) or ("" if stated["corpus"] == corpus else "the text")
+            if differing:
+                raise UserError(f"{workdir}: does not match {first.workdir} ({differing}); compare runs of one config")
+        twin = next((r for r in runs if r.key(0) == each.key(0)), None)
+        if twin:
+            raise UserError(f"{workdir}: is {config.arm}, seed {config.seed}, like {twin.workdir}; give each run once")
+        runs.append(each)
+    return runs
+
+
+def common_steps(runs: Sequence[TrainedRun], asked: Sequence[int] = ()) -> list[int]:
+    """The steps of which every run has a checkpoint; those `asked` for, if any are.
+
+    Raises:
+      UserError: if there are none, or one that is asked for is not among them.
+    """
+    common = sorted(set.intersection(*(set(r.steps) for r in runs)))
+    missing = next((step for step in asked if step not in common), None)
+    if not common or missing is not None:
+        what = "no step" if missing is None else f"not step {missing}"
+        raise UserError(f"--steps: the runs have {what} in common; there are {', '.join(map(str, common)) or 'none'}")
+    return sorted(asked) or common
+
+
+def common_prompts(runs: Sequence[TrainedRun], step: int, limit: int, progress: bool) -> list[Prompt]:
+    """The recall prompts that every run answers right at a step; at most `limit`, evenly over the attributes.
+
+    Raises:
+      UserError: if there are too few, or the runs have none.
+    """
+    path = runs[0].workdir / PROMPTS
+    if not path.is_file():
+        raise UserError(f"{path}: is not there; only models trained on biographies have prompts with known answers")
+    prompts = [prompt for prompt in read_prompts(str(path)) if prompt.id.startswith(f"{SPLIT}/")]
+    right = np.ones(len(prompts), bool)
+    for each in tqdm(runs, desc="what all of them know", unit=" runs", disable=not progress):
+        model = load(str(each.workdir), step=step)
+        right &= np.asarray(answered(model.params, questions(model.tokenizer, prompts, model.config.context)))
+    known = [prompts[place] for place in np.flatnonzero(right)]
+    if len(known) < FEWEST:
+        raise UserError(
+            f"--workdirs: all of the runs answer {len(known)} of {len(prompts)} prompts right at step {step}, a"
+            f" comparison wants {FEWEST}; train longer"
+        )
+    order = np.random.default_rng(0).permutation(len(known))[: limit or None]
+    return [known[place] for place in sorted(order)]
+
+
+def compare(
+    runs: Sequence[TrainedRun],
+    workdir: Path,
+    steps: Sequence[int],
+    *,
+    limit: int = 128,
+    replacements: int = 15,
+    samples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Sweep the attention layers of every run at every step into `workdir`, and compare.
+
+    Args:
+      runs: from `read_runs`.
+      workdir: where sweeps go; those that are there are not made again.
+      steps: from `common_steps`; the last is where arms are compared.
+      limit: prompts of a sweep.
+      replacements: of an ablation.
+      samples: of the bootstrap.
+      seed: of it, and of replacements.
+      progress: whether to show bars.
+
+    Raises:
+      UserError: if there is too little to compare, or the directory holds another comparison.
+    """
+    last = steps[-1]
+    prompts = common_prompts(runs, last, limit, progress)
+    path = workdir / COMMON
+    lines = [{"id": p.id, "prompt": p.text, "answer": p.answer, "relation": p.relation} for p in prompts]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if path.is_file() and path.read_text("utf-8") != text:
+        raise UserError(f"{workdir}: holds a comparison on other prompts; give another --workdir, or delete this one")
+    store.write_whole(path, lambda part: part.write_text(text, "utf-8"))
+    draws = arms.draw(len(prompts), replacements, samples, seed)
+    found, layers, where = {}, {}, {}
+    todo = [(each, step) for step in steps for each in runs]
+    for each, step in tqdm(todo, desc="sweeps", unit=" models", disable=not progress):
+        key = each.key(step)
+        where[key] = workdir / SWEEPS / f"{key.arm}-seed{key.seed}-step{key.step}"
+        effects = _sweep(each, step, where[key], path, replacements, seed)
+        found[key] = arms.measures(effects, draws)
+        if step == last:
+            layers[key] = effects
+    return Comparison(
+        table=arms.compared(arms.by_arm(found, seed), found),
+        recall=_recall(runs, steps),
+        last=last,
+        by_layer=_by_layer(layers, samples, seed),
+        prompts=len(prompts),
+        sweeps={key: path for key, path in where.items() if key.step == last},
+    )
+
+
+def _sweep(each: TrainedRun, step: int, into: Path, prompts: Path, replacements: int, seed: int) -> xr.Dataset:
+    config = SweepConfig(
+        model=str(each.workdir),
+        model_step=step,
+        prompts=PromptsConfig(path=str(prompts), correct_only=False, target=ANSWER),
+        ablation=AblationConfig(replacements=replacements, sites="attn", edges=False),
+        seed=seed,
+    )
+    run.run(config, into, progress=False)
+    return store.load_effects(into).sortby("prompt_id")
+
+
+def _recall(runs: Sequence[TrainedRun], steps: Sequence[int]) -> pd.DataFrame:
+    tables = []
+    for each in runs:
+        metrics = read_metrics(each.workdir)
+        chosen = metrics[metrics.index.isin(steps)].filter(like="recall_")
+        tables.append(chosen.reset_index().assign(arm=each.config.arm, seed=each.config.seed))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _by_layer(layers: dict[Key, xr.Dataset], samples: int, seed: int) -> pd.DataFrame:
+    """Mean effects of each ablated attention layer by arm, with a bootstrap over seeds and prompts."""
+    random = np.random.default_rng(seed)
+    prompts = next(iter(layers.values())).sizes["prompt"]
+    weights = random.multinomial(prompts, np.full(prompts, 1 / prompts), size=samples) / prompts
+    rows = []
+    for arm in dict.fromkeys(key.arm for key in layers):
+        here = [effects for key, effects in layers.items() if key.arm == arm]
+        times = random.multinomial(len(here), np.full(len(here), 1 / len(here)), size=samples) / len(here)
+        for name in store.EFFECTS:
+            means = np.stack([effects[name].values.mean(axis=2) for effects in here])
+            resampled = np.einsum("sn,sp,npa->sa", times, weights, means, optimize=True)
+            low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+            columns = {"value": means.mean(axis=(0, 1)), "low": low, "high": high}
+            rows.append(pd.DataFrame({"arm": arm, "layer": here[0]["ablated_layer"].values, "effect": name} | columns))
+    return pd.concat(rows, ignore_index=True)

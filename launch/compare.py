@@ -1,0 +1,50 @@
+"""Compare training runs that differ in dropout (and seed) alone: does self-repair need it?
+
+    python -m launch.compare --workdirs=runs/no_dropout-0,runs/no_dropout-1,runs/dropout-0,runs/dropout-1 --workdir=DIR
+
+The attention layers of every model are ablated on the prompts that all of them answer right, at every step of
+training that all have a checkpoint of. Into DIR go comparison.csv (and .parquet), figures, the sweeps, and
+report.html. Stopped, the same command goes on where it was.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from hydra_jax import compare, report_arms, results, runtime, store
+from hydra_jax.errors import UserError
+
+WORKDIRS = flags.DEFINE_list("workdirs", None, "directories of training runs, two arms or more", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "directory for the comparison", required=True)
+STEPS = flags.DEFINE_list("steps", [], "of training, the last is where arms are compared; all that the runs share")
+LIMIT = flags.DEFINE_integer("prompts", 128, "prompts of a sweep; 0 for all that every model knows", lower_bound=0)
+REPLACEMENTS = flags.DEFINE_integer("replacements", 15, "replacements of an ablation", lower_bound=1)
+BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "resamples behind each interval", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "of replacements and resamples", lower_bound=0)
+
+
+def main() -> None:
+    try:
+        steps = [int(step) for step in STEPS.value]
+    except ValueError:
+        raise UserError(f"--steps: {','.join(STEPS.value)!r} is not numbers; give e.g. 200,400,1000") from None
+    workdir = Path(WORKDIR.value)
+    runs = compare.read_runs([Path(path) for path in WORKDIRS.value])
+    with store.directory(workdir):
+        found = compare.compare(
+            runs,
+            workdir,
+            compare.common_steps(runs, steps),
+            limit=LIMIT.value,
+            replacements=REPLACEMENTS.value,
+            samples=BOOTSTRAP.value,
+            seed=SEED.value,
+        )
+        print("tables, figures and the page ...", flush=True)
+        first = results.load(next(iter(found.sweeps.values())), BOOTSTRAP.value, SEED.value)
+        paths = report_arms.write(workdir, found, first)
+    print(f"\n{report_arms.text(found)}\n\n{found.answer}\n\n{len(paths)} files, the page to open: {paths[-1]}")
+
+
+if __name__ == "__main__":
+    runtime.main(main, on_interrupt="stopped; the same command goes on from what is finished")
