@@ -126,9 +126,10 @@ def _read(directory: Path, step: int, like: dict[str, Any]) -> tuple[dict[str, A
     """Parts of a checkpoint, as `like`, and its position, checked to be what was written."""
     path = directory / str(step)
     try:
+        # One after the other: where one of several fails, orbax leaves the others' loads unawaited.
+        position = ocp.load_checkpointables(path, {POSITION: None})[POSITION]
         abstract = jax.tree.map(_placed, like)
-        parts = ocp.load_checkpointables(path, {**abstract, POSITION: None})
-        position = parts.pop(POSITION)
+        parts = {name: ocp.load_checkpointables(path, {name: abstract[name]})[name] for name in like}
         wrong = next((name for name in like if digest(parts[name]) != position["sha256"][name]), None)
     except Exception as error:  # whatever orbax, its storage or a damaged position raises
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -55,7 +55,7 @@ class Corpus:
 
     def batches(self, seed: int, size: int) -> grain.DatasetIterator:
         """Batches [size, T + 1] without end, every epoch in another order; the iterator's state can be saved."""
-        rows = grain.MapDataset.source(self.rows).seed(seed).shuffle().repeat().batch(size)
+        rows = grain.MapDataset.source(self.rows).seed(seed).shuffle().repeat().batch(size, drop_remainder=True)
         return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
@@ -157,4 +157,5 @@ def pack(tokenizer: Tokenizer, documents: Iterable[str], context: int) -> np.nda
         pieces += [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(some)]
     flat = np.concatenate(pieces)
     count = max(0, len(flat) - 1) // context
-    return np.stack([flat[row * context :][: context + 1] for row in range(count)] or [flat[:0]])
+    rows = [flat[row * context :][: context + 1] for row in range(count)]
+    return np.stack(rows) if rows else np.empty((0, context + 1), np.int32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.models.tokenizer import answer_token, encode
 from hydra_jax.models.transformer import Params
@@ -33,9 +34,16 @@ class Questions(NamedTuple):
 
 
 def questions(tokenizer: Tokenizer, prompts: Sequence[Prompt], context: int) -> Questions:
-    """Tokens of prompts, padded on the right."""
+    """Tokens of prompts, padded on the right.
+
+    Raises:
+      UserError: if one is longer than the context.
+    """
     encoded = [encode(tokenizer, prompt.text) for prompt in prompts]
-    tokens = np.zeros((len(encoded), padded_length(max(map(len, encoded)), context)), np.int32)
+    longest = max(map(len, encoded))
+    if longest > context:
+        raise UserError(f"config.model.context: is {context}, a prompt has {longest} tokens; give that or more")
+    tokens = np.zeros((len(encoded), padded_length(longest, context)), np.int32)
     for row, ids in zip(tokens, encoded, strict=True):
         row[: len(ids)] = ids
     answers = [answer_token(tokenizer, prompt.text, prompt.answer) for prompt in prompts]
