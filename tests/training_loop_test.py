@@ -159,24 +159,41 @@ class TestRefusals:
             weights, _, _ = checkpoint.weights(tmp_path / "run", initial(config, 300).weights, step)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
 
-    @pytest.mark.parametrize("part", ["weights", "optimizer", "position"])
-    @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-    def test_a_damaged_checkpoint(self, done, tmp_path, part, damage):
+    def test_a_damaged_checkpoint_is_not_gone_on_from(self, done, tmp_path):
         copy = shutil.copytree(done, tmp_path / "copy")
-        files = [path for path in (copy / checkpoint.NAME / "6" / part).rglob("*") if path.is_file()]
-        largest = max(files, key=lambda path: path.stat().st_size)
-        content = largest.read_bytes()
-        if damage == "flipped":
-            middle = len(content) // 2
-            largest.write_bytes(content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :])
-        elif damage == "cut":
-            largest.write_bytes(content[: len(content) // 2])
-        else:
-            shutil.rmtree(copy / checkpoint.NAME / "6" / part)
-        with pytest.raises(UserError, match=r"checkpoints/6: is damaged .*; delete it to go on from") as complaint:
-            train(dataclasses.replace(CONFIG), copy, progress=False)
-        assert "\n" not in str(complaint.value)
+        damage(copy / checkpoint.NAME / "6" / "optimizer", "flipped")
+        with pytest.raises(UserError, match=r"checkpoints/6: is damaged .*; delete it to go on from"):
+            train(CONFIG, copy, progress=False)
         assert checkpoint.steps(copy) == [0, 4, 6]
         shutil.rmtree(copy / checkpoint.NAME / "6")
         train(CONFIG, copy, progress=False)
         assert_same(copy, done)
+
+
+class TestDamage:
+    @pytest.fixture(scope="class")
+    def like(self, done):
+        return initial(CONFIG, workdir.read_run(done)[1]["vocab_size"])
+
+    @pytest.mark.parametrize("part", ["weights", "optimizer", "position"])
+    @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+    def test_is_found(self, done, tmp_path, like, part, how):
+        copy = shutil.copytree(done, tmp_path / "copy")
+        with checkpoint.Checkpoints(copy, CONFIG.checkpoint) as checkpoints:
+            checkpoints.restore(like)
+            damage(copy / checkpoint.NAME / "6" / part, how)
+            with pytest.raises(UserError, match=r"checkpoints/6: is damaged .*; delete it to go on from") as complaint:
+                checkpoints.restore(like)
+            assert "\n" not in str(complaint.value)
+            checkpoints.restore(like, step=4)
+
+
+def damage(part, how):
+    """To the largest file of a part of a checkpoint, or all of it."""
+    if how == "gone":
+        shutil.rmtree(part)
+        return
+    largest = max((path for path in part.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content, middle = largest.read_bytes(), largest.stat().st_size // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+    largest.write_bytes(flipped if how == "flipped" else content[:middle])

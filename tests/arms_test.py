@@ -1,0 +1,113 @@
+"""Comparisons of arms with planted effects."""
+
+import numpy as np
+import pytest
+
+from hydra_jax import arms
+from hydra_jax.arms import Key
+from tests import synthetic
+
+PROMPTS, LAYERS, DRAWS = 60, 4, 5
+
+
+def sweep(restored, seed, mlp=0.0, prompts=PROMPTS):
+    """A sweep in which `restored` of attention 1's direct effect comes back by attention, and `mlp` of it by MLPs."""
+    random = np.random.default_rng(seed)
+    direct = np.zeros((prompts, 2 * LAYERS, DRAWS), np.float32)
+    direct[:, 2] = 2 + random.normal(size=(prompts, 1)) + 0.1 * random.normal(size=(prompts, DRAWS))
+    direct[:, 0] = 0.01  # too little to matter
+    effects = synthetic.effects(direct, restored * direct + 0.05 * random.normal(size=direct.shape).astype(np.float32))
+    effects["mlp_compensation"][:, 2] = mlp * direct[:, 2]
+    effects["compensation"][:, 2, 4] = restored * direct[:, 2].mean(axis=1)
+    effects["compensation"][:, 2, 7] = mlp * direct[:, 2].mean(axis=1)
+    effects["compensation"][:, 2, 5] = 1e-6
+    effects["delta_unembed"][:] = 0
+    effects["delta_unembed"][:, 7] = -0.5
+    return effects
+
+
+def compared(restored_by_arm, seeds=3, samples=200, spread=0.0):
+    draws = arms.draw(PROMPTS, DRAWS, samples, 0)
+    random = np.random.default_rng(1)
+    found = {
+        Key(arm, seed, 10): arms.measures(sweep(restored + spread * random.normal(), seed), draws)
+        for arm, restored in restored_by_arm.items()
+        for seed in range(seeds)
+    }
+    table = arms.compared(arms.by_arm(found, 0), found)
+    return table.set_index(["arm", "measure"])
+
+
+class TestMeasures:
+    def test_are_what_was_planted(self):
+        found = {
+            name: values[0] for name, values in arms.measures(sweep(0.4, 0, 0.2), arms.draw(60, DRAWS, 3, 0)).items()
+        }
+        assert set(found) == set(arms.MEASURES)
+        np.testing.assert_allclose(
+            [found[name] for name in ("restored_share", "attn_share", "mlp_share", "norm_share", "slope")],
+            [0.6, 0.4, 0.2, 0.0, 0.6],
+            atol=0.02,
+        )
+        assert found["r2"] > 0.95
+        # Of the last third of four layers, MLP 3 alone: -0.5 clean; and components 4 and 7 of the three that move.
+        np.testing.assert_allclose(found["erasure"], -0.5, rtol=1e-5)
+        np.testing.assert_allclose(found["erasure_change"], 0.2, rtol=1e-4)
+        np.testing.assert_allclose(found["responding"], 2 / 3, rtol=1e-5)
+
+    def test_resamples_of_few_prompts_spread_more(self):
+        few, many = (
+            arms.measures(sweep(0.4, 0, prompts=prompts), arms.draw(prompts, DRAWS, 300, 0))["restored_share"][1:].std()
+            for prompts in (8, 200)
+        )
+        assert few > 2 * many > 0
+
+    def test_the_first_sample_is_everything_once(self):
+        draws = arms.draw(7, 3, 5, 0)
+        np.testing.assert_allclose(draws.prompts[0], 1 / 7)
+        np.testing.assert_allclose(draws.replacements[:, 0], 1 / 3)
+        np.testing.assert_allclose(draws.prompts.sum(axis=1), 1, rtol=1e-6)
+        np.testing.assert_allclose(draws.replacements.sum(axis=2), 1, rtol=1e-6)
+
+
+class TestArms:
+    def test_a_planted_difference_is_found(self):
+        table = compared({"no_dropout": 0.3, "dropout": 0.6})
+        row = table.loc["dropout", "restored_share"]
+        assert row["difference_low"] < 0.3 < row["difference_high"]
+        assert row["verdict"] == "higher"
+        assert table.loc["dropout", "slope"]["verdict"] == "higher"
+        assert np.isnan(table.loc["no_dropout", "slope"]["difference"])
+
+    def test_none_is_not(self):
+        row = compared({"no_dropout": 0.5, "dropout": 0.5}, spread=0.05).loc["dropout", "restored_share"]
+        assert row["verdict"] == "no clear difference"
+
+    def test_seeds_that_differ_widen_the_interval(self):
+        alike, apart = (compared({"no_dropout": 0.5}, spread=s).loc["no_dropout", "slope"] for s in (0.0, 0.2))
+        assert apart["high"] - apart["low"] > 3 * (alike["high"] - alike["low"])
+        assert apart["seeds"].count(";") == 2
+
+    def test_arms_without_the_same_seeds(self):
+        draws = arms.draw(PROMPTS, DRAWS, 50, 0)
+        found = {
+            Key(arm, seed, 0): arms.measures(sweep(0.5, seed), draws)
+            for arm, seed in (("no_dropout", 0), ("no_dropout", 1), ("dropout", 2))
+        }
+        table = arms.compared(arms.by_arm(found, 0), found)
+        assert np.isfinite(table[["value", "low", "high"]].values).all()
+
+
+@pytest.mark.parametrize(
+    ("planted", "says"),
+    [
+        ({"no_dropout": 0.5, "dropout": 0.8}, ["is repaired: 50%", "With dropout: 80%", "more (+3"]),
+        ({"no_dropout": 0.5, "dropout": 0.2}, ["is repaired: 50%", "less (-3"]),
+        ({"no_dropout": -0.5, "dropout": -0.5}, ["is not repaired", "no clear difference"]),
+        ({"dropout": 0.5}, ["With dropout: 50%"]),
+    ],
+)
+def test_the_answer(planted, says):
+    answer = arms.answer(compared(planted).reset_index(), list(planted))
+    for words in says:
+        assert words in answer

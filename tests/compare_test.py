@@ -1,0 +1,125 @@
+"""Trained models compared, from runs to the page. They know nothing: which prompts all of them know is made up."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hydra_jax import compare, report_arms, results
+from hydra_jax.errors import UserError
+from hydra_jax.prompts import read
+from hydra_jax.training import checkpoint, workdir
+from hydra_jax.training.loop import train
+from tests import training_toys
+
+CONFIG = training_toys.config(steps=4, data=dict(people=8))
+RUNS = {"no_dropout": {}, "dropout": dict(attn=0.2, mlp=0.2)}
+STEPS, LIMIT, REPLACEMENTS = [0, 4], 10, 3
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs")
+    for arm, rates in RUNS.items():
+        arm_config = dataclasses.replace(CONFIG, arm=arm, dropout=dataclasses.replace(CONFIG.dropout, **rates))
+        train(arm_config, directory / arm, progress=False)
+    return [directory / arm for arm in RUNS]
+
+
+@pytest.fixture
+def known(monkeypatch):
+    def some(runs, step, limit, progress):
+        prompts = [p for p in read(str(runs[0].workdir / workdir.PROMPTS)) if p.id.startswith("trained/")]
+        return prompts[:limit]
+
+    monkeypatch.setattr(compare, "common_prompts", some)
+
+
+class TestRuns:
+    def test_are_read(self, workdirs):
+        runs = compare.read_runs(workdirs)
+        assert [run.config.arm for run in runs] == list(RUNS)
+        assert compare.common_steps(runs) == [0, 2, 4]
+        assert compare.common_steps(runs, [4, 0]) == [0, 4]
+
+    def test_share_what_they_begin_with(self, workdirs):
+        weights = [checkpoint.weights(path, checkpoint_like(path), 0)[1] for path in workdirs]
+        assert weights[0] == weights[1]
+        assert len({(path / workdir.TOKENIZER).read_text() for path in workdirs}) == 1
+
+    def test_step_that_is_not_there(self, workdirs):
+        with pytest.raises(UserError, match=r"--steps: the runs have not step 3 in common; there are 0, 2, 4"):
+            compare.common_steps(compare.read_runs(workdirs), [3])
+
+    def test_the_same_twice(self, workdirs):
+        with pytest.raises(UserError, match="give each run once"):
+            compare.read_runs([workdirs[0], workdirs[0]])
+
+    def test_of_another_config(self, workdirs, tmp_path):
+        copy = shutil.copytree(workdirs[1], tmp_path / "copy")
+        text = (copy / workdir.RUN).read_text()
+        (copy / workdir.RUN).write_text(text.replace('"batch": 4', '"batch": 8'))
+        with pytest.raises(UserError, match=r"does not match .* \(batch was 4, is 8\)"):
+            compare.read_runs([workdirs[0], copy])
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": {"nonsense": 1}, "vocab_size": 3, "corpus": ""}'])
+    def test_damaged(self, workdirs, tmp_path, content):
+        copy = shutil.copytree(workdirs[1], tmp_path / "copy")
+        (copy / workdir.RUN).write_text(content)
+        with pytest.raises(UserError, match=r"train\.json: ") as complaint:
+            compare.read_runs([copy])
+        assert "\n" not in str(complaint.value)
+
+    def test_no_run(self, tmp_path):
+        with pytest.raises(UserError, match=r"train\.json: is not there"):
+            compare.read_runs([tmp_path])
+
+    def test_that_know_too_little(self, workdirs):
+        with pytest.raises(UserError, match=r"all of the runs answer \d+ of 32 prompts right at step 4, .* wants 20"):
+            compare.common_prompts(compare.read_runs(workdirs), 4, 10, False)
+
+
+def checkpoint_like(path):
+    from hydra_jax.training.step import initial
+
+    return initial(CONFIG, workdir.read_run(path)[1]["vocab_size"]).weights
+
+
+@pytest.mark.usefixtures("known")
+def test_a_comparison(workdirs, tmp_path):
+    runs = compare.read_runs(workdirs)
+    options = dict(limit=LIMIT, replacements=REPLACEMENTS, samples=20, progress=False)
+    found = compare.compare(runs, tmp_path, STEPS, **options)
+    assert found.arms == ["no_dropout", "dropout"]
+    assert (found.prompts, found.last) == (LIMIT, 4)
+    # Before the first step the arms are one model, so nothing differs, whatever is drawn.
+    start = found.table[(found.table["step"] == 0) & (found.table["arm"] == "dropout")]
+    np.testing.assert_array_equal(start["difference"], 0)
+    np.testing.assert_array_equal(start[["difference_low", "difference_high"]], 0)
+    end = found.final[found.final["arm"] == "dropout"]
+    assert (end["difference"] != 0).any()
+    # The same again from what is there, and the same prompts and answers in all models.
+    again = compare.compare(runs, tmp_path, STEPS, **options)
+    pd.testing.assert_frame_equal(again.table, found.table)
+    sweeps = [results.load(path, 20) for path in found.sweeps.values()]
+    for name in ("prompt_id", "target_id"):
+        np.testing.assert_array_equal(*(sweep.effects.sortby("prompt_id")[name] for sweep in sweeps))
+    answers = {p.id: p.answer for p in read(str(tmp_path / compare.COMMON))}
+    for identity, target in zip(
+        sweeps[0].effects["prompt_id"].values, sweeps[0].effects["target_text"].values, strict=True
+    ):
+        assert answers[str(identity)].startswith(str(target).strip())
+
+    paths = report_arms.write(tmp_path, found, sweeps[0])
+    assert all(path.stat().st_size for path in paths)
+    page = paths[-1].read_text()
+    assert "Matched models, with dropout and without" in page
+    assert page.count("<img alt=") == 3
+    text = report_arms.text(found)
+    assert "no_dropout" in text
+    assert "restored share" in text
+    other = dict(options, limit=LIMIT - 1)
+    with pytest.raises(UserError, match="holds a comparison on other prompts"):
+        compare.compare(runs, tmp_path, STEPS, **other)

@@ -1,0 +1,162 @@
+"""`python -m launch.train` and `launch.compare` as processes: refusals, signals and kills."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hydra_jax.training import checkpoint, workdir
+from hydra_jax.training.step import initial
+from tests import builders
+
+ROOT = Path(__file__).parent.parent
+KILLS = int(os.environ.get("HYDRA_JAX_KILLS", "4"))
+"""Random moments at which a run is killed; a start of the command takes seconds."""
+
+TINY = {
+    "steps": 40,
+    "batch": 4,
+    **{f"model.{key}": value for key, value in dict(layers=1, width=8, heads=2, kv_heads=2, mlp_width=8).items()},
+    **{f"data.{key}": value for key, value in dict(people=4, unseen_people=1, variants=2, vocab_size=300).items()},
+    "dropout.attn": 0.1,
+    "checkpoint.every": 2,
+    "checkpoint.keep_every": 10,
+    "evaluate_every": 20,
+    "log_every": 5,
+}
+
+WORKDIR = "--workdir={path}/here"
+REFUSED = {
+    "arm unknown": (["--config={root}/configs/train.py:nonsense", WORKDIR], "nonsense"),
+    "preset unknown": (["--config={root}/configs/train.py:dropout,nonsense", WORKDIR], "nonsense"),
+    "setting unknown": ([WORKDIR, "--config.nonsense=1"], "nonsense"),
+    "rate too high": ([WORKDIR, "--config.dropout.attn=1.0"], "config.dropout.attn: is 1.0"),
+    "vocabulary too small": ([WORKDIR, "--config.data.vocab_size=100"], "config.data.vocab_size: is 100"),
+    "heads that do not divide": ([WORKDIR, "--config.model.heads=3"], "config.model.width: 8"),
+    "batch that does not divide": ([WORKDIR, "--config.accumulate=3"], "config.batch: 4"),
+    "no text": ([WORKDIR, "--config.data.kind=text"], "config.data.path: is empty"),
+    "text not there": ([WORKDIR, "--config.data.kind=text", "--config.data.path={path}/none.txt"], "none.txt"),
+    "context too short": ([WORKDIR, "--config.model.context=8"], "config.model.context: is 8"),
+    "workdir a file": (["--workdir={path}/file"], "{path}/file"),
+    "empty workdir": (["--workdir="], "--workdir: is empty"),
+    "no workdir": ([], "workdir"),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inputs")
+    (path / "file").write_text("")
+    return path
+
+
+def start(inputs, *arguments, command="launch.train"):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= dict(JAX_COMPILATION_CACHE_DIR=f"{inputs}/compiled", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    settings = [f"--config.{name}={value}" for name, value in TINY.items()] if command == "launch.train" else []
+    arguments = [argument.format(path=inputs, root=ROOT) for argument in arguments]
+    first = [argument for argument in arguments if argument.startswith("--config=")]
+    rest = [argument for argument in arguments if argument not in first]
+    return subprocess.Popen(
+        [sys.executable, "-m", command, *first, *settings, *rest],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    process.out, process.err = process.communicate(timeout=300)
+    return process
+
+
+def weights_of(path):
+    like = initial(workdir.read_run(path)[0], workdir.read_run(path)[1]["vocab_size"])
+    return checkpoint.weights(path, like.weights)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs):
+    done = finish(start(inputs, "--workdir={path}/undisturbed"))
+    assert done.returncode == 0, done.err
+    assert "trained:" in done.out
+    assert "tokens/s" in done.err
+    assert (inputs / "undisturbed" / "training.png").stat().st_size > 10_000
+    return inputs / "undisturbed"
+
+
+def assert_same(path, other):
+    (weights, digest, step), (expected, expected_digest, last) = weights_of(path), weights_of(other)
+    assert (digest, step) == (expected_digest, last) == (digest, TINY["steps"])
+    jax.tree.map(np.testing.assert_array_equal, weights, expected)
+    times = {"tokens_per_second"}
+    lines = [workdir.read_metrics(each).drop(columns=times).to_csv() for each in (path, other)]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(inputs, case):
+    arguments, named = REFUSED[case]
+    process = finish(start(inputs, *arguments))
+    assert process.returncode == 1
+    assert "Traceback" not in process.err + process.out
+    (line,) = [line for line in process.err.splitlines() if line.strip()]
+    assert line.startswith("error: ")
+    assert named.format(path=inputs) in line
+    assert not (inputs / "here").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_and_gone_on_with(inputs, undisturbed, number, status):
+    path = inputs / f"stopped-{status}"
+    process = start(inputs, f"--workdir={path}")
+    while not (len(checkpoint.steps(path)) > 1) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    finish(process)
+    assert "Traceback" not in process.err
+    # It may have been done before the signal came.
+    assert process.returncode == status, process.err
+    saved = checkpoint.steps(path)[-1]
+    assert f"stopped; step {saved} is saved" in process.err
+    assert finish(start(inputs, f"--workdir={path}")).returncode == 0
+    assert_same(path, undisturbed)
+
+
+def test_killed_at_random_moments(inputs, undisturbed):
+    path, moments = inputs / "killed", random.Random(0)
+    began = time.monotonic()
+    assert finish(start(inputs, "--workdir={path}/timed")).returncode == 0
+    whole = time.monotonic() - began
+    for _ in range(KILLS):
+        process = start(inputs, f"--workdir={path}")
+        time.sleep(moments.uniform(0.3, 1.0) * whole)
+        process.kill()
+        finish(process)
+    assert finish(start(inputs, f"--workdir={path}")).returncode == 0
+    assert_same(path, undisturbed)
+    assert not list((path / checkpoint.NAME).glob("*tmp*"))
+
+
+def test_compare_refuses_in_one_line(inputs, undisturbed):
+    builders.text_file(inputs / "no_run", "")
+    for arguments, named in (
+        (["--workdirs={path}/none", WORKDIR], "none/train.json: is not there"),
+        ([f"--workdirs={undisturbed}", WORKDIR, "--steps=a"], "--steps: 'a' is not numbers"),
+        ([f"--workdirs={undisturbed}", WORKDIR], "prompts right at step 40"),
+    ):
+        process = finish(start(inputs, *arguments, command="launch.compare"))
+        assert process.returncode == 1, process.err
+        (line,) = [line for line in process.err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+        assert line.startswith("error: ")
+        assert named in line
+        assert not (inputs / "here").exists()
