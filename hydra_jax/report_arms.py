@@ -12,6 +12,7 @@ import pandas as pd
 from hydra_jax import figures, report, store
 from hydra_jax.arms import MATTERS, MEASURES, REFERENCE
 from hydra_jax.compare import Comparison
+from hydra_jax.errors import UserError
 from hydra_jax.figures import arms as drawn
 from hydra_jax.results import Results
 
@@ -50,6 +51,18 @@ def write(workdir: Path, found: Comparison, first: Results) -> list[Path]:
     whole = section(workdir, found)
     store.write_whole(paths[-1], functools.partial(Path.write_text, data=whole, encoding="utf-8"))
     return paths + report.write(workdir, first, comparison=whole)
+
+
+def read_section(workdir: Path) -> str:
+    """The section that a comparison in `workdir` left.
+
+    Raises:
+      UserError: if there is none.
+    """
+    path = workdir / SECTION
+    if not path.is_file():
+        raise UserError(f"{path}: is not there; run `python -m launch.compare --workdir={workdir}` first")
+    return path.read_text("utf-8")
 
 
 def text(found: Comparison) -> str:

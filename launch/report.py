@@ -5,16 +5,21 @@
 With sweeps of other kinds, or of heads, of the same model and prompts beside it:
 
     python -m launch.report --workdir=DIR --also=DIR/zero,DIR/mean,DIR/heads
+
+With what launch.compare found of matched models, in a section of the page:
+
+    python -m launch.report --workdir=DIR --comparison=DIR
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from hydra_jax import report, results, runtime, store, tables
+from hydra_jax import report, report_arms, results, runtime, store, tables
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep; the report goes into it", required=True)
 ALSO = flags.DEFINE_list("also", [], "directories of sweeps of other kinds, or of heads, on the same prompts")
+COMPARISON = flags.DEFINE_string("comparison", None, "directory of a launch.compare, whose section joins the page")
 BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "resamples behind each interval", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the resamples", lower_bound=0)
 
@@ -26,8 +31,9 @@ def main() -> None:
     ]
     print(f"{every[0].caption}; intervals from {BOOTSTRAP.value:,} resamples", flush=True)
     beside = results.beside(every[0], every[1:])
+    section = report_arms.read_section(Path(COMPARISON.value)) if COMPARISON.value else ""
     with store.directory(workdir):
-        paths = report.write(workdir, every[0], *beside, progress=True)
+        paths = report.write(workdir, every[0], *beside, progress=True, comparison=section)
     print(f"\n{tables.findings(every[0])}\n\n{len(paths)} files, the page to open: {paths[-1]}")
 
 
