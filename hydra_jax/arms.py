@@ -9,38 +9,49 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from hydra_jax import stats, store
-from hydra_jax.edits import ATTN, MLP, SITES
+from hydra_jax.edits import MLP, SITES
+from hydra_jax.figures.style import SITE_NAMES
 from hydra_jax.findings import LATE
 
 REFERENCE = "no_dropout"
 """The arm that others are compared with, where it is among them."""
 
 MATTERS = 0.1
-"""Share of a model's largest mean direct effect from which on an ablated attention layer counts."""
+"""Share of a site's largest mean direct effect in a model from which on an ablated layer counts."""
 
 MEASURES = {
-    "restored_share": "restored share of the direct effect",
+    "direct_effect": "direct effect (logits)",
+    "restored_share": "restored share",
     "attn_share": "restored by attention",
     "mlp_share": "restored by MLPs",
     "norm_share": "restored by the final norm",
-    "slope": "slope of compensation on direct effect",
-    "r2": "R² of compensation on direct effect",
-    "erasure": "late MLPs' contribution to the answer (logits)",
-    "erasure_change": "its change under ablation, per direct effect",
-    "responding": "share of downstream components that respond",
+    "slope": "slope on the direct effect",
+    "r2": "R² of it",
+    "erasure": "late MLPs' contribution (logits)",
+    "erasure_change": "its change per direct effect",
+    "responding": "share of components that respond",
 }
-"""What is compared, over the ablated attention layers that matter (see MATTERS):
+"""What is compared, of ablated attention and of ablated MLPs, over the layers of each that matter (see MATTERS).
 
-shares are ratios of sums over layers of means over prompts; `slope` and `r2` are of the regression within
-layers, pooled; `erasure` is what the last third of the MLPs adds to the answer's logit, below zero where they
-push it down; `responding` counts components that move by more than a tenth of the direct effect.
+`direct_effect` is their sum; shares are ratios of sums over layers of means over prompts; `slope` and `r2` are of
+the regression of compensation on direct effect within layers, pooled; `erasure` is what the last third of the MLPs
+adds to the answer's logit, below zero where they push it down, and `erasure_change` how that changes under ablation;
+`responding` counts components that move by more than a tenth of the direct effect.
 """
+
+
+OF_DIRECT = ("restored_share", "attn_share", "mlp_share", "norm_share", "erasure_change")
+"""Those divided by the direct effect: without a value where that is not clearly above 0."""
+
+Measured = Mapping[tuple[str, str], np.ndarray]
+"""By ablated site and measure, [1 + S]: of all prompts, then of every resample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +87,22 @@ def draw(prompts: int, replacements: int, samples: int, seed: int) -> Draws:
     return Draws((of_replacements / replacements).astype(np.float32), (of_prompts / prompts).astype(np.float32))
 
 
-def measures(effects: xr.Dataset, draws: Draws) -> dict[str, np.ndarray]:
-    """MEASURES of one model, [1 + S] each: of all prompts, then of every resample.
+def measures(effects: xr.Dataset, draws: Draws) -> Measured:
+    """MEASURES of one model.
 
     Args:
-      effects: a sweep of attention layers, its prompts in the draws' order.
+      effects: a sweep of layers, its prompts in the draws' order.
       draws: from `draw`.
     """
-    attention = np.flatnonzero(effects["ablated_site"].values == SITES[ATTN])
-    effects = effects.isel(ablated=attention)
+    sites = [site for site in SITES if (effects["ablated_site"].values == site).any()]
+    return {(site, name): values for site in sites for name, values in _of_site(effects, site, draws).items()}
+
+
+def _of_site(effects: xr.Dataset, site: str, draws: Draws) -> dict[str, np.ndarray]:
+    effects = effects.isel(ablated=np.flatnonzero(effects["ablated_site"].values == site))
     direct = effects["direct_effect"].values.mean(axis=(0, 2))
-    effects = effects.isel(ablated=np.flatnonzero(direct >= MATTERS * direct.max()))
+    least = MATTERS * direct.max() if direct.max() > 0 else -np.inf
+    effects = effects.isel(ablated=np.flatnonzero(direct >= least))
     arrays = {name: effects[name].values for name in store.EFFECTS}
     arrays["compensation"] = np.sum([arrays[f"{part}compensation"] for part in stats.PARTS[1:]], axis=0)
     # [P, S, A]: means over the replacements that a sample drew.
@@ -104,15 +120,16 @@ def measures(effects: xr.Dataset, draws: Draws) -> dict[str, np.ndarray]:
         for a, b, mean_a, mean_b in ((x, y, mean_x, mean_y), (x, x, mean_x, mean_x), (y, y, mean_y, mean_y))
     )
     total = mean_x.sum(axis=-1)
-    found = {"restored_share": mean_y.sum(axis=-1) / total, "slope": xy / xx, "r2": xy * xy / (xx * yy)}
+    found = {"direct_effect": total, "restored_share": _ratio(mean_y.sum(axis=-1), total)}
+    found |= {"slope": _ratio(xy, xx), "r2": _ratio(xy * xy, xx * yy)}
     for part in stats.PARTS[1:]:
-        found[f"{part}share"] = over_prompts(means[f"{part}compensation"]).sum(axis=-1) / total
+        found[f"{part}share"] = _ratio(over_prompts(means[f"{part}compensation"]).sum(axis=-1), total)
     layers = effects["layer"].values
     first_late = layers.max() + 1 - max(1, round((layers.max() + 1) * LATE))
     late = np.flatnonzero((effects["site"].values == SITES[MLP]) & (layers >= first_late))
     moved = effects["compensation"].values
     found["erasure"] = draws.prompts @ effects["delta_unembed"].values[:, late].sum(axis=1)
-    found["erasure_change"] = draws.prompts @ moved[:, :, late].sum(axis=(1, 2)) / total
+    found["erasure_change"] = _ratio(draws.prompts @ moved[:, :, late].sum(axis=(1, 2)), total)
     downstream = (moved != 0).any(axis=0)
     responds = np.abs(moved) > stats.RESPONSE * np.abs(effects["direct_effect"].values.mean(axis=2))[..., None]
     share = (responds & downstream).sum(axis=2) / np.maximum(downstream.sum(axis=1), 1)
@@ -120,14 +137,20 @@ def measures(effects: xr.Dataset, draws: Draws) -> dict[str, np.ndarray]:
     return {name: found[name] for name in MEASURES}
 
 
-def by_arm(found: Mapping[Key, Mapping[str, np.ndarray]], seed: int) -> dict[tuple[str, int], dict[str, np.ndarray]]:
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Their quotient; NaN where there is none."""
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
+
+
+def by_arm(found: Mapping[Key, Measured], seed: int) -> dict[tuple[str, int], Measured]:
     """Measures of each arm and step, [1 + S]: means over seeds, which a resample draws for all arms alike."""
     arms = sorted({(key.arm, key.step) for key in found})
     seeds = sorted({key.seed for key in found})
-    samples = len(next(iter(next(iter(found.values())).values())))
+    first = next(iter(found.values()))
+    samples = len(next(iter(first.values())))
     times = np.random.default_rng(seed).multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=samples)
     times[0] = 1
-    result = {}
+    result: dict[tuple[str, int], Measured] = {}
     for arm, step in arms:
         here = [number for number, each in enumerate(seeds) if Key(arm, each, step) in found]
         weights = times[:, here].astype(np.float64)
@@ -136,62 +159,80 @@ def by_arm(found: Mapping[Key, Mapping[str, np.ndarray]], seed: int) -> dict[tup
         weights /= weights.sum(axis=1, keepdims=True)
         result[arm, step] = {
             name: np.sum([weights[:, i] * found[Key(arm, seeds[n], step)][name] for i, n in enumerate(here)], axis=0)
-            for name in MEASURES
+            for name in first
         }
     return result
 
 
-def compared(
-    arms: Mapping[tuple[str, int], Mapping[str, np.ndarray]], found: Mapping[Key, Mapping[str, np.ndarray]]
-) -> pd.DataFrame:
-    """One row an arm, step and measure.
+def compared(arms: Mapping[tuple[str, int], Measured], found: Mapping[Key, Measured]) -> pd.DataFrame:
+    """One row an arm, step, ablated site and measure.
 
     Returns:
-      `arm`, `step`, `measure`, `value`, `low`, `high`; `difference` from the reference arm at that step with
-      `difference_low`, `difference_high` and a `verdict`; and `seeds`, each seed's value.
+      `arm`, `step`, `ablated`, `measure`, `value`, `low`, `high`; `difference` from the reference arm at that step
+      with `difference_low`, `difference_high` and a `verdict`; and `seeds`, each seed's value. What is divided by a
+      direct effect that is not clearly above 0 is NaN.
     """
     rows = []
     for (arm, step), values in arms.items():
         reference = arms.get((REFERENCE, step))
-        for name, samples in values.items():
-            low, high = stats.interval(samples[1:])
-            row = {"arm": arm, "step": step, "measure": name, "value": samples[0], "low": low, "high": high}
+        for (site, name), samples in values.items():
+            row: dict[str, Any] = {"arm": arm, "step": step, "ablated": site, "measure": name}
+            row |= _estimate(
+                "value", samples, nothing=name in OF_DIRECT and _not_above_0(values[site, "direct_effect"])
+            )
             if reference is not None and arm != REFERENCE:
-                difference = samples - reference[name]
-                low, high = stats.interval(difference[1:])
-                row |= {"difference": difference[0], "difference_low": low, "difference_high": high}
-                row["verdict"] = verdict(float(low), float(high))
-            of_seeds = {key.seed: each[name][0] for key, each in found.items() if (key.arm, key.step) == (arm, step)}
+                nothing = np.isnan(row["value"]) or (
+                    name in OF_DIRECT and _not_above_0(reference[site, "direct_effect"])
+                )
+                row |= _estimate("difference", samples - reference[site, name], nothing)
+                row["verdict"] = verdict(row["difference_low"], row["difference_high"])
+            of_seeds = {
+                key.seed: each[site, name][0] for key, each in found.items() if (key.arm, key.step) == (arm, step)
+            }
             row["seeds"] = "; ".join(f"{seed}: {value:.4g}" for seed, value in sorted(of_seeds.items()))
             rows.append(row)
     return pd.DataFrame(rows)
 
 
+def _estimate(name: str, samples: np.ndarray, nothing: bool) -> dict[str, float]:
+    """A value and the interval of its resamples, as columns."""
+    low, high = stats.interval(samples[1:])
+    ends = ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high")
+    values = dict(zip((name, *ends), (float(samples[0]), float(low), float(high)), strict=True))
+    return dict.fromkeys(values, float("nan")) if nothing else values
+
+
+def _not_above_0(direct: np.ndarray) -> bool:
+    low, _ = stats.interval(direct[1:])
+    return not low > 0
+
+
 def verdict(low: float, high: float) -> str:
     """What an interval of a difference says."""
+    if np.isnan(low):
+        return "cannot be told"
     return "higher" if low > 0 else "lower" if high < 0 else "no clear difference"
 
 
-def answer(table: pd.DataFrame, arms: Sequence[str]) -> str:
-    """In a sentence or two, whether self-repair needs dropout, of `compared` at one step."""
-    chosen = table[table["measure"] == "restored_share"].set_index("arm")
-    sentences = []
-    if REFERENCE in chosen.index:
-        row = chosen.loc[REFERENCE]
-        how = "is" if row["low"] > 0 else "is not" if row["high"] < 0 else "is not clearly"
-        sentences.append(
-            f"Without dropout, what the ablation of attention takes away {how} repaired:"
-            f" {row['value']:.0%} ({row['low']:.0%} to {row['high']:.0%}) of it is restored."
-        )
-    for arm in arms:
-        if arm == REFERENCE or arm not in chosen.index:
-            continue
-        row = chosen.loc[arm]
-        text = f"With {arm}: {row['value']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
-        if REFERENCE in chosen.index:
-            what = {"higher": "more", "lower": "less"}.get(str(row["verdict"]), "no clear difference")
-            text += (
-                f", {what} ({row['difference']:+.0%}, {row['difference_low']:+.0%} to {row['difference_high']:+.0%})"
+def answer(table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
+    """Whether self-repair needs dropout, of `compared` at one step: a sentence or two an ablated site."""
+    paragraphs = []
+    for site, rows in table[table["measure"] == "restored_share"].groupby("ablated", sort=False):
+        chosen = rows.set_index("arm")
+        parts = []
+        for arm in arms:
+            row = chosen.loc[arm]
+            what = (
+                "cannot be told, as the direct effect is not clearly above 0"
+                if np.isnan(row["value"])
+                else f"{row['value']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
             )
-        sentences.append(text + ".")
-    return " ".join(sentences)
+            if arm != REFERENCE and not np.isnan(row.get("difference", np.nan)):
+                difference = " to ".join(f"{row[f'difference_{end}']:+.0%}" for end in ("low", "high"))
+                what += f", {row['verdict']} ({row['difference']:+.0%}, {difference})"
+            parts.append(f"{arm} {what}")
+        paragraphs.append(
+            f"Of what the ablation of {SITE_NAMES[str(site)]} takes away directly, the rest of the model restores"
+            f" (below zero: takes away more): {'; '.join(parts)}."
+        )
+    return paragraphs

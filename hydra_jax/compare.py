@@ -62,8 +62,8 @@ class Comparison:
       table: `arms.compared`, at every step.
       recall: `arm`, `seed`, `step` and the share of each split's prompts that is answered right.
       last: the step at which arms are compared.
-      by_layer: of that step: `arm`, `layer`, and the means over seeds and prompts of direct effect, total effect and
-        parts of the compensation, each with an interval.
+      by_layer: of that step: `arm`, `ablated` site, `layer`, and the means over seeds and prompts of direct
+        effect, total effect and parts of the compensation, each with an interval.
       prompts: how many were swept.
       sweeps: the directories of the sweeps at that step.
     """
@@ -86,8 +86,8 @@ class Comparison:
         return self.table[self.table["step"] == self.last]
 
     @property
-    def answer(self) -> str:
-        """Whether self-repair needs dropout, in a few sentences."""
+    def answer(self) -> list[str]:
+        """Whether self-repair needs dropout, a paragraph an ablated site."""
         return arms.answer(self.final, self.arms)
 
 
@@ -168,7 +168,7 @@ def compare(
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """Sweep the attention layers of every run at every step into `workdir`, and compare.
+    """Sweep the layers of every run at every step into `workdir`, and compare.
 
     Args:
       runs: from `read_runs`.
@@ -216,7 +216,7 @@ def _sweep(each: TrainedRun, step: int, into: Path, prompts: Path, replacements:
         model=str(each.workdir),
         model_step=step,
         prompts=PromptsConfig(path=str(prompts), correct_only=False, target=ANSWER),
-        ablation=AblationConfig(replacements=replacements, sites="attn", edges=False),
+        ablation=AblationConfig(replacements=replacements, edges=False),
         seed=seed,
     )
     run.run(config, into, progress=False)
@@ -233,7 +233,7 @@ def _recall(runs: Sequence[TrainedRun], steps: Sequence[int]) -> pd.DataFrame:
 
 
 def _by_layer(layers: dict[Key, xr.Dataset], samples: int, seed: int) -> pd.DataFrame:
-    """Mean effects of each ablated attention layer by arm, with a bootstrap over seeds and prompts."""
+    """Mean effects of each ablated layer by arm, with a bootstrap over seeds and prompts."""
     random = np.random.default_rng(seed)
     prompts = next(iter(layers.values())).sizes["prompt"]
     weights = random.multinomial(prompts, np.full(prompts, 1 / prompts), size=samples) / prompts
@@ -246,5 +246,6 @@ def _by_layer(layers: dict[Key, xr.Dataset], samples: int, seed: int) -> pd.Data
             resampled = np.einsum("sn,sp,npa->sa", times, weights, means, optimize=True)
             low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
             columns = {"value": means.mean(axis=(0, 1)), "low": low, "high": high}
-            rows.append(pd.DataFrame({"arm": arm, "layer": here[0]["ablated_layer"].values, "effect": name} | columns))
+            labels = {"ablated": here[0]["ablated_site"].values, "layer": here[0]["ablated_layer"].values}
+            rows.append(pd.DataFrame({"arm": arm, **labels, "effect": name} | columns))
     return pd.concat(rows, ignore_index=True)

@@ -5,26 +5,28 @@ from __future__ import annotations
 import base64
 import functools
 import html
+import json
 from pathlib import Path
 
 import pandas as pd
 
 from hydra_jax import figures, report, store
-from hydra_jax.arms import MATTERS, MEASURES, REFERENCE
+from hydra_jax.arms import MATTERS, MEASURES, OF_DIRECT, REFERENCE
 from hydra_jax.compare import Comparison
 from hydra_jax.errors import UserError
 from hydra_jax.figures import arms as drawn
+from hydra_jax.figures.style import SITE_NAMES
 from hydra_jax.results import Results
 
-SECTION = "comparison.html"
-"""The section by itself, which `launch.report --comparison` takes up into a page."""
+ABOUT_IT = "comparison.json"
+TABLES = ("comparison", "recall", "by_layer")
 
-SHARES = ("restored_share", "attn_share", "mlp_share", "norm_share", "erasure_change", "responding")
+SHARES = (*OF_DIRECT, "responding")
 ABOUT = (
-    "Models that differ in dropout and seed alone: the same initial parameters, data and steps. In each, every"
-    f" attention layer is ablated whose mean direct effect is at least {MATTERS:.0%} of the largest; measures are of"
-    " these together. Intervals (95 %) resample seeds, prompts and replacements, the same in all models; of few seeds"
-    " they are too narrow rather than too wide."
+    "Models that differ in dropout and seed alone: the same initial parameters, data and steps. In each, measures are"
+    f" of the ablated layers together whose mean direct effect is at least {MATTERS:.0%} of the largest. Intervals"
+    " (95 %) resample seeds, prompts and replacements, the same in all models; of few seeds they are too narrow rather"
+    " than too wide."
 )
 
 
@@ -37,7 +39,7 @@ def write(workdir: Path, found: Comparison, first: Results) -> list[Path]:
       first: a sweep of it, which the page shows with the comparison.
     """
     paths = []
-    for name, table in {"comparison": found.table, "recall": found.recall, "by_layer": found.by_layer}.items():
+    for name, table in zip(TABLES, (found.table, found.recall, found.by_layer), strict=True):
         for form, save in (
             ("csv", functools.partial(table.to_csv, index=False, float_format="%.6g")),
             ("parquet", functools.partial(table.to_parquet, index=False)),
@@ -47,44 +49,63 @@ def write(workdir: Path, found: Comparison, first: Results) -> list[Path]:
     paths += figures.save(workdir, "comparison", lambda: drawn.comparison(found))
     paths += figures.save(workdir, "by_layer", lambda: drawn.by_layer(found))
     paths += figures.save(workdir, "emergence", lambda: drawn.emergence(found))
-    paths.append(workdir / SECTION)
-    whole = section(workdir, found)
-    store.write_whole(paths[-1], functools.partial(Path.write_text, data=whole, encoding="utf-8"))
-    return paths + report.write(workdir, first, comparison=whole)
+    paths.append(workdir / ABOUT_IT)
+    about = json.dumps({"last": found.last, "prompts": found.prompts}) + "\n"
+    store.write_whole(paths[-1], functools.partial(Path.write_text, data=about, encoding="utf-8"))
+    return paths + report.write(workdir, first, comparison=section(workdir, found))
 
 
-def read_section(workdir: Path) -> str:
-    """The section that a comparison in `workdir` left.
+def read(workdir: Path) -> Comparison:
+    """A comparison from the files that `write` left; without the directories of its sweeps.
 
     Raises:
-      UserError: if there is none.
+      UserError: if they are not there or cannot be read.
     """
-    path = workdir / SECTION
-    if not path.is_file():
-        raise UserError(f"{path}: is not there; run `python -m launch.compare --workdir={workdir}` first")
-    return path.read_text("utf-8")
+    if not (workdir / ABOUT_IT).is_file():
+        raise UserError(f"{workdir}: holds no comparison; run `python -m launch.compare --workdir={workdir}` first")
+    try:
+        table, recall, by_layer = (pd.read_parquet(workdir / f"{name}.parquet") for name in TABLES)
+        about = json.loads((workdir / ABOUT_IT).read_text("utf-8"))
+        return Comparison(table, recall, int(about["last"]), by_layer, int(about["prompts"]), {})
+    except Exception as error:  # pyarrow's are of many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{workdir}: cannot be read ({reason}); compare into another --workdir") from error
 
 
 def text(found: Comparison) -> str:
-    """The measures at the last step, a line a measure, a column an arm."""
-    table = found.final.assign(shown=[_shown(row) for row in found.final.to_dict("records")])
-    wide = table.pivot_table(index="measure", columns="arm", values="shown", aggfunc="first")
-    wide = wide.loc[list(MEASURES), found.arms].rename(index=MEASURES)
-    wide.index.name = wide.columns.name = None
+    """The measures at the last step, a table an ablated site: a line a measure, a column an arm."""
+    tables = [
+        f"{SITE_NAMES[site]} ablated\n"
+        + pd.DataFrame(
+            {arm: [_shown(name, rows.loc[[(arm, name)]].iloc[0]) for name in MEASURES] for arm in found.arms},
+            list(MEASURES.values()),
+        ).to_string()
+        for site, rows in _by_site(found)
+    ]
     return (
         f"{found.prompts} prompts that all models answer right, step {found.last}; in brackets 95 % intervals over"
-        f" seeds, prompts and replacements;\n* clearly differs from {REFERENCE}\n\n{wide.to_string()}"
+        f" seeds, prompts and replacements;\n* clearly differs from {REFERENCE}\n\n" + "\n\n".join(tables)
     )
+
+
+def _by_site(found: Comparison) -> list[tuple[str, pd.DataFrame]]:
+    """Of each ablated site, the rows at the last step by arm and measure."""
+    groups = found.final.groupby("ablated", sort=False)
+    return [(str(site), rows.set_index(["arm", "measure"])) for site, rows in groups]
 
 
 def section(workdir: Path, found: Comparison) -> str:
     """A section of HTML. Arms' names come from configs: they are escaped."""
     head = "".join(f'<th scope="col">{html.escape(arm)}</th>' for arm in ("", *found.arms))
-    rows = []
-    for name, meaning in MEASURES.items():
-        chosen = found.final[found.final["measure"] == name].set_index("arm")
-        cells = "".join(f"<td>{html.escape(_shown(chosen.loc[arm].to_dict()))}</td>" for arm in found.arms)
-        rows.append(f'<tr><th scope="row">{html.escape(meaning)}</th>{cells}</tr>')
+    lines = []
+    for site, rows in _by_site(found):
+        lines.append(f'<tr><th colspan="{1 + len(found.arms)}" scope="rowgroup">{SITE_NAMES[site]} ablated</th></tr>')
+        for name, meaning in MEASURES.items():
+            cells = "".join(
+                f"<td>{html.escape(_shown(name, rows.loc[[(arm, name)]].iloc[0]))}</td>" for arm in found.arms
+            )
+            lines.append(f'<tr><th scope="row">{html.escape(meaning)}</th>{cells}</tr>')
+    answer = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in found.answer)
     pictures = "".join(
         f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,'
         f'{base64.b64encode((workdir / f"{name}.png").read_bytes()).decode()}">'
@@ -96,15 +117,16 @@ def section(workdir: Path, found: Comparison) -> str:
     )
     return (
         '<section aria-labelledby="arms-title"><h2 id="arms-title">Matched models, with dropout and without</h2>'
-        f'<p>{html.escape(found.answer)}</p><p class="note">{html.escape(ABOUT)} {found.prompts} prompts, step'
+        f'{answer}<p class="note">{html.escape(ABOUT)} {found.prompts} prompts, step'
         f" {found.last}; * clearly differs from {html.escape(REFERENCE)}.</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
         f"{pictures}</section>"
     )
 
 
-def _shown(row: dict) -> str:
-    form = "{:.0%}" if row["measure"] in SHARES else "{:.2f}"
+def _shown(measure: str, row: pd.Series) -> str:
+    """Of a row of `_by_site`, the value with its interval."""
+    form = "{:.0%}" if measure in SHARES else "{:.2f}"
     differs = "*" if row.get("verdict") in ("higher", "lower") else ""
     low, high = form.format(row["low"]), form.format(row["high"])
     return "" if pd.isna(row["value"]) else f"{form.format(row['value'])} ({low} to {high}){differs}"

@@ -2,16 +2,17 @@
 
     python -m launch.compare --workdirs=runs/no_dropout-0,runs/no_dropout-1,runs/dropout-0,runs/dropout-1 --workdir=DIR
 
-The attention layers of every model are ablated on the prompts that all of them answer right, at every step of
+Every layer of every model is ablated on the prompts that all of them answer right, at every step of
 training that all have a checkpoint of. Into DIR go comparison.csv (and .parquet), figures, the sweeps, and
 report.html. Stopped, the same command goes on where it was.
 """
 
+import textwrap
 from pathlib import Path
 
 from absl import flags
 
-from hydra_jax import compare, report_arms, results, runtime, store
+from hydra_jax import compare, report_arms, results, runtime, store, tables
 from hydra_jax.errors import UserError
 
 WORKDIRS = flags.DEFINE_list("workdirs", None, "directories of training runs, two arms or more", required=True)
@@ -43,7 +44,8 @@ def main() -> None:
         print("tables, figures and the page ...", flush=True)
         first = results.load(next(iter(found.sweeps.values())), BOOTSTRAP.value, SEED.value)
         paths = report_arms.write(workdir, found, first)
-    print(f"\n{report_arms.text(found)}\n\n{found.answer}\n\n{len(paths)} files, the page to open: {paths[-1]}")
+    answer = "\n".join(textwrap.fill(paragraph, tables.WIDTH) for paragraph in found.answer)
+    print(f"\n{report_arms.text(found)}\n\n{answer}\n\n{len(paths)} files, the page to open: {paths[-1]}")
 
 
 if __name__ == "__main__":

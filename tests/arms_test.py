@@ -35,7 +35,7 @@ def compared(restored_by_arm, seeds=3, samples=200, spread=0.0):
         for seed in range(seeds)
     }
     table = arms.compared(arms.by_arm(found, 0), found)
-    return table.set_index(["arm", "measure"])
+    return table[table["ablated"] == "attn"].set_index(["arm", "measure"])
 
 
 class TestMeasures:
@@ -57,7 +57,9 @@ class TestMeasures:
 
     def test_resamples_of_few_prompts_spread_more(self):
         few, many = (
-            arms.measures(sweep(0.4, 0, prompts=prompts), arms.draw(prompts, DRAWS, 300, 0))["restored_share"][1:].std()
+            arms.measures(sweep(0.4, 0, prompts=prompts), arms.draw(prompts, DRAWS, 300, 0))["attn", "restored_share"][
+                1:
+            ].std()
             for prompts in (8, 200)
         )
         assert few > 2 * many > 0
@@ -88,6 +90,15 @@ class TestArms:
         assert apart["high"] - apart["low"] > 3 * (alike["high"] - alike["low"])
         assert apart["seeds"].count(";") == 2
 
+    def test_nothing_is_said_of_a_share_of_nothing(self):
+        draws = arms.draw(PROMPTS, DRAWS, 50, 0)
+        effects = sweep(0.5, 0)
+        effects["direct_effect"][:, 2] -= effects["direct_effect"][:, 2].mean() - 0.02
+        found = {Key("no_dropout", 0, 0): arms.measures(effects, draws)}
+        table = arms.compared(arms.by_arm(found, 0), found).set_index(["ablated", "measure"])
+        assert np.isnan(table.loc[("attn", "restored_share"), "value"])
+        assert np.isfinite(table.loc[("attn", "slope"), "value"])
+
     def test_arms_without_the_same_seeds(self):
         draws = arms.draw(PROMPTS, DRAWS, 50, 0)
         found = {
@@ -95,19 +106,19 @@ class TestArms:
             for arm, seed in (("no_dropout", 0), ("no_dropout", 1), ("dropout", 2))
         }
         table = arms.compared(arms.by_arm(found, 0), found)
-        assert np.isfinite(table[["value", "low", "high"]].values).all()
+        assert np.isfinite(table.loc[table["ablated"] == "attn", ["value", "low", "high"]].values).all()
 
 
 @pytest.mark.parametrize(
     ("planted", "says"),
     [
-        ({"no_dropout": 0.5, "dropout": 0.8}, ["is repaired: 50%", "With dropout: 80%", "more (+3"]),
-        ({"no_dropout": 0.5, "dropout": 0.2}, ["is repaired: 50%", "less (-3"]),
-        ({"no_dropout": -0.5, "dropout": -0.5}, ["is not repaired", "no clear difference"]),
-        ({"dropout": 0.5}, ["With dropout: 50%"]),
+        ({"no_dropout": 0.5, "dropout": 0.8}, ["no_dropout 50%", "dropout 80%", "higher (+3"]),
+        ({"no_dropout": 0.5, "dropout": 0.2}, ["no_dropout 50%", "lower (-3"]),
+        ({"no_dropout": -0.5, "dropout": -0.5}, ["no_dropout -50%", "no clear difference"]),
+        ({"dropout": 0.5}, ["attention", "dropout 50% (4"]),
     ],
 )
 def test_the_answer(planted, says):
-    answer = arms.answer(compared(planted).reset_index(), list(planted))
+    (answer,) = arms.answer(compared(planted).reset_index(), list(planted))
     for words in says:
         assert words in answer

@@ -117,6 +117,11 @@ def test_a_comparison(workdirs, tmp_path):
     page = paths[-1].read_text()
     assert "Matched models, with dropout and without" in page
     assert page.count("<img alt=") == 3
+    read_again = report_arms.read(tmp_path)
+    assert report_arms.section(tmp_path, read_again) == report_arms.section(tmp_path, found)
+    (tmp_path / "recall.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"cannot be read"):
+        report_arms.read(tmp_path)
     text = report_arms.text(found)
     assert "no_dropout" in text
     assert "restored share" in text

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
-import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hydra_jax.arms import MEASURES
 from hydra_jax.compare import Comparison
-from hydra_jax.figures.style import COLOURS, zero_line
+from hydra_jax.figures.style import COLOURS, SITE_NAMES, zero_line
 
 ARM_COLOURS = {"no_dropout": "#1f6fb4", "dropout": "#c1354a", "stochastic_depth": "#d9822b"}
 OTHERS = ("#3f8f5a", "#8a94a0", "#2b2f36")
-SHOWN = ("restored_share", "attn_share", "mlp_share", "norm_share", "slope", "r2", "erasure_change", "responding")
+SHOWN = ("restored_share", "attn_share", "mlp_share", "norm_share", "slope", "erasure_change", "responding")
 OVER_STEPS = ("restored_share", "slope")
+RECALL = {"recall_trained": "trained prompts answered right", "recall_unseen_template": "unseen templates, the same"}
+LINES = {
+    "direct_effect": ("direct effect", COLOURS["direct_effect"], "-"),
+    "total_effect": ("total effect", COLOURS["total_effect"], "-"),
+    "attn_compensation": ("repair by attention", COLOURS["attn"], ":"),
+    "mlp_compensation": ("repair by MLPs", COLOURS["mlp"], ":"),
+    "norm_compensation": ("repair by the final norm", COLOURS["norm"], ":"),
+}
 
 
 def colours(arms: list[str]) -> dict[str, str]:
@@ -24,82 +32,84 @@ def colours(arms: list[str]) -> dict[str, str]:
 
 
 def comparison(found: Comparison) -> Figure:
-    """A panel a measure: each arm's mean and interval, and its seeds as faint points."""
-    columns = 4
-    figure = Figure(figsize=(12.5, 6.4))
-    axes = figure.subplots(len(SHOWN) // columns, columns)
+    """A row an ablated site, a panel a measure: each arm's mean and interval, and its seeds as faint points."""
+    sites = list(found.final["ablated"].unique())
+    figure = Figure(figsize=(15, 1.2 + 2.7 * len(sites)))
+    axes = figure.subplots(len(sites), len(SHOWN), squeeze=False)
     colour = colours(found.arms)
-    for axis, name in zip(axes.flat, SHOWN, strict=True):
-        rows = found.final[found.final["measure"] == name].set_index("arm").loc[found.arms]
+    for (line, site), (column, name) in itertools.product(enumerate(sites), enumerate(SHOWN)):
+        axis, table = axes[line, column], found.final
+        rows = table[(table["ablated"] == site) & (table["measure"] == name)].set_index("arm").loc[found.arms]
         for place, (arm, row) in enumerate(rows.iterrows()):
             single = [float(each.partition(": ")[2]) for each in row["seeds"].split("; ")]
-            axis.scatter([place - 0.18] * len(single), single, s=14, color=colour[str(arm)], alpha=0.45, linewidth=0)
+            if np.isfinite(row["value"]):
+                axis.scatter([place - 0.2] * len(single), single, s=14, color=colour[str(arm)], alpha=0.45, linewidth=0)
             axis.vlines(place, row["low"], row["high"], color=colour[str(arm)], linewidth=2)
-            axis.plot(place, row["value"], color=colour[str(arm)], marker="o", markersize=6)
+            axis.plot(place, row["value"], color=colour[str(arm)], marker="o", markersize=5)
         zero_line(axis)
-        axis.set_xticks(range(len(rows)), [arm.replace("_", "\n") for arm in found.arms], fontsize=8)
+        axis.set_xticks(range(len(rows)), [arm.replace("_", "\n") for arm in found.arms], fontsize=7)
         axis.set_xlim(-0.6, len(rows) - 0.4)
-        axis.set_title(MEASURES[name], fontsize=8.5)
+        axis.tick_params(axis="y", labelsize=7)
+        if not line:
+            axis.set_title(MEASURES[name], fontsize=8.5)
+        if not column:
+            axis.set_ylabel(f"{SITE_NAMES[site]} ablated")
     seeds = found.recall["seed"].nunique()
     figure.suptitle(
-        f"Self-repair of ablated attention by arm of training: {found.prompts} prompts that all models answer right,"
-        f" {seeds} seeds (faint);\n95 % intervals over seeds, prompts and replacements"
+        f"Self-repair by arm of training: {found.prompts} prompts that all models answer right, seeds faint"
+        f" ({seeds}), 95 % intervals over seeds, prompts and replacements"
     )
     return figure
 
 
 def emergence(found: Comparison) -> Figure:
     """By step of training: what is recalled, and how much of an ablation is repaired."""
-    figure = Figure(figsize=(12, 3.8))
-    axes = figure.subplots(1, 1 + len(OVER_STEPS))
+    sites = list(found.final["ablated"].unique())
+    figure = Figure(figsize=(4 * (1 + len(sites)), 6.4))
+    axes = figure.subplots(len(OVER_STEPS), 1 + len(sites), squeeze=False)
     colour = colours(found.arms)
-    for arm in found.arms:
-        of_arm = found.recall[found.recall["arm"] == arm].groupby("step")
-        for name, dashes in (("recall_trained", "-"), ("recall_unseen_template", ":")):
+    for line, (name, meaning) in enumerate(RECALL.items()):
+        for arm in found.arms:
             if name in found.recall:
-                share = of_arm[name].mean()
-                label = f"{arm.replace('_', ' ')}{'' if dashes == '-' else ', unseen templates'}"
-                axes[0].plot(share.index, share, color=colour[arm], linestyle=dashes, label=label)
-        for axis, name in zip(axes[1:], OVER_STEPS, strict=True):
-            _over_steps(axis, found.table[(found.table["arm"] == arm) & (found.table["measure"] == name)], colour[arm])
-    axes[0].set(xlabel="step of training", ylabel="share of prompts answered right", ylim=(-0.03, 1.03))
-    axes[0].legend(fontsize=7)
-    for axis, name in zip(axes[1:], OVER_STEPS, strict=True):
+                share = found.recall[found.recall["arm"] == arm].groupby("step")[name].mean()
+                axes[line, 0].plot(
+                    share.index, share, color=colour[arm], marker="o", markersize=3, label=arm.replace("_", " ")
+                )
+        axes[line, 0].set(xlabel="step of training", ylabel=meaning, ylim=(-0.03, 1.03))
+    axes[0, 0].legend(fontsize=8)
+    for (line, name), (column, site) in itertools.product(enumerate(OVER_STEPS), enumerate(sites, 1)):
+        axis, table = axes[line, column], found.table
+        rows = table[(table["ablated"] == site) & (table["measure"] == name)]
+        for arm in found.arms:
+            of_arm = rows[rows["arm"] == arm].sort_values("step")
+            axis.fill_between(of_arm["step"], of_arm["low"], of_arm["high"], color=colour[arm], alpha=0.15, linewidth=0)
+            axis.plot(of_arm["step"], of_arm["value"], color=colour[arm], marker="o", markersize=3)
+        # Early on there is next to nothing to restore, and its share is anything.
+        late = rows.loc[rows["step"] > found.last / 2, ["low", "high"]].to_numpy()
+        far = 1.3 * np.nanmax(np.abs(late)) if np.isfinite(late).any() else 1.0
+        axis.set(xlabel="step of training", ylabel=f"{MEASURES[name]}, {SITE_NAMES[site]} ablated", ylim=(-far, far))
         zero_line(axis)
-        axis.set(xlabel="step of training", ylabel=MEASURES[name])
-        late = found.table[(found.table["measure"] == name) & (found.table["step"] > 0)]
-        low, high = np.quantile(late["low"], 0.05), np.quantile(late["high"], 0.95)
-        axis.set_ylim(min(low, 0) - 0.15, max(high, 0) + 0.15)
     figure.suptitle("When facts are learnt, and when their ablation is repaired (bands: 95 % intervals)")
     return figure
 
 
-def _over_steps(axis: Axes, rows: pd.DataFrame, colour: str) -> None:
-    axis.fill_between(rows["step"], rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
-    axis.plot(rows["step"], rows["value"], color=colour, marker="o", markersize=3)
-
-
 def by_layer(found: Comparison) -> Figure:
-    """A panel an arm: direct and total effect of ablating each attention layer, and who repairs it."""
-    figure = Figure(figsize=(4.1 * len(found.arms), 3.8))
-    axes = figure.subplots(1, len(found.arms), sharey=True, squeeze=False)[0]
-    lines = {
-        "direct_effect": ("direct effect", COLOURS["direct_effect"], "-"),
-        "total_effect": ("total effect", COLOURS["total_effect"], "-"),
-        "attn_compensation": ("repair by attention", COLOURS["attn"], ":"),
-        "mlp_compensation": ("repair by MLPs", COLOURS["mlp"], ":"),
-        "norm_compensation": ("repair by the final norm", COLOURS["norm"], ":"),
-    }
-    for axis, arm in zip(axes, found.arms, strict=True):
-        for name, (label, colour, dashes) in lines.items():
-            rows = found.by_layer[(found.by_layer["arm"] == arm) & (found.by_layer["effect"] == name)]
+    """A row an ablated site, a panel an arm: direct and total effect of ablating each layer, and who repairs it."""
+    sites = list(found.by_layer["ablated"].unique())
+    figure = Figure(figsize=(4.1 * len(found.arms), 0.8 + 3.1 * len(sites)))
+    axes = figure.subplots(len(sites), len(found.arms), sharey="row", squeeze=False)
+    for (line, site), (column, arm) in itertools.product(enumerate(sites), enumerate(found.arms)):
+        axis, table = axes[line, column], found.by_layer
+        for name, (label, colour, dashes) in LINES.items():
+            rows = table[(table["arm"] == arm) & (table["ablated"] == site) & (table["effect"] == name)]
             axis.fill_between(rows["layer"], rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
             axis.plot(
                 rows["layer"], rows["value"], color=colour, linestyle=dashes, marker="o", markersize=3, label=label
             )
         zero_line(axis)
-        axis.set(title=arm.replace("_", " "), xlabel="ablated attention layer")
-    axes[0].set_ylabel("effect on the answer (logits)")
-    axes[0].legend(fontsize=8)
-    figure.suptitle("Ablated attention by layer and arm, means over seeds and prompts")
+        axis.set(title=arm.replace("_", " ") if not line else "", xlabel=f"ablated {SITE_NAMES[site]} layer")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("effect on the answer (logits)")
+    axes[0, 0].legend(fontsize=7)
+    figure.suptitle("Ablations by layer and arm, means over seeds and prompts (bands: 95 % intervals)")
     return figure
