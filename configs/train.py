@@ -25,7 +25,7 @@ PRESETS = {
         batch=256,
         dtype="bfloat16",
         model=dict(layers=12, width=512, heads=8, kv_heads=8, mlp_width=1536, context=128),
-        data=dict(people=5000, unseen_people=200, vocab_size=4096),
+        data=dict(people=5000, unseen_people=120, vocab_size=4096),
         optimizer=dict(learning_rate=1e-3, warmup=200),
         checkpoint=dict(every=500, keep_every=500),
         evaluate_every=500,
@@ -63,8 +63,8 @@ def get_config(arm: str = "no_dropout") -> config_dict.ConfigDict:
         data=dict(
             kind="biographies",  # of invented people; or text: UTF-8 files
             seed=0,  # of the people; leave it as it is for models that are compared
-            people=200,
-            unseen_people=50,  # who are in no biography: what is guessed
+            people=120,
+            unseen_people=40,  # who are in no biography: what is guessed
             variants=30,  # biographies a person
             path="",  # of text: files, directories and patterns, separated by commas
             holdout=0.05,  # of text, kept for evaluation

@@ -45,8 +45,8 @@ class DataConfig:
 
     kind: str = "biographies"
     seed: int = 0
-    people: int = 200
-    unseen_people: int = 50
+    people: int = 120
+    unseen_people: int = 40
     variants: int = 30
     path: str = ""
     holdout: float = 0.05
