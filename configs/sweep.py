@@ -15,7 +15,7 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
     """The defaults; `hydra_jax/config.py` says what each setting means and what it may be."""
     return config_dict.create(
         model=model,
-        dtype="float32",  # or bfloat16: half the memory; on accelerators, faster
+        dtype="float32",  # or bfloat16: half the memory; on accelerators, faster; auto: what the weights are stored in
         precision="highest",  # of float32 products: highest, high or default (TF32 on a GPU)
         prompts=dict(
             kind="records",  # or text: prompts cut from an ordinary text file at random positions

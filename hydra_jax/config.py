@@ -11,7 +11,7 @@ from typing import Any
 from hydra_jax import prompts as prompt_sets
 from hydra_jax.edits import ATTN, KINDS, RANDOM_KINDS, SITES, Component
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import DTYPES, PRECISIONS, ModelConfig
+from hydra_jax.models.config import AS_STORED, DTYPES, PRECISIONS, ModelConfig
 
 HEADS = "heads"
 
@@ -95,7 +95,7 @@ class SweepConfig:
 
     Attributes:
       model: what `hydra_jax.load` takes.
-      dtype: "float32" or "bfloat16", of weights, keys and values.
+      dtype: "float32", "bfloat16", or "auto" for what the weights are stored in; of weights, keys and values.
       precision: "highest", "high" or "default", of float32 matrix products.
       prompts: which prompts.
       ablation: which ablations.
@@ -122,7 +122,7 @@ class SweepConfig:
         _one_of("prompts.kind", self.prompts.kind, prompt_sets.KINDS)
         if self.prompts.kind == "text" and not self.prompts.path:
             raise UserError("config.prompts.path: is empty; give a UTF-8 text file to cut prompts from")
-        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("dtype", self.dtype, (*DTYPES, AS_STORED))
         _one_of("precision", self.precision, PRECISIONS)
         smallest = {
             "ablation.replacements": (self.ablation.replacements, 1),

@@ -70,7 +70,10 @@ CONFIGS = {
         ),
     ),
     "olmo2": ("olmo2", GROUPED),
-    "phi3": ("phi3", GROUPED | dict(sliding_window=WINDOW, rope_parameters=dict(rope_theta=1000.0))),
+    "phi3": (
+        "phi3",
+        GROUPED | dict(sliding_window=WINDOW, rope_parameters=dict(rope_theta=1000.0, partial_rotary_factor=0.5)),
+    ),
     "opt": (
         "opt",
         {key: value for key, value in COMMON.items() if key != "intermediate_size"}
