@@ -44,9 +44,13 @@ _GPT = dict(norm="layer", gated=False, qkv_bias=True, out_bias=True, mlp_bias=Tr
 _GEMMA = dict(post_norm=True, activation="gelu_tanh", tied=True)
 SHAPES = {
     "random-1b": _shape(128_256, 2048, 16, 32, 8, 64, 8192, 8192, tied=True),
-    "gpt2": _shape(50_257, 768, 12, 12, 12, 64, 3072, 1024, learned_positions=True, activation="gelu_tanh", **_GPT),
+    "gpt2": _shape(
+        50_257, 768, 12, 12, 12, 64, 3072, 1024, learned_positions=True, activation="gelu_tanh", tied=True, **_GPT
+    ),
     "pythia-160m": _shape(50_304, 768, 12, 12, 12, 64, 3072, 2048, rotary_dim=16, parallel=True, **_GPT),
-    "opt-125m": _shape(50_272, 768, 12, 12, 12, 64, 3072, 2048, learned_positions=True, activation="relu", **_GPT),
+    "opt-125m": _shape(
+        50_272, 768, 12, 12, 12, 64, 3072, 2048, learned_positions=True, activation="relu", tied=True, **_GPT
+    ),
     "tinyllama-1.1b": _shape(32_000, 2048, 22, 32, 4, 64, 5632, 2048),
     "mistral-7b-4-layers": _shape(32_000, 4096, 4, 32, 8, 128, 14_336, 32_768, windows=(4096,) * 4),
     "phi3-mini-8-layers": _shape(32_064, 3072, 8, 32, 32, 96, 8192, 4096, windows=(2047,) * 8),

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,15 @@ def test_published_sizes_are_the_published_ones():
     assert found["gemma2-2b"] == 2614
     assert found["gemma3-270m"] == 268
     assert found["olmo2-1b"] == 1485
+    assert found["opt-125m"] == 125
+    assert found["gpt2"] == 124
+    assert found["tinyllama-1.1b"] == 1100
+    assert found["gemma-2b"] == 2506
+    for name, millions in (("mistral-7b-4-layers", 7242), ("phi3-mini-8-layers", 3821)):
+        shape = SHAPES[name]
+        assert f"-{shape.layers}-layers" in name
+        whole = dataclasses.replace(shape, layers=32, windows=shape.windows[:1] * 32)
+        assert round(parameters(whole) / 1e6) == millions
 
 
 def test_memory_is_that_of_the_arrays():

@@ -217,7 +217,7 @@ def test_a_sweep_in_the_stored_type_says_which_it_was(tmp_path):
         dtype="auto",
         prompts=PromptsConfig(path=str(prompts), correct_only=False),
         ablation=AblationConfig(kind="zero", edges=False),
-        identity_tolerance=1.0,
+        identity_tolerance=0.9,
     )
     made = run(asked, tmp_path / "out", progress=False)
     assert json.loads(made.attrs["protocol"])["dtype"] == "bfloat16"
