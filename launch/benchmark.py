@@ -20,7 +20,7 @@ from hydra_jax.models.transformer import init_params
 from hydra_jax.plan import default_rows
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to measure: configs/benchmark.py:MODEL; see the file")
-LOADING = flags.DEFINE_bool("loading", False, "measure the memory of loading instead: 4 GB on disk, 6 of memory")
+LOADING = flags.DEFINE_bool("loading", False, "measure the memory of loading instead: 3 GB on disk, 5 of memory")
 OUTPUT = flags.DEFINE_string("output", None, "where to write the figures: runs/benchmark.json, or runs/loading.json")
 
 
