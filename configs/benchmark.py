@@ -20,4 +20,5 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
         rows=0,  # edits at once; 0: the sweep's default for the device
         draws=15,  # replacements a prompt
         step=1,  # measure every step-th component
+        layers=0,  # of a shape of random weights, its first so many alone, to fit it into memory; 0: all
     )

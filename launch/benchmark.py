@@ -35,7 +35,7 @@ def measure_kernels() -> None:
     config = CONFIG.value
     switches = {"dtype": config.dtype, "precision": config.precision}
     if config.model in benchmark.SHAPES:
-        shape = dataclasses.replace(benchmark.SHAPES[config.model], **switches)
+        shape = dataclasses.replace(benchmark.shape(config.model, config.layers), **switches)
         params = jax.jit(init_params, static_argnums=0)(shape, jax.random.key(0))
     else:
         params = load(config.model, **switches).params

@@ -1,4 +1,3 @@
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -34,11 +33,8 @@ def test_published_sizes_are_the_published_ones():
     assert found["gpt2"] == 124
     assert found["tinyllama-1.1b"] == 1100
     assert found["gemma-2b"] == 2506
-    for name, millions in (("mistral-7b-4-layers", 7242), ("phi3-mini-8-layers", 3821)):
-        shape = SHAPES[name]
-        assert f"-{shape.layers}-layers" in name
-        whole = dataclasses.replace(shape, layers=32, windows=shape.windows[:1] * 32)
-        assert round(parameters(whole) / 1e6) == millions
+    assert found["mistral-7b"] == 7242
+    assert found["phi3-mini"] == 3821
 
 
 def test_memory_is_that_of_the_arrays():
