@@ -16,7 +16,7 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
     return config_dict.create(
         model=model,
         model_step=-1,  # of a model that launch.train trained: which checkpoint; -1: the last
-        dtype="float32",  # or bfloat16: half the memory; on accelerators, faster
+        dtype="float32",  # or bfloat16: half the memory; on accelerators, faster; auto: what the weights are stored in
         precision="highest",  # of float32 products: highest, high or default (TF32 on a GPU)
         prompts=dict(
             kind="records",  # or text: prompts cut from an ordinary text file at random positions

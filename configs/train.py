@@ -25,7 +25,7 @@ PRESETS = {
         batch=256,
         dtype="bfloat16",
         model=dict(layers=12, width=512, heads=8, kv_heads=8, mlp_width=1536, context=128),
-        data=dict(people=5000, unseen_people=120, vocab_size=4096),
+        data=dict(people=5000, unseen_people=200, vocab_size=4096),
         optimizer=dict(learning_rate=1e-3, warmup=200),
         checkpoint=dict(every=500, keep_every=500),
         evaluate_every=500,

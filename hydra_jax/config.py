@@ -11,7 +11,7 @@ from typing import Any
 from hydra_jax import prompts as prompt_sets
 from hydra_jax.edits import ATTN, KINDS, RANDOM_KINDS, SITES, Component
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import DTYPES, PRECISIONS, ModelConfig
+from hydra_jax.models.config import AS_STORED, DTYPES, PRECISIONS, ModelConfig
 
 HEADS = "heads"
 TARGETS = TOP, ANSWER = "top", "answer"
@@ -98,8 +98,8 @@ class SweepConfig:
 
     Attributes:
       model: what `hydra_jax.load` takes.
-      model_step: of a model that was trained here, which checkpoint; -1 for the last.
-      dtype: "float32" or "bfloat16", of weights, keys and values.
+        one_of("dtype", self.dtype, (*DTYPES, AS_STORED))
+        one_of("precision", self.precision, PRECISIONS)
       precision: "highest", "high" or "default", of float32 matrix products.
       prompts: which prompts.
       ablation: which ablations.
@@ -128,7 +128,7 @@ class SweepConfig:
         one_of("prompts.target", self.prompts.target, TARGETS)
         if self.prompts.kind == "text" and not self.prompts.path:
             raise UserError("config.prompts.path: is empty; give a UTF-8 text file to cut prompts from")
-        one_of("dtype", self.dtype, DTYPES)
+        one_of("dtype", self.dtype, (*DTYPES, AS_STORED))
         one_of("precision", self.precision, PRECISIONS)
         smallest = {
             "ablation.replacements": (self.ablation.replacements, 1),

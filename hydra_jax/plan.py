@@ -76,7 +76,7 @@ def itemise(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
     """Tokens of every prompt.
 
     Raises:
-      UserError: if a prompt is longer than the model's context.
+      UserError: if a prompt is longer than the model's context, or has a token that the model has no row for.
     """
     items = []
     for prompt in prompts:
@@ -85,6 +85,11 @@ def itemise(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
             raise UserError(
                 f"prompt {prompt.name}: has {len(tokens):,} tokens, {model.name} takes 1 to"
                 f" {model.config.context:,}; shorten or remove it"
+            )
+        if max(tokens) >= model.config.vocab_size:
+            raise UserError(
+                f"prompt {prompt.name}: token {model.tokenizer.id_to_token(max(tokens))} has no row in the embedding of"
+                f" {model.name}; reword or remove it"
             )
         answer = answer_token(model.tokenizer, prompt.text, prompt.answer) if prompt.answer else None
         items.append(Item(prompt, tokens, answer))

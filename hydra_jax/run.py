@@ -80,6 +80,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
     with store.directory(workdir):
         prompts = _prompts(config)
         model = load(config.model, config.dtype, config.precision, config.model_step)
+        config = dataclasses.replace(config, dtype=model.config.dtype)
         _check(config, model, prompts)
         asked = protocol(config, model, prompts)
         items = itemise(model, prompts)

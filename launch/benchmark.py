@@ -1,30 +1,48 @@
-"""Measure the kernels on this machine, print a table and write it as JSON.
+"""Measure the kernels on this machine, a step of training, or the memory of loading; print a table, write JSON.
 
 python -m launch.benchmark
 python -m launch.benchmark --config=configs/benchmark.py:random-1b --config.dtype=bfloat16
+python -m launch.benchmark --training=tiny
+python -m launch.benchmark --loading
 """
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from hydra_jax import benchmark, load, runtime
+from configs import train
+from hydra_jax import benchmark, load, loading, runtime
 from hydra_jax.models.transformer import init_params
 from hydra_jax.plan import default_rows
+from hydra_jax.training import benchmark as steps
+from hydra_jax.training.config import train_config
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to measure: configs/benchmark.py:MODEL; see the file")
-OUTPUT = flags.DEFINE_string("output", "runs/benchmark.json", "where to write the figures")
+LOADING = flags.DEFINE_bool("loading", False, "measure the memory of loading instead: 3 GB on disk, 5 of memory")
+TRAINING = flags.DEFINE_enum("training", None, list(train.PRESETS), "measure a preset's step of training instead")
+OUTPUT = flags.DEFINE_string("output", None, "where to write the figures: runs/{benchmark,training,loading}.json")
 
 
 def main() -> None:
+    if LOADING.value:
+        measure_loading()
+    elif TRAINING.value:
+        measure_training()
+    else:
+        measure_kernels()
+
+
+def measure_kernels() -> None:
     config = CONFIG.value
     switches = {"dtype": config.dtype, "precision": config.precision}
     if config.model in benchmark.SHAPES:
-        shape = dataclasses.replace(benchmark.SHAPES[config.model], **switches)
+        shape = dataclasses.replace(benchmark.shape(config.model, config.layers), **switches)
         params = jax.jit(init_params, static_argnums=0)(shape, jax.random.key(0))
     else:
         params = load(config.model, **switches).params
@@ -36,9 +54,37 @@ def main() -> None:
         rows.append(benchmark.measure(params, length, config.rows or default_rows(), config.draws, config.step))
     print(f"\n{benchmark.table(rows)}\n")
     print("ratio: kernel to GEMM; forwards/s: interventions by batched whole forward passes; speed-up over them")
-    output = Path(OUTPUT.value)
+    write("runs/benchmark.json", {"machine": on, "config": config.to_dict(), "figures": as_dicts(rows)})
+
+
+def measure_training() -> None:
+    on, rows = benchmark.machine(), []
+    print(f"{TRAINING.value}, {on['devices']} x {on['device']} ({on['backend']})", flush=True)
+    for arm in train.ARMS:
+        print(f"measuring {arm} ...", flush=True)
+        rows.append(steps.measure(train_config(train.get_config(f"{arm},{TRAINING.value}"))))
+    print(f"\n{steps.table(rows)}\n")
+    print("ratio: of a step's matrix products to bare ones")
+    write("runs/training.json", {"machine": on, "figures": as_dicts(rows)})
+
+
+def measure_loading() -> None:
+    print(
+        f"loading Llama checkpoints of {loading.LAYERS[0]} and {loading.LAYERS[1]} layers in bfloat16 ...", flush=True
+    )
+    rows = list(loading.measure())
+    fitted = loading.line(rows[0], rows[1])
+    print(f"\n{loading.table(rows, fitted)}\n")
+    write("runs/loading.json", {"line": dataclasses.asdict(fitted), "figures": as_dicts(rows)})
+
+
+def as_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(row) for row in rows]
+
+
+def write(default: str, figures: dict[str, Any]) -> None:
+    output = Path(OUTPUT.value or default)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figures = {"machine": on, "config": config.to_dict(), "figures": [dataclasses.asdict(row) for row in rows]}
     output.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"written to {output}")
 

@@ -10,14 +10,14 @@ from hydra_jax import runtime
 from hydra_jax.describe import describe
 from hydra_jax.errors import UserError
 from hydra_jax.models import hub
-from hydra_jax.models.config import DTYPES
+from hydra_jax.models.config import AS_STORED, DTYPES
 from hydra_jax.models.load import read_config
 
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "a named model, a .gguf file, a directory, or a Hub id")
 PROMPTS = flags.DEFINE_integer("prompts", 1000, "prompts of the sweep", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 12, "tokens of a prompt", lower_bound=1)
 REPLACEMENTS = flags.DEFINE_integer("replacements", 15, "replacements of an ablation", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", DTYPES[0], DTYPES, "of weights, keys and values")
+DTYPE = flags.DEFINE_enum("dtype", DTYPES[0], [*DTYPES, AS_STORED], "of weights, keys and values")
 
 
 def main() -> None:

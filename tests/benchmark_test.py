@@ -1,10 +1,13 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydra_jax.benchmark import forward_batch, intervention_flops, layer_products, measure, table
+from hydra_jax.benchmark import SHAPES, forward_batch, intervention_flops, layer_products, measure, shape, table
 from hydra_jax.edits import SITES, all_components
+from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import forward
 from tests import toys
 
@@ -33,6 +36,15 @@ def test_the_baseline_is_the_full_forward_with_an_edit():
     for row in range(3):
         edits = toys.edit(params.config, 7, 2, 1, -1, values[row])
         np.testing.assert_allclose(found[row], forward(params, tokens[row], edits)[0][-1], atol=1e-5)
+
+
+def test_a_shape_may_be_cut_to_its_first_layers():
+    whole, cut = shape("gemma2-2b"), shape("gemma2-2b", 3)
+    assert whole == SHAPES["gemma2-2b"]
+    assert cut == dataclasses.replace(whole, layers=3, windows=(4096, 0, 4096))
+    for layers in (-1, 27):
+        with pytest.raises(UserError, match=r"config\.layers: is .*; gemma2-2b has 26"):
+            shape("gemma2-2b", layers)
 
 
 def test_a_measurement_is_whole():

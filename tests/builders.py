@@ -82,8 +82,8 @@ def add_tokenizer(writer, pre="smollm"):
     writer.add_token_types([gguf.TokenType.CONTROL if t == CONTROL else gguf.TokenType.NORMAL for t in VOCABULARY])
 
 
-def gguf_file(path, tensors=None, architecture="llama", pre="smollm", **fields):
-    """Write a GGUF file of `tensors`; `fields` are added to its metadata."""
+def gguf_file(path, tensors=None, architecture="llama", pre="smollm", stored=None, **fields):
+    """Write a GGUF file of `tensors`, those of `stored`, {name: (bytes, type)}, as they are; `fields` are metadata."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(WIDTH)
@@ -98,7 +98,10 @@ def gguf_file(path, tensors=None, architecture="llama", pre="smollm", **fields):
         writer.add_string(key.replace("__", "."), text)
     for name, array in (weights() if tensors is None else tensors).items():
         heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
-        writer.add_tensor(gguf_name(name), interleaved(array, heads) if heads else array)
+        if name in (stored or {}):
+            writer.add_tensor(gguf_name(name), stored[name][0], raw_dtype=stored[name][1])
+        else:
+            writer.add_tensor(gguf_name(name), interleaved(array, heads) if heads else array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -29,6 +29,12 @@ def test_published_sizes_are_the_published_ones():
     assert found["gemma2-2b"] == 2614
     assert found["gemma3-270m"] == 268
     assert found["olmo2-1b"] == 1485
+    assert found["opt-125m"] == 125
+    assert found["gpt2"] == 124
+    assert found["tinyllama-1.1b"] == 1100
+    assert found["gemma-2b"] == 2506
+    assert found["mistral-7b"] == 7242
+    assert found["phi3-mini"] == 3821
 
 
 def test_memory_is_that_of_the_arrays():

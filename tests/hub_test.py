@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import platformdirs
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from hydra_jax.errors import UserError
 from hydra_jax.models import hub
@@ -190,6 +191,15 @@ def test_a_local_path_is_taken_before_the_hub(cache, tmp_path, monkeypatch):
     assert hub.locate("owner/name") == Path("owner/name")
 
 
+PUBLISHED = [
+    *("config.json", "tokenizer.json", "model.safetensors"),
+    *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "modeling.py", "README.md"),
+    *("consolidated.safetensors", "consolidated.00.pth", "original/model.safetensors", "onnx/config.json"),
+]
+"""What may be in a repository; the first six are read."""
+
+
 @pytest.mark.parametrize(
     ("name", "revision"),
     [("owner/name", None), ("owner/name@step1000", "step1000"), ("owner/name@refs/pr/1", "refs/pr/1")],
@@ -197,20 +207,26 @@ def test_a_local_path_is_taken_before_the_hub(cache, tmp_path, monkeypatch):
 def test_a_hub_id_is_fetched_without_pickles(cache, tmp_path, monkeypatch, name, revision):
     asked = {}
 
-    def download(name, revision, allow_patterns, cache_dir):
-        asked.update(name=name, revision=revision, patterns=allow_patterns, cache_dir=cache_dir)
+    def download(name, revision, allow_patterns, ignore_patterns, cache_dir):
+        asked.update(name=name, revision=revision, cache_dir=cache_dir)
+        wanted = filter_repo_objects(PUBLISHED, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        asked["files"] = list(wanted)
+        (tmp_path / "model.safetensors").touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hub.locate(name) == tmp_path
     assert (asked["name"], asked["revision"]) == ("owner/name", revision)
-    assert set(asked["patterns"]) == {
-        "config.json",
-        "tokenizer.json",
-        "*.safetensors",
-        "*.safetensors.index.json",
-    }
+    assert asked["files"] == PUBLISHED[:6]
     assert cache in asked["cache_dir"].parents
+
+
+def test_a_revision_of_pickles_alone_is_refused_with_how_to_convert_it(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    message = refusal("owner/name@step1000")
+    assert "owner/name@step1000" in message
+    assert "no *.safetensors" in message
+    assert "save_pretrained" in message
 
 
 @pytest.mark.parametrize("error", [OSError("no\nnetwork"), ValueError("no\n" * 1000), ConnectionError()], ids=type)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import load, weights_hash
@@ -385,9 +386,8 @@ def test_an_unknown_model_is_refused_with_the_known_ones(name):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(directory):
-    text = builders.tokenizer()
-    text.add_tokens(["one-more"])
-    text.save(str(directory / "tokenizer.json"))
+    vocabulary = {token: index for index, token in enumerate([*builders.VOCABULARY, "one-more"])}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="one-more")).save(str(directory / "tokenizer.json"))
     message = complaint(directory)
     assert str(directory) in message
     assert "embedding" in message

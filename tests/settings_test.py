@@ -313,6 +313,22 @@ def test_what_would_change_the_computation_is_refused(name, change, reason):
     assert "\n" not in str(raised.value)
 
 
+def test_what_an_old_file_leaves_out_is_as_its_authors_meant_it():
+    pythia, qwen = (dict(PUBLISHED[name][0]) for name in ("pythia-160m", "Qwen2.5-0.5B"))
+    del pythia["rotary_pct"], qwen["sliding_window"]
+    assert read(pythia).rotary_dim == 16
+    assert read(qwen).windows == ()
+    sliding = read(qwen | dict(use_sliding_window=True, max_window_layers=22))
+    assert sliding.windows == (0,) * 22 + (4096,) * 2
+
+
+def test_gelu_is_approximate_under_gemmas_old_key_alone():
+    old, new = (PUBLISHED[name][0] for name in ("gemma-2b", "gemma-2-27b"))
+    assert read(old).activation == read(old | dict(hidden_act="gelu_pytorch_tanh")).activation == "gelu_tanh"
+    assert read(new | dict(hidden_activation="gelu")).activation == "gelu"
+    assert read(new | dict(hidden_activation=None, hidden_act="gelu")).activation == "gelu_tanh"
+
+
 def test_windows_and_frequencies_are_of_each_layer():
     config = read(PUBLISHED["gemma-3-4b"][0])
     at = positions(config)

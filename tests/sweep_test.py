@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -7,11 +8,12 @@ import xarray as xr
 
 import hydra_jax
 from hydra_jax import ablations, plan
-from hydra_jax.config import PromptsConfig
+from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.edits import KINDS
 from hydra_jax.errors import UserError
 from hydra_jax.models.tokenizer import encode
 from hydra_jax.prompts import Prompt
+from hydra_jax.run import run
 from hydra_jax.store import EFFECTS
 from tests import builders
 
@@ -194,3 +196,29 @@ def test_a_sweep_that_cannot_be_is_refused_in_one_line(model, prompts, settings,
 def test_a_component_that_is_not_there_is_refused(model, component):
     with pytest.raises(UserError, match="is not a"):
         hydra_jax.ablate(model, TEXTS[0], *component, kind="zero")
+
+
+def test_a_token_without_a_row_is_refused_where_a_prompt_has_it(tmp_path):
+    path = builders.hugging_face_directory(tmp_path / "tiny")
+    text = builders.tokenizer()
+    text.add_special_tokens(["<image>"])  # as Gemma 3's text models have one
+    text.save(str(path / "tokenizer.json"))
+    model = hydra_jax.load(str(path))
+    assert len(plan.itemise(model, [Prompt("1", "the of")])) == 1
+    with pytest.raises(UserError, match=r"^prompt '2': token <image> has no row in the embedding of .*tiny"):
+        plan.itemise(model, [Prompt("1", "the of"), Prompt("2", "the <image> of")])
+
+
+def test_a_sweep_in_the_stored_type_says_which_it_was(tmp_path):
+    path = builders.hugging_face_directory(tmp_path / "tiny", torch_dtype="bfloat16")
+    prompts = builders.json_lines(tmp_path / "p.jsonl", [{"prompt": text} for text in TEXTS[:3]])
+    asked = SweepConfig(
+        model=str(path),
+        dtype="auto",
+        prompts=PromptsConfig(path=str(prompts), correct_only=False),
+        ablation=AblationConfig(kind="zero", edges=False),
+        identity_tolerance=0.9,
+    )
+    made = run(asked, tmp_path / "out", progress=False)
+    assert json.loads(made.attrs["protocol"])["dtype"] == "bfloat16"
+    run(dataclasses.replace(asked, dtype="bfloat16"), tmp_path / "out", progress=False)  # the same protocol

@@ -1,4 +1,5 @@
 import pytest
+from tokenizers import processors
 
 from hydra_jax.errors import UserError
 from hydra_jax.models.tokenizer import (
@@ -9,6 +10,7 @@ from hydra_jax.models.tokenizer import (
     USER_DEFINED,
     answer_token,
     encode,
+    from_file,
     from_gguf,
 )
 from tests import builders
@@ -103,6 +105,36 @@ def test_defined_tokens_are_whole():
 def test_an_answer_continues_its_text():
     built = from_gguf(by_scores(), "x.gguf")
     assert built.id_to_token(answer_token(built, "b", "a")) == f"{SPACE}a"
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(made):
+        made.save(str(tmp_path / "tokenizer.json"))
+        return from_file(tmp_path / "tokenizer.json")
+
+    return write
+
+
+def test_padding_and_truncation_of_other_uses_are_left_out(written):
+    made, expected = builders.tokenizer(), builders.tokenizer().encode("of the").ids
+    made.enable_padding(length=9)
+    assert encode(written(made), "of the") == expected
+    made.no_padding()
+    made.enable_truncation(max_length=1)
+    assert encode(written(made), "of the") == expected
+
+
+def test_a_prompt_ends_with_its_own_last_token(written):
+    made = builders.tokenizer()
+    first, bare = builders.VOCABULARY.index(builders.CONTROL), made.encode("of the").ids
+    special = [(builders.CONTROL, first)]
+    made.post_processor = processors.TemplateProcessing([builders.CONTROL, "$A", builders.CONTROL], None, special)
+    built = written(made)
+    assert encode(built, "of the") == [first, *bare]
+    assert encode(built, f"of the{builders.CONTROL}") == [first, *bare, first]  # what the prompt says itself is kept
+    assert encode(built, "") == [first] * 2
+    assert answer_token(built, "of", "the") == bare[-1]
 
 
 def test_other_kinds_are_refused():

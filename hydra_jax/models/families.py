@@ -207,12 +207,13 @@ _GEMMA3_TEXT = dict(
     hidden_activation="gelu_pytorch_tanh",
 )
 _GEMMA = dict(head_dim=256, tie_word_embeddings=True)
+_QWEN3 = dict(head_dim=128, sliding_window=4096)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(LLAMA, settings.llama, gguf_settings.mistral, gguf_form=_neighbouring_pairs, gguf="llama"),
     "mistral": Family(LLAMA, settings.mistral, defaults=dict(sliding_window=4096)),
-    "qwen2": Family(LLAMA, settings.qwen2, gguf="qwen2"),
-    "qwen3": Family(LLAMA, settings.qwen3, switches=dict(qk_norm="head"), defaults=dict(head_dim=128), gguf="qwen3"),
+    "qwen2": Family(LLAMA, settings.qwen2, defaults=dict(sliding_window=4096), gguf="qwen2"),
+    "qwen3": Family(LLAMA, settings.qwen3, switches=dict(qk_norm="head"), defaults=_QWEN3, gguf="qwen3"),
     "olmo2": Family(
         POST_NORMS,
         settings.llama,
@@ -271,6 +272,7 @@ FAMILIES: dict[str, Family] = {
         settings.gpt_neox,
         gguf_settings.gpt_neox,
         switches=_LAYER_NORMS | dict(activation="gelu"),
+        defaults=dict(rotary_pct=0.25),
         form=_fused_by_head,
         renamed=(("lm_head.", "embed_out."),),
         ignored=(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),

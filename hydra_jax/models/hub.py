@@ -18,6 +18,10 @@ import platformdirs
 from hydra_jax.errors import UserError
 
 CACHE_VARIABLE = "HYDRA_JAX_CACHE"
+CONVERT = 'convert it in PyTorch with model.save_pretrained("DIRECTORY", safe_serialization=True)'
+WANTED = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+UNWANTED = ["*/*", "consolidated*"]
+"""Of a Hub repository: other formats in subdirectories, and Mistral's second copy of the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,11 +160,14 @@ def _fetch_from_hub(name: str) -> Path:
     import huggingface_hub  # slow to import, and most runs never need it
 
     hub_id, _, revision = name.partition("@")
-    patterns = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
     try:
-        return Path(
+        path = Path(
             huggingface_hub.snapshot_download(
-                hub_id, revision=revision or None, allow_patterns=patterns, cache_dir=cache_dir() / "hub"
+                hub_id,
+                revision=revision or None,
+                allow_patterns=WANTED,
+                ignore_patterns=UNWANTED,
+                cache_dir=cache_dir() / "hub",
             )
         )
     except Exception as error:  # whatever the network, the Hub or the name did
@@ -168,3 +175,9 @@ def _fetch_from_hub(name: str) -> Path:
         raise UserError(
             f"model {name!r}: not a local path, and the Hub did not give it ({reason}); check the name and the network"
         ) from error
+    if not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"model {name!r}: the Hub has no *.safetensors of it; if its weights are pickled, which is never read:"
+            f" {CONVERT}"
+        )
+    return path

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from hydra_jax.errors import UserError
 from hydra_jax.models import families, hub, tokenizer, transformer
 from hydra_jax.models.check import check
-from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.config import AS_STORED, ModelConfig
 from hydra_jax.models.families import Family, Form
 from hydra_jax.models.settings import Settings, model_config
 from hydra_jax.models.transformer import Params
@@ -33,8 +33,8 @@ from hydra_jax.training import workdir
 LAST_STEP = -1
 _HUGGING_FACE, _GGUF = 0, 1  # columns of a family's names
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = 'convert it in PyTorch with model.save_pretrained("DIRECTORY", safe_serialization=True)'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,8 @@ def load(name: str, dtype: str = "float32", precision: str = "highest", step: in
       name: one of `hub.MODELS`; a path to a `.gguf` file; a path to a directory with `config.json`,
         `*.safetensors` and `tokenizer.json`; one that `python -m launch.train` trained into; or a Hugging
         Face Hub id, "owner/name" or "owner/name@revision".
-      dtype: "float32" or "bfloat16", for weights, keys and values.
+      dtype: "float32" or "bfloat16", for weights, keys and values; or "auto", bfloat16 where the weights are
+        stored in it (`torch_dtype` of `config.json` says so, or the embedding of a GGUF file is), else float32.
       precision: "highest", "high" or "default", of float32 matrix products.
       step: of a model that was trained here, which checkpoint; LAST_STEP for the last.
 
@@ -82,14 +83,16 @@ def load(name: str, dtype: str = "float32", precision: str = "highest", step: in
     if step != LAST_STEP:
         raise UserError(f"{path}: is not a directory of a training run, and has no step {step}; leave model_step out")
     if path.suffix in PICKLED:
-        raise UserError(f"{path}: is pickled, which is never read: {CONVERT}")
+        raise UserError(f"{path}: is pickled, which is never read: {hub.CONVERT}")
     read = _read_directory if path.is_dir() else _read_gguf
     with _faults_of(path):
         params, text = read(path, dtype=dtype, precision=precision)
-        if text.get_vocab_size() > params.config.vocab_size:
+        # Added tokens may have no row: Gemma 3's text models come with one for images.
+        tokens = text.get_vocab_size(with_added_tokens=False)
+        if tokens > params.config.vocab_size:
             raise UserError(
-                f"{path}: the tokenizer has {text.get_vocab_size():,} tokens, the embedding"
-                f" {params.config.vocab_size:,} rows; fetch the model again"
+                f"{path}: the tokenizer has {tokens:,} tokens, the embedding {params.config.vocab_size:,} rows;"
+                " fetch the model again"
             )
         check(params, str(path))
     known = hub.MODELS.get(name)
@@ -171,6 +174,8 @@ def _open_gguf(path: Path, **switches: str) -> _Gguf:
     family = families.find(architecture, str(path), by="gguf")
     prefix = f"{architecture}."
     own = Settings({key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)})
+    embedding = tensors.get("token_embd.weight")
+    switches = _stored_as(embedding and embedding.tensor_type.name.lower(), switches)
     config = model_config(str(path), own, lambda: family.gguf_fields(own, tensors), **switches)
     return _Gguf(metadata, tensors, family, config)
 
@@ -196,8 +201,17 @@ def _directory_config(path: Path, **switches: str) -> tuple[str, Family, ModelCo
     family = families.find(stated.get("model_type"), str(described))
     with _faults_of(described):
         own = Settings(stated.get(family.nested, {}) if family.nested else stated, family.defaults)
+    types = [get(key, None) for get in (stated.get, own) for key in ("dtype", "torch_dtype")]
+    switches = _stored_as(next(filter(None, types), None), switches)
     config = model_config(str(described), own, lambda: family.fields(own), **switches)
     return str(stated["model_type"]), family, config
+
+
+def _stored_as(name: object, switches: Mapping[str, str]) -> dict[str, str]:
+    """`switches`, of which a dtype of `AS_STORED` becomes ours for weights stored as `name`."""
+    if switches.get("dtype") != AS_STORED:
+        return dict(switches)
+    return {**switches, "dtype": "bfloat16" if name in ("bf16", "bfloat16") else "float32"}
 
 
 def read_config(path: Path, **switches: str) -> tuple[str, ModelConfig]:
@@ -252,15 +266,17 @@ def _json_object(path: Path) -> Mapping[str, Any]:
 
 
 def _shards(path: Path) -> list[Path]:
-    """The weight files of a directory: those that its index names, or all where it has none."""
+    """The weight files of a directory: those that its index names, or the one of the usual name, or all."""
     index = path / INDEX
     if not index.is_file():
+        if (path / SINGLE).is_file():  # and not another copy beside it
+            return [path / SINGLE]
         found = sorted(path.glob("*.safetensors"))
         pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
         if not found:
             raise UserError(
                 f"{path}: has no *.safetensors"
-                + (f"; {pickled[0]} is pickled, which is never read: {CONVERT}" if pickled else "; fetch it again")
+                + (f"; {pickled[0]} is pickled, which is never read: {hub.CONVERT}" if pickled else "; fetch it again")
             )
         return found
     shards = _json_object(index).get("weight_map")

@@ -196,12 +196,12 @@ def qwen2(s: Settings) -> Fields:
 
 def _gemma(s: Settings) -> Fields:
     s.only("use_bidirectional_attention", None, False)
-    fields, name = _decoder(s), s("hidden_activation", None)
-    # Gemma 1 was published as "gelu", and made with its approximation.
-    name = name or s("hidden_act", "gelu")
+    fields, name, old = _decoder(s), s("hidden_activation", None), s("hidden_act", "gelu")
+    # Gemma 1 was published as "gelu" under the old key, and made with its approximation.
+    name = name or ("gelu_new" if old == "gelu" else old)
     return fields | dict(
         embedding_scale=float(fields["width"] ** 0.5),
-        activation=activation("gelu_new" if name == "gelu" else name),
+        activation=activation(name),
         query_scalar=float(s("query_pre_attn_scalar", None) or 0.0),
         final_softcap=float(s("final_logit_softcapping", None) or 0.0),
     )

@@ -53,15 +53,18 @@ SPACE = "\u2581"
 
 
 def from_file(path: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`.
+    """The tokenizer of a `tokenizer.json`, but for any padding and truncation that it was last used with.
 
     Raises:
       UserError: if the file is damaged.
     """
     try:
-        return Tokenizer.from_file(str(path))
+        made = Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exception
         raise UserError(f"{path}: is not a tokenizer ({error}); fetch the model again") from error
+    made.no_padding()
+    made.no_truncation()
+    return made
 
 
 def from_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
@@ -126,8 +129,13 @@ def _by_scores(metadata: Mapping[str, Any], tokens: list[str], types: list[int])
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokens of a prompt, with whatever the tokenizer puts before one (a beginning-of-sequence token)."""
-    return tokenizer.encode(text).ids
+    """Tokens of a prompt, with what the tokenizer puts before one (a beginning-of-sequence token), not after it.
+
+    What is read is the last token, which has to be the prompt's own.
+    """
+    found = tokenizer.encode(text)
+    own = [place for place, put in enumerate(found.special_tokens_mask) if not put]
+    return found.ids[: own[-1] + 1] if own else found.ids
 
 
 def answer_token(tokenizer: Tokenizer, text: str, answer: str) -> int:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from hydra_jax import store
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.config import AS_STORED, ModelConfig
 from hydra_jax.training.config import TrainConfig, train_config
 
 if TYPE_CHECKING:  # it imports what loading a model need not wait for
@@ -49,8 +49,10 @@ def read_run(workdir: Path) -> tuple[TrainConfig, dict[str, Any]]:
 
 
 def model_config(workdir: Path, **switches: Any) -> ModelConfig:
-    """The config of the model that a run trains; `switches` are `dtype` and `precision`."""
+    """The config of the model that a run trains; `switches` are `dtype` and `precision`, as of `hydra_jax.load`."""
     config, stated = read_run(workdir)
+    if switches.get("dtype") == AS_STORED:
+        switches["dtype"] = config.decoder(1).dtype
     return dataclasses.replace(config.decoder(stated["vocab_size"]), **switches)
 
 

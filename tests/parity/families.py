@@ -37,7 +37,7 @@ CONFIGS = {
     "llama linear": ("llama", COMMON | dict(rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=1e4))),
     "mistral": ("mistral", GROUPED | dict(head_dim=10, sliding_window=WINDOW)),
     "qwen2": ("qwen2", GROUPED | dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)),
-    "qwen3": ("qwen3", GROUPED | dict(head_dim=12, tie_word_embeddings=True)),
+    "qwen3": ("qwen3", GROUPED | dict(head_dim=12, attention_bias=True, tie_word_embeddings=True)),
     "gpt2": (
         "gpt2",
         dict(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=CONTEXT, n_inner=MLP_WIDTH),
@@ -70,7 +70,10 @@ CONFIGS = {
         ),
     ),
     "olmo2": ("olmo2", GROUPED),
-    "phi3": ("phi3", GROUPED | dict(sliding_window=WINDOW, rope_parameters=dict(rope_theta=1000.0))),
+    "phi3": (
+        "phi3",
+        GROUPED | dict(sliding_window=WINDOW, rope_parameters=dict(rope_theta=1000.0, partial_rotary_factor=0.5)),
+    ),
     "opt": (
         "opt",
         {key: value for key, value in COMMON.items() if key != "intermediate_size"}

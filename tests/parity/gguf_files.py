@@ -80,9 +80,9 @@ def written(model, path):
         writer.add_value_length(c.head_dim)
     if c.model_type == "gpt_neox":
         writer.add_parallel_residual(c.use_parallel_residual)
-        head_dim = families.WIDTH // families.HEADS
-        writer.add_rope_dimension_count(int(head_dim * c.rope_parameters["partial_rotary_factor"]))
     if rope := getattr(c, "rope_parameters", None):
+        if share := rope.get("partial_rotary_factor"):
+            writer.add_rope_dimension_count(int(families.WIDTH // families.HEADS * share))
         full = rope.get("full_attention", rope)
         writer.add_rope_freq_base(full["rope_theta"])
         if full["rope_type"] == "linear":
