@@ -40,10 +40,9 @@ def compared(restored_by_arm, seeds=3, samples=200, spread=0.0):
 
 class TestMeasures:
     def test_are_what_was_planted(self):
-        found = {
-            name: values[0] for name, values in arms.measures(sweep(0.4, 0, 0.2), arms.draw(60, DRAWS, 3, 0)).items()
-        }
-        assert set(found) == set(arms.MEASURES)
+        measured = arms.measures(sweep(0.4, 0, 0.2), arms.draw(PROMPTS, DRAWS, 3, 0))
+        assert set(measured) == {(site, name) for site in ("attn", "mlp") for name in arms.MEASURES}
+        found = {name: values[0] for (site, name), values in measured.items() if site == "attn"}
         np.testing.assert_allclose(
             [found[name] for name in ("restored_share", "attn_share", "mlp_share", "norm_share", "slope")],
             [0.6, 0.4, 0.2, 0.0, 0.6],
@@ -115,7 +114,7 @@ class TestArms:
         ({"no_dropout": 0.5, "dropout": 0.8}, ["no_dropout 50%", "dropout 80%", "higher (+3"]),
         ({"no_dropout": 0.5, "dropout": 0.2}, ["no_dropout 50%", "lower (-3"]),
         ({"no_dropout": -0.5, "dropout": -0.5}, ["no_dropout -50%", "no clear difference"]),
-        ({"dropout": 0.5}, ["attention", "dropout 50% (4"]),
+        ({"dropout": 0.5}, ["attention", "dropout 50% (50% to 50%)"]),
     ],
 )
 def test_the_answer(planted, says):
