@@ -36,7 +36,7 @@ MEASURES = {
     "r2": "R² of it",
     "erasure": "late MLPs' contribution (logits)",
     "erasure_change": "its change per direct effect",
-    "responding": "share of components that respond",
+    "responding": "components that respond",
 }
 """What is compared, of ablated attention and of ablated MLPs, over the layers of each that matter (see MATTERS).
 

@@ -71,6 +71,9 @@ def _one_line(error: Exception) -> str:
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     text = f"there is no setting {error.args[0]}" if isinstance(error, KeyError) and error.args else str(error)
+    if "Traceback (most recent call last)" in text:  # of a config file's own code: what it said is at the end
+        last = text.strip().splitlines()[-1]
+        text = last.partition(": ")[2] or last
     return " ".join(text.replace(" Did you mean", "; did you mean").replace("\nDid you mean", "; did you mean").split())
 
 

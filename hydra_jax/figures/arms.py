@@ -15,7 +15,10 @@ ARM_COLOURS = {"no_dropout": "#1f6fb4", "dropout": "#c1354a", "stochastic_depth"
 OTHERS = ("#3f8f5a", "#8a94a0", "#2b2f36")
 SHOWN = ("restored_share", "attn_share", "mlp_share", "norm_share", "slope", "erasure_change", "responding")
 OVER_STEPS = ("restored_share", "slope")
-RECALL = {"recall_trained": "trained prompts answered right", "recall_unseen_template": "unseen templates, the same"}
+RECALL = {
+    "recall_trained": "trained prompts answered right",
+    "recall_unseen_template": "unseen templates answered right",
+}
 LINES = {
     "direct_effect": ("direct effect", COLOURS["direct_effect"], "-"),
     "total_effect": ("total effect", COLOURS["total_effect"], "-"),
@@ -51,7 +54,9 @@ def comparison(found: Comparison) -> Figure:
         axis.set_xlim(-0.6, len(rows) - 0.4)
         axis.tick_params(axis="y", labelsize=7)
         if not line:
-            axis.set_title(MEASURES[name], fontsize=8.5)
+            axis.set_title(
+                "late MLPs' change per direct effect" if name == "erasure_change" else MEASURES[name], fontsize=8
+            )
         if not column:
             axis.set_ylabel(f"{SITE_NAMES[site]} ablated")
     seeds = found.recall["seed"].nunique()
@@ -86,8 +91,10 @@ def emergence(found: Comparison) -> Figure:
             axis.plot(of_arm["step"], of_arm["value"], color=colour[arm], marker="o", markersize=3)
         # Early on there is next to nothing to restore, and its share is anything.
         late = rows.loc[rows["step"] > found.last / 2, ["low", "high"]].to_numpy()
-        far = 1.3 * np.nanmax(np.abs(late)) if np.isfinite(late).any() else 1.0
-        axis.set(xlabel="step of training", ylabel=f"{MEASURES[name]}, {SITE_NAMES[site]} ablated", ylim=(-far, far))
+        ends = np.append(late[np.isfinite(late)], 0)
+        room = 0.2 * (np.ptp(ends) or 1.0)
+        axis.set(xlabel="step of training", ylabel=f"{MEASURES[name]}, {SITE_NAMES[site]} ablated")
+        axis.set(xlim=axes[0, 0].get_xlim(), ylim=(ends.min() - room, ends.max() + room))
         zero_line(axis)
     figure.suptitle("When facts are learnt, and when their ablation is repaired (bands: 95 % intervals)")
     return figure

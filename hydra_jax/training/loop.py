@@ -70,9 +70,10 @@ def train(config: TrainConfig, workdir: Path, progress: bool = True) -> None:
     with store.directory(workdir), _signals() as stop:
         check_config(workdir, config)
         corpus = data.build(config.data, config.model.context, _tokenizer(workdir))
+        evaluation = Evaluation(corpus, config)  # which may refuse, before anything is written
         describe(workdir, config, corpus)
         with Checkpoints(workdir, config.checkpoint) as checkpoints:
-            _Run(config, workdir, corpus, mesh, checkpoints, progress).go(stop)
+            _Run(config, workdir, corpus, evaluation, mesh, checkpoints, progress).go(stop)
 
 
 def _tokenizer(workdir: Path) -> Tokenizer | None:
@@ -88,6 +89,7 @@ class _Run:
         config: TrainConfig,
         workdir: Path,
         corpus: data.Corpus,
+        evaluation: Evaluation,
         mesh: Mesh,
         checkpoints: Checkpoints,
         progress: bool,
@@ -96,7 +98,7 @@ class _Run:
         self.everywhere = NamedSharding(mesh, PartitionSpec())
         self.spread = NamedSharding(mesh, PartitionSpec(None, BATCH))
         self.log = _Log(workdir / METRICS)
-        self.evaluation = Evaluation(corpus, config)
+        self.evaluation = evaluation
         self.rate = schedule(config.optimizer, config.steps)
         self.update = jax.jit(functools.partial(update, config=config), donate_argnums=0)
         self.boundary = jax.device_put(np.int32(corpus.boundary), self.everywhere)
