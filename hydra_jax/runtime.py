@@ -15,18 +15,31 @@ from hydra_jax.errors import UserError
 from hydra_jax.models.hub import cache_dir
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
+JOIN_SECONDS = 300
+"""In which all processes of a run must have started."""
+
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT on the host of process 0, of a run of many processes")
+PROCESSES = flags.DEFINE_integer("processes", None, "how many they are; of SLURM, Open MPI and TPU pods it is known")
+PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0")
+
+CLUSTERS = {"SLURM": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
+"""Launchers, and the variable in which they say how many processes they started."""
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
 """Of XLA_FLAGS: trying Triton's kernels for float32 products of full precision takes minutes a program on a GPU."""
 
 
-def main(command: Callable[[], None], config: str | None = None, on_interrupt: str = "stopped") -> None:
+def main(
+    command: Callable[[], None], config: str | None = None, on_interrupt: str = "stopped", several: bool = False
+) -> None:
     """Run an absl command; a mistake of the user's is one line on standard error and a non-zero exit.
 
     Args:
       command: the work, flags parsed.
       config: the file in `configs/` that `--config` is by default.
       on_interrupt: what to say when the user stops it.
+      several: whether it may run as several processes that work on one thing.
     """
     logging.set_verbosity(logging.WARNING)
     chosen = os.environ.get("XLA_FLAGS", "")
@@ -50,13 +63,15 @@ def main(command: Callable[[], None], config: str | None = None, on_interrupt: s
             _stop(f"error: argument {rest[1]!r} is unknown; see --help", 1)
         if flags.FLAGS["help"].value:
             print(sys.modules["__main__"].__doc__)
-            print(flags.FLAGS.module_help(sys.modules["__main__"]))
+            for module in ("__main__", __name__) if several else ("__main__",):
+                print(flags.FLAGS.module_help(sys.modules[module]))
             sys.exit(0)
         return rest
 
     def run(arguments: list[str]) -> None:
         del arguments
         try:
+            join(several)
             command()
         except UserError as error:
             _stop(f"error: {error}", 1)
@@ -64,6 +79,49 @@ def main(command: Callable[[], None], config: str | None = None, on_interrupt: s
             _stop(f"\n{on_interrupt}", INTERRUPTED)
 
     app.run(run, flags_parser=parse)
+
+
+def join(several: bool) -> None:
+    """Make this process one of a run's, where flags or a launcher's variables say that there are several.
+
+    Args:
+      several: whether there may be.
+
+    Raises:
+      UserError: if they do not all find each other, or the flags do not fit together: never a run by itself.
+    """
+    coordinator, processes, process = COORDINATOR.value, PROCESSES.value, PROCESS.value
+    asked = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [name for name, value in asked.items() if value is None]
+    if 0 < len(missing) < len(asked):
+        raise UserError(f"{', '.join(missing)}: is missing; a run of several processes needs {', '.join(asked)}")
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise UserError(f"--process: is {process}, of --processes={processes}; give 0 to {processes - 1}")
+    expected = _launched() if processes is None else processes
+    if expected < 2:
+        return
+    if not several:
+        raise UserError(f"this command runs as one process, {expected} were started; start one")
+    try:
+        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=JOIN_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--coordinator: the {expected} processes did not find each other ({_one_line(error)})"
+        ) from error
+    if jax.process_count() != expected:
+        raise UserError(f"--processes: {expected} were to run, {jax.process_count()} do; start all of them anew")
+
+
+def _launched() -> int:
+    """How many processes a launcher says that it started; 1 where there is none."""
+    for launcher, variable in CLUSTERS.items():
+        if text := os.environ.get(variable):
+            if not text.isdecimal():
+                raise UserError(
+                    f"{variable}: is {text!r}, {launcher} was to say how many processes there are; unset it"
+                )
+            return int(text)
+    return len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
 
 
 def _one_line(error: Exception) -> str:

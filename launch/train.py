@@ -3,6 +3,9 @@
     python -m launch.train --config=configs/train.py:no_dropout --workdir=DIR
     python -m launch.train --config=configs/train.py:dropout --workdir=DIR --config.seed=1
 
+On several hosts the same command is run on each, by SLURM, Open MPI or on a TPU pod, or with --coordinator, --processes
+and --process; the batch is spread over all devices.
+
 Stopped, by Ctrl-C, SIGTERM or otherwise, the same command goes on from the last checkpoint. The directory
 is a model like any other: python -m launch.sweep --config.model=DIR --config.prompts.path=DIR/prompts.jsonl.
 """
@@ -10,6 +13,7 @@ is a model like any other: python -m launch.sweep --config.model=DIR --config.pr
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -29,10 +33,12 @@ def main() -> None:
         raise UserError("--workdir: is empty; give a directory for the run")
     config, workdir = train_config(CONFIG.value), Path(WORKDIR.value)
     try:
-        train(config, workdir)
+        train(config, workdir, progress=jax.process_index() == 0)
     except Stopped as stopped:
         print(f"\nstopped; step {stopped.step} is saved, the same command goes on from it", file=sys.stderr)
         sys.exit(128 + stopped.signal)
+    if jax.process_index():
+        return
     with store.directory(workdir):
         figures.save(workdir, "training", lambda: training_curves(config, read_metrics(workdir)))
     print(f"trained: {workdir} (figure: training.png; lines of metrics.jsonl)")
@@ -40,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main, "train.py", "stopped; the same command goes on from the last checkpoint")
+    runtime.main(main, "train.py", "stopped; the same command goes on from the last checkpoint", several=True)

@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -74,9 +73,9 @@ class Checkpoints:
         step = _found(step, self.steps, self._directory)
         wanted = {WEIGHTS: like.weights, MOMENTS: like.optimizer}
         parts, position = _read(self._directory, step, wanted)
-        key = jax.random.wrap_key_data(jnp.asarray(position["key"], jnp.uint32))
-        rest = jax.device_put((np.int32(step), key), (like.step.sharding, like.key.sharding))
-        return State(parts[WEIGHTS], parts[MOMENTS], *rest), position["iterator"]
+        there = like.step.sharding
+        number, words = jax.device_put((np.int32(step), np.asarray(position["key"], np.uint32)), there)
+        return State(parts[WEIGHTS], parts[MOMENTS], number, jax.random.wrap_key_data(words)), position["iterator"]
 
 
 def steps(workdir: Path) -> list[int]:

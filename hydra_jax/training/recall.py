@@ -26,11 +26,14 @@ ASKED = 256
 
 
 class Questions(NamedTuple):
-    """Prompts as arrays: tokens [P, T], lengths [P] and answers' first tokens [P]."""
+    """Prompts as arrays: tokens [P, T], lengths [P] and answers' first tokens [P].
 
-    tokens: jax.Array
-    lengths: jax.Array
-    answers: jax.Array
+    Of the host, as all that an evaluation takes but weights: then every process of a run may hand them in.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    answers: np.ndarray
 
 
 def questions(tokenizer: Tokenizer, prompts: Sequence[Prompt], context: int) -> Questions:
@@ -47,7 +50,7 @@ def questions(tokenizer: Tokenizer, prompts: Sequence[Prompt], context: int) -> 
     for row, ids in zip(tokens, encoded, strict=True):
         row[: len(ids)] = ids
     answers = [answer_token(tokenizer, prompt.text, prompt.answer) for prompt in prompts]
-    return Questions(*(jnp.asarray(each, jnp.int32) for each in (tokens, list(map(len, encoded)), answers)))
+    return Questions(tokens, np.array(list(map(len, encoded)), np.int32), np.array(answers, np.int32))
 
 
 class Evaluation:
@@ -59,7 +62,7 @@ class Evaluation:
     """
 
     def __init__(self, corpus: Corpus, config: TrainConfig):
-        self._config, self._boundary = config, jnp.int32(corpus.boundary)
+        self._config, self._boundary = config, np.int32(corpus.boundary)
         random = np.random.default_rng(config.data.seed)
         self._asked: Mapping[str, Questions] = {
             split: questions(
@@ -70,7 +73,7 @@ class Evaluation:
             for split, prompts in corpus.prompts.items()
             if prompts
         }
-        self._rows = jnp.asarray(corpus.unseen_rows[random.permutation(len(corpus.unseen_rows))[:ASKED]])
+        self._rows = corpus.unseen_rows[random.permutation(len(corpus.unseen_rows))[:ASKED]]
         self._vocab_size = corpus.tokenizer.get_vocab_size()
 
     def __call__(self, weights: dict) -> dict[str, float]:

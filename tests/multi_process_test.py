@@ -1,0 +1,103 @@
+"""Runs of several processes, all on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hydra_jax.training import checkpoint, workdir
+from hydra_jax.training.loop import train
+from hydra_jax.training.step import initial
+from tests import training_toys
+
+ROOT = Path(__file__).parent.parent
+CONFIG = training_toys.config(dropout=dict(attn=0.1))
+SETTINGS = {
+    "steps": CONFIG.steps,
+    "batch": CONFIG.batch,
+    "evaluate_every": CONFIG.evaluate_every,
+    "log_every": CONFIG.log_every,
+    **{f"model.{key}": value for key, value in vars(CONFIG.model).items()},
+    **{f"checkpoint.{key}": value for key, value in vars(CONFIG.checkpoint).items()},
+    **{f"data.{key}": getattr(CONFIG.data, key) for key in ("people", "unseen_people", "variants", "vocab_size")},
+    "dropout.attn": 0.1,
+}
+
+
+def start(*arguments, devices=2, **variables):
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | variables
+    settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.train", *settings, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    process.out, process.err = process.communicate(timeout=300)
+    return process
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_two_processes_train_the_model_of_one(tmp_path):
+    """Two processes of two devices each, against one of four; and one process goes on from what two have saved."""
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    where = f"--coordinator=127.0.0.1:{free_port()}"
+    started = [start(f"--workdir={both}", where, "--processes=2", f"--process={number}") for number in range(2)]
+    for process in map(finish, started):
+        assert process.returncode == 0, process.err
+    assert "trained:" in started[0].out
+    said = [line for line in started[1].out.splitlines() if not line.startswith("[Gloo]")]
+    assert not said  # one writes, one speaks
+    train(CONFIG, alone, progress=False)
+    lines = [[json.loads(line) for line in (path / workdir.METRICS).read_text().splitlines()] for path in (both, alone)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    np.testing.assert_allclose(*([line["loss"] for line in each[1:]] for each in lines), rtol=1e-5)
+    vocab_size = workdir.read_run(alone)[1]["vocab_size"]
+    like = initial(CONFIG, vocab_size).weights
+    weights = [checkpoint.weights(path, like)[0] for path in (both, alone)]
+    # Sums over devices are of another order, and Adam divides small gradients by their own size.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), *weights)
+    assert checkpoint.steps(both) == checkpoint.steps(alone)
+    train(CONFIG, both, progress=False)
+
+
+def test_a_command_for_one_process_is_not_run_by_several(tmp_path):
+    environment = os.environ | {"SLURM_STEP_NUM_TASKS": "2"}
+    command = [sys.executable, "-m", "launch.sweep", f"--workdir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: this command runs as one process, 2 were started")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "named"),
+    [
+        (["--processes=2"], {}, "--coordinator, --process: is missing"),
+        (["--coordinator=127.0.0.1:1", "--processes=2", "--process=2"], {}, "--process: is 2, of --processes=2"),
+        ([], {"SLURM_STEP_NUM_TASKS": "2"}, "the 2 processes did not find each other"),
+        ([], {"OMPI_COMM_WORLD_SIZE": "two"}, "OMPI_COMM_WORLD_SIZE: is 'two'"),
+    ],
+)
+def test_a_misconfigured_cluster_is_no_run_by_itself(tmp_path, arguments, variables, named):
+    process = finish(start(f"--workdir={tmp_path}/run", *arguments, **variables))
+    assert process.returncode == 1
+    (line,) = [line for line in process.err.splitlines() if line.strip()]
+    assert line.startswith("error: ")
+    assert named in line
+    assert not (tmp_path / "run").exists()
