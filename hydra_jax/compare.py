@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,6 +90,21 @@ class Comparison:
     def answer(self) -> list[str]:
         """Whether self-repair needs dropout, a paragraph an ablated site."""
         return arms.answer(self.final, self.arms)
+
+
+def find(patterns: Sequence[str]) -> list[Path]:
+    """The directories that patterns name, in order of name within each; what has no wildcard stands for itself.
+
+    Raises:
+      UserError: if one names none.
+    """
+    found = []
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        if not matches or not pattern:
+            raise UserError(f"--workdirs: there is nothing at {pattern!r}; give directories of training runs")
+        found += [Path(match) for match in matches]
+    return found
 
 
 def read_runs(workdirs: Sequence[Path]) -> list[TrainedRun]:

@@ -1,6 +1,7 @@
 """Compare training runs that differ in dropout (and seed) alone: does self-repair need it?
 
-    python -m launch.compare --workdirs=runs/no_dropout-0,runs/no_dropout-1,runs/dropout-0,runs/dropout-1 --workdir=DIR
+    python -m launch.compare --workdirs=runs/no_dropout,runs/dropout --workdir=DIR
+    python -m launch.compare --workdirs='runs/arms/*' --workdir=DIR
 
 Every layer of every model is ablated on the prompts that all of them answer right, at every step of
 training that all have a checkpoint of. Into DIR go comparison.csv (and .parquet), figures, the sweeps, and
@@ -15,7 +16,9 @@ from absl import flags
 from hydra_jax import compare, report_arms, results, runtime, store, tables
 from hydra_jax.errors import UserError
 
-WORKDIRS = flags.DEFINE_list("workdirs", None, "directories of training runs, two arms or more", required=True)
+WORKDIRS = flags.DEFINE_list(
+    "workdirs", None, "directories of training runs, or patterns of them: arms and seeds", required=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory for the comparison", required=True)
 STEPS = flags.DEFINE_list("steps", [], "of training, the last is where arms are compared; all that the runs share")
 LIMIT = flags.DEFINE_integer("prompts", 128, "prompts of a sweep; 0 for all that every model knows", lower_bound=0)
@@ -30,7 +33,7 @@ def main() -> None:
     except ValueError:
         raise UserError(f"--steps: {','.join(STEPS.value)!r} is not numbers; give e.g. 200,400,1000") from None
     workdir = Path(WORKDIR.value)
-    runs = compare.read_runs([Path(path) for path in WORKDIRS.value])
+    runs = compare.read_runs(compare.find(WORKDIRS.value))
     with store.directory(workdir):
         found = compare.compare(
             runs,

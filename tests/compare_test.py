@@ -44,6 +44,14 @@ class TestRuns:
         assert compare.common_steps(runs) == [0, 2, 4]
         assert compare.common_steps(runs, [4, 0]) == [0, 4]
 
+    def test_are_found_by_patterns(self, workdirs):
+        directory = workdirs[0].parent
+        assert compare.find([f"{directory}/*"]) == sorted(workdirs)
+        assert compare.find([str(workdirs[0]), f"{directory}/d*"]) == workdirs
+        for nothing in ("", f"{directory}/x*"):
+            with pytest.raises(UserError, match="--workdirs: there is nothing at"):
+                compare.find([nothing])
+
     def test_share_what_they_begin_with(self, workdirs):
         weights = [checkpoint.weights(path, checkpoint_like(path), 0)[1] for path in workdirs]
         assert weights[0] == weights[1]
