@@ -77,7 +77,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
     Raises:
       UserError: if anything asked for cannot be; then nothing half-written is left behind.
     """
-    with store.directory(workdir):
+    with store.directory(workdir), store.alone(workdir):
         prompts = _prompts(config)
         model = load(config.model, config.dtype, config.precision, config.model_step)
         config = dataclasses.replace(config, dtype=model.config.dtype)
@@ -89,7 +89,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
         if resumed:
             old = store.open_effects(workdir)
             store.check_protocol(old, asked, workdir)
-            if old["finished"].all() and store.has_examples(workdir, config.example):
+            if store.recover(workdir).all() and store.has_examples(workdir, config.example):
                 return old
         by_head = config.ablation.by_head
         if config.prompts.text:
@@ -116,7 +116,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
             table = examined_table(model, kept, examined)
             beside = {"prompts.csv": lambda part: table.to_csv(part, index=False)}
             store.create(workdir, dataset, plan.chunks[0].stop, beside)
-        fill(plan, store.open_effects(workdir)["finished"].values, functools.partial(store.write, workdir), progress)
+        fill(plan, store.recover(workdir), functools.partial(store.write, workdir), progress)
         effects = store.open_effects(workdir)
         store.write_examples(workdir, examples(plan, effects, config.example))
         store.seal(workdir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from absl import app, flags, logging
 from hydra_jax.errors import UserError
 from hydra_jax.models.hub import cache_dir
 
-INTERRUPTED = 130  # what shells report for Ctrl-C
+INTERRUPTED, TERMINATED = 130, 143  # what shells report for Ctrl-C and SIGTERM
 JOIN_SECONDS = 300
 """In which all processes of a run must have started."""
 
@@ -70,15 +71,25 @@ def main(
 
     def run(arguments: list[str]) -> None:
         del arguments
+        signal.signal(signal.SIGTERM, _terminate)
         try:
             join(several)
             command()
         except UserError as error:
             _stop(f"error: {error}", 1)
-        except KeyboardInterrupt:
-            _stop(f"\n{on_interrupt}", INTERRUPTED)
+        except KeyboardInterrupt as stop:
+            _stop(f"\n{on_interrupt}", TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
 
     app.run(run, flags_parser=parse)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it: a stop like that of Ctrl-C."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    del number, frame
+    raise Terminated
 
 
 def join(several: bool) -> None:

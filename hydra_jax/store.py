@@ -7,6 +7,7 @@ stops a run, the prompts that are flagged are whole and the others are computed 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
@@ -21,12 +22,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hydra_jax.edits import SITES, Component, all_components
 from hydra_jax.errors import UserError
 
 NAME = "effects.zarr"
 EXAMPLES = "examples.zarr"
+LOCK = ".lock"
 
 LOGITS = "logits"
 EFFECTS = {
@@ -50,6 +53,9 @@ CLEAN = ("clean_logit", "clean_probability", "final_scale", "delta_unembed", "ab
 DIMS = dict.fromkeys(EFFECTS, ("prompt", "ablated", "replacement"))
 DIMS |= dict.fromkeys(BY_COMPONENT, ("prompt", "ablated", "component"))
 """Dimensions of what a chunk writes."""
+
+CHECKED = {"compressors": [ZstdCodec(), Crc32cCodec()]}
+"""How chunks are stored: compressed, and with a checksum, so that a damaged one is found when it is read."""
 
 FORMAT = 2
 """Of the store; it changes whenever an older store could not be read as if it were new."""
@@ -148,20 +154,44 @@ def directory(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Keep others from working in a directory that is there, for as long as this process lives and works in it.
+
+    Raises:
+      UserError: if one does.
+    """
+    path = workdir / LOCK
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{workdir}: another run is working in it; wait for it, or give another --workdir"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ctrl-C waits until this is done: zarr works in threads of its own, which would go on writing behind it."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    """Ctrl-C and SIGTERM wait until this is done: zarr works in threads, which would go on writing behind them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread() or not ours:
         yield
         return
-    pressed: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    caught: list[int] = []
+    for each in ours:
+        signal.signal(each, lambda number, _: caught.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pressed:
-        raise KeyboardInterrupt
+        for each, handler in ours.items():
+            signal.signal(each, handler)
+    for number in caught:
+        ours[signal.Signals(number)](number, None)
 
 
 def exists(workdir: Path) -> bool:
@@ -181,7 +211,7 @@ def create(
       beside: files of `workdir` by name, and what writes them; where the store is, they are.
     """
     encoding = {
-        name: {"chunks": tuple(chunk if d == "prompt" else n for d, n in variable.sizes.items())}
+        name: {"chunks": tuple(chunk if d == "prompt" else n for d, n in variable.sizes.items())} | CHECKED
         for name, variable in dataset.variables.items()
     }
     with _undisturbed(), _whole(workdir / NAME) as part:
@@ -233,17 +263,44 @@ def open_examples(workdir: str | Path) -> xr.Dataset:
 
 def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
     """Write the examples, or nothing at all."""
+    encoding = dict.fromkeys(dataset.variables, CHECKED)
     with _undisturbed(), _whole(workdir / EXAMPLES) as part:
-        dataset.to_zarr(part, mode="w-", zarr_format=3, consolidated=False)
+        dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
 
 
-def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the effects of one run of prompts (see `DIMS`), then its flags."""
+def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray], whole: bool = True) -> None:
+    """Write the effects of one run of prompts (see `DIMS`), then its flags: whether they are whole."""
     effects = xr.Dataset({name: (DIMS[name], array) for name, array in arrays.items()})
-    flags = xr.Dataset({"finished": ("prompt", np.ones(effects.sizes["prompt"], bool))})
+    flags = xr.Dataset({"finished": ("prompt", np.full(effects.sizes["prompt"], whole))})
     with _undisturbed():
         for part in (effects, flags):
             part.to_zarr(workdir / NAME, region={"prompt": chunk}, consolidated=False)
+
+
+def recover(workdir: Path) -> np.ndarray:
+    """Which prompts' effects are in the store, [P]; chunks that are damaged are emptied, to be computed again.
+
+    Raises:
+      UserError: if the store or its flags cannot be read.
+    """
+    effects = open_effects(workdir)
+    try:
+        flags = effects["finished"].values.copy()
+        size = effects["finished"].encoding["chunks"][0]
+    except Exception as error:
+        raise _unreadable(workdir / NAME, error) from error
+    names = [name for name in DIMS if name in effects]
+    for start in range(0, len(flags), size):
+        chunk = slice(start, min(start + size, len(flags)))
+        try:
+            whole = not any(np.isnan(effects[name][chunk].values[flags[chunk]]).any() for name in names)
+        except Exception:  # of zarr and its codecs
+            whole = False
+        if not whole:
+            shapes = {name: (chunk.stop - start, *effects[name].shape[1:]) for name in names}
+            write(workdir, chunk, {name: np.full(shape, np.nan, np.float32) for name, shape in shapes.items()}, False)
+            flags[chunk] = False
+    return flags
 
 
 def seal(workdir: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import xarray as xr
 
 from hydra_jax import store
+from hydra_jax.errors import UserError
 from tests import builders
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,8 @@ REFUSED = {
     "none to be right about": ([WORKDIR, "--config.prompts.correct_only=True"], "correct_only"),
     "too few prompts": ([WORKDIR, f"--config.ablation.replacements={PROMPTS}"], f"{PROMPTS + 1}"),
 }
-STOPS = [signal.SIGINT, signal.SIGKILL]
+STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+STOPS = list(STATUSES)
 FULL = ["new/deeper", "there"]
 
 
@@ -227,7 +229,7 @@ def test_a_disk_that_fills_up_late_keeps_what_is_whole(inputs, finished):
 def test_a_stopped_sweep_goes_on_to_the_same_results(runs, good, stop):
     workdir, result = runs
     stopped, chunks, resumed = result[stop]()
-    assert stopped.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL), stopped.err
+    assert stopped.returncode == STATUSES[stop], stopped.err
     assert "Traceback" not in stopped.err
     assert resumed.returncode == 0, resumed.err
 
@@ -277,3 +279,30 @@ def test_an_interrupt_waits_until_a_chunk_is_written(monkeypatch, tmp_path):
         store.write(tmp_path, slice(0, 1), {"total_effect": np.zeros((1, 1, 1))})
     assert written == ["total_effect", "finished"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_directory_is_worked_in_by_one_run_alone(tmp_path):
+    with store.alone(tmp_path):
+        with pytest.raises(UserError, match="another run is working in it"), store.alone(tmp_path):
+            raise AssertionError
+        (tmp_path / store.LOCK).touch()  # the first still has it
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / store.LOCK).touch()  # as a kill leaves it
+    with store.alone(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_chunk_is_computed_again(inputs, tmp_path):
+    arguments = [inputs, f"--workdir={tmp_path}/run", f"--config.rows={4 * REPLACEMENTS}"]
+    assert sweep(*arguments).returncode == 0
+    before = store.open_effects(tmp_path / "run").load()
+    chunks = sorted((tmp_path / "run" / store.NAME / "total_effect" / "c").glob("*/*/*"))
+    content = bytearray(chunks[1].read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    chunks[1].write_bytes(content)
+    times = {chunk: chunk.stat().st_mtime_ns for chunk in chunks}
+    again = sweep(*arguments)
+    assert again.returncode == 0, again.err
+    xr.testing.assert_allclose(store.open_effects(tmp_path / "run").load(), before, atol=1e-5)
+    assert [chunk for chunk in chunks if chunk.stat().st_mtime_ns != times[chunk]] == [chunks[1]]

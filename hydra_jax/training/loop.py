@@ -67,7 +67,8 @@ def train(config: TrainConfig, workdir: Path, progress: bool = True) -> None:
             f"config.batch: {config.batch} in {config.accumulate} parts does not divide over {mesh.size} devices; give"
             f" a multiple of {mesh.size * config.accumulate}"
         )
-    with store.directory(workdir), _signals() as stop:
+    mine = store.alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with store.directory(workdir), mine, _signals() as stop:
         check_config(workdir, config)
         corpus = data.build(config.data, config.model.context, _tokenizer(workdir))
         evaluation = Evaluation(corpus, config)  # which may refuse, before anything is written
