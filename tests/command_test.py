@@ -1,13 +1,9 @@
 import concurrent.futures
 import errno
 import io
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,9 +12,9 @@ import xarray as xr
 
 from hydra_jax import store
 from hydra_jax.errors import UserError
-from tests import builders
+from tests import builders, commands
+from tests.commands import ROOT, finish
 
-ROOT = Path(__file__).parent.parent
 PROMPTS, REPLACEMENTS = 24, 3
 FIGURES = {
     f"{name}.{form}"
@@ -71,25 +67,8 @@ def start(inputs, *arguments, prelude=""):
     ]
     if any(argument.startswith("--config=") for argument in arguments):
         defaults = []
-    module = f"{prelude}; import runpy; runpy.run_module('launch.sweep', run_name='__main__', alter_sys=True)"
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    if prelude != FULL_DISK:
-        environment |= dict(
-            JAX_COMPILATION_CACHE_DIR=f"{inputs}/compiled", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
-        )
-    return subprocess.Popen(
-        [sys.executable, *(["-c", module] if prelude else ["-m", "launch.sweep"]), *defaults, *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    process.out, process.err = process.communicate(timeout=300)
-    return process
+    variables = {} if prelude == FULL_DISK else commands.kept(f"{inputs}/compiled")
+    return commands.start("launch.sweep", *defaults, *arguments, prelude=prelude, **variables)
 
 
 def sweep(*arguments, **options):

@@ -1,11 +1,7 @@
 """Runs of several processes, all on this machine."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,9 +10,9 @@ import pytest
 from hydra_jax.training import checkpoint, workdir
 from hydra_jax.training.loop import train
 from hydra_jax.training.step import initial
-from tests import training_toys
+from tests import commands, training_toys
+from tests.commands import finish
 
-ROOT = Path(__file__).parent.parent
 CONFIG = training_toys.config(dropout=dict(attn=0.1))
 SETTINGS = {
     "steps": CONFIG.steps,
@@ -30,22 +26,9 @@ SETTINGS = {
 }
 
 
-def start(*arguments, devices=2, **variables):
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | variables
+def start(*arguments, **variables):
     settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.train", *settings, *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    process.out, process.err = process.communicate(timeout=300)
-    return process
+    return commands.start("launch.train", *settings, *arguments, devices=2, **variables)
 
 
 def free_port():
@@ -78,11 +61,9 @@ def test_two_processes_train_the_model_of_one(tmp_path):
 
 
 def test_a_command_for_one_process_is_not_run_by_several(tmp_path):
-    environment = os.environ | {"SLURM_STEP_NUM_TASKS": "2"}
-    command = [sys.executable, "-m", "launch.sweep", f"--workdir={tmp_path}/run"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    done = finish(commands.start("launch.sweep", f"--workdir={tmp_path}/run", SLURM_STEP_NUM_TASKS="2"))
     assert done.returncode == 1
-    assert done.stderr.startswith("error: this command runs as one process, 2 were started")
+    assert done.err.startswith("error: this command runs as one process, 2 were started")
 
 
 @pytest.mark.parametrize(

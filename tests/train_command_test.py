@@ -3,10 +3,7 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,9 +11,9 @@ import pytest
 
 from hydra_jax.training import checkpoint, workdir
 from hydra_jax.training.step import initial
-from tests import builders
+from tests import builders, commands
+from tests.commands import ROOT, finish
 
-ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("HYDRA_JAX_KILLS", "4"))
 """Random moments at which a run is killed; a start of the command takes seconds."""
 
@@ -52,26 +49,13 @@ def inputs(tmp_path_factory):
 
 
 def start(inputs, *arguments, command="launch.train", changes=None):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= dict(JAX_COMPILATION_CACHE_DIR=f"{inputs}/compiled", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    """A command with `{path}` and `{root}` filled in; of training, with the settings of TINY or other `changes`."""
     chosen = TINY if changes is None else changes
     settings = [f"--config.{name}={value}" for name, value in chosen.items()] if command == "launch.train" else []
     arguments = [argument.format(path=inputs, root=ROOT) for argument in arguments]
     first = [argument for argument in arguments if argument.startswith("--config=")]
     rest = [argument for argument in arguments if argument not in first]
-    return subprocess.Popen(
-        [sys.executable, "-m", command, *first, *settings, *rest],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    process.out, process.err = process.communicate(timeout=300)
-    return process
+    return commands.start(command, *first, *settings, *rest, **commands.kept(f"{inputs}/compiled"))
 
 
 def weights_of(path):
