@@ -17,6 +17,7 @@ import pandas as pd
 import plotly.offline
 
 from hydra_jax import causal, figures, findings, store
+from hydra_jax.config import ANSWER
 from hydra_jax.edits import SITES, Component
 from hydra_jax.figures.motifs import MOTIFS
 from hydra_jax.figures.style import reach
@@ -115,11 +116,13 @@ def _subtitle(results: Results) -> str:
     what = (
         "attention heads" if results.by_head else " and ".join(figures.style.SITE_NAMES[site] for site in results.sites)
     )
+    of_answer = results.protocol["prompts"].get("target") == ANSWER
+    read = "the answer" if of_answer else "the model's most likely next token"
     return (
         f"{results.kind} ablation of {what}, one at a time, at the last token of {results.effects.sizes['prompt']:,}"
         f" prompts ({results.protocol['prompts']['source']}), {results.effects.sizes['replacement']} replacements each."
-        " Effects are in logits of the model's most likely next token, less the mean logit; where a model soft-caps its"
-        " logits (Gemma 2), before it does."
+        f" Effects are in logits of {read}, less the mean logit; where a model soft-caps its logits (Gemma 2), before it"
+        " does."
     )
 
 
