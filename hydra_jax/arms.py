@@ -2,7 +2,8 @@
 
 Models are matched: the same prompts and targets in all of them, the same replacements, and in every arm the
 same seeds. So a bootstrap sample draws seeds, prompts and, for each prompt, replacements once for all models,
-and differences between arms have intervals of their own.
+and differences between arms have intervals of their own. A bootstrap of few seeds is too narrow, so an arm is
+only said to differ where the seeds' own differences agree, too (a paired t-test).
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 import xarray as xr
 
 from hydra_jax import stats, store
 from hydra_jax.edits import MLP, SITES
 from hydra_jax.figures.style import SITE_NAMES
 from hydra_jax.findings import LATE
-
-REFERENCE = "no_dropout"
-"""The arm that others are compared with, where it is among them."""
+from hydra_jax.training.config import REFERENCE
 
 MATTERS = 0.1
 """Share of a site's largest mean direct effect in a model from which on an ablated layer counts."""
 
 MEASURES = {
+    "layers": "layers that matter",
     "direct_effect": "direct effect (logits)",
     "restored_share": "restored share",
     "attn_share": "restored by attention",
@@ -40,12 +41,13 @@ MEASURES = {
 }
 """What is compared, of ablated attention and of ablated MLPs, over the layers of each that matter (see MATTERS).
 
-`direct_effect` is their sum; shares are ratios of sums over layers of means over prompts; `slope` and `r2` are of
-the regression of compensation on direct effect within layers, pooled; `erasure` is what the last third of the MLPs
-adds to the answer's logit, below zero where they push it down, and `erasure_change` how that changes under ablation;
-`responding` counts components that move by more than a tenth of the direct effect.
+These are chosen once in each model, `layers` says how many. `direct_effect` is their sum; shares are ratios of sums
+over layers of means over prompts; `slope` and `r2` are of the regression of compensation on direct effect within
+layers, pooled; `erasure` is what the last third of the MLPs adds to the answer's logit, below zero where they push it
+down, and `erasure_change` how that changes under ablation; `responding` is the share of downstream components that
+move by more than a tenth of the direct effect. The last three are of means over replacements, so that resamples of
+them draw prompts alone. Over seeds, measures are averaged.
 """
-
 
 OF_DIRECT = ("restored_share", "attn_share", "mlp_share", "norm_share", "erasure_change")
 """Those divided by the direct effect: without a value where that is not clearly above 0."""
@@ -120,8 +122,9 @@ def _of_site(effects: xr.Dataset, site: str, draws: Draws) -> dict[str, np.ndarr
         for a, b, mean_a, mean_b in ((x, y, mean_x, mean_y), (x, x, mean_x, mean_x), (y, y, mean_y, mean_y))
     )
     total = mean_x.sum(axis=-1)
-    found = {"direct_effect": total, "restored_share": _ratio(mean_y.sum(axis=-1), total)}
-    found |= {"slope": _ratio(xy, xx), "r2": _ratio(xy * xy, xx * yy)}
+    found = {"layers": np.full_like(total, effects.sizes["ablated"]), "direct_effect": total}
+    found |= {"restored_share": _ratio(mean_y.sum(axis=-1), total), "slope": _ratio(xy, xx)}
+    found["r2"] = _ratio(xy * xy, xx * yy)
     for part in stats.PARTS[1:]:
         found[f"{part}share"] = _ratio(over_prompts(means[f"{part}compensation"]).sum(axis=-1), total)
     layers = effects["layer"].values
@@ -129,9 +132,12 @@ def _of_site(effects: xr.Dataset, site: str, draws: Draws) -> dict[str, np.ndarr
     late = np.flatnonzero((effects["site"].values == SITES[MLP]) & (layers >= first_late))
     moved = effects["compensation"].values
     found["erasure"] = draws.prompts @ effects["delta_unembed"].values[:, late].sum(axis=1)
-    found["erasure_change"] = _ratio(draws.prompts @ moved[:, :, late].sum(axis=(1, 2)), total)
+    of_prompts = effects["direct_effect"].values.mean(axis=2)
+    found["erasure_change"] = _ratio(
+        draws.prompts @ moved[:, :, late].sum(axis=(1, 2)), draws.prompts @ of_prompts.sum(axis=1)
+    )
     downstream = (moved != 0).any(axis=0)
-    responds = np.abs(moved) > stats.RESPONSE * np.abs(effects["direct_effect"].values.mean(axis=2))[..., None]
+    responds = np.abs(moved) > stats.RESPONSE * np.abs(of_prompts)[..., None]
     share = (responds & downstream).sum(axis=2) / np.maximum(downstream.sum(axis=1), 1)
     found["responding"] = draws.prompts @ share.mean(axis=1)
     return {name: found[name] for name in MEASURES}
@@ -148,7 +154,7 @@ def by_arm(found: Mapping[Key, Measured], seed: int) -> dict[tuple[str, int], Me
     seeds = sorted({key.seed for key in found})
     first = next(iter(found.values()))
     samples = len(next(iter(first.values())))
-    times = np.random.default_rng(seed).multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=samples)
+    times = np.random.default_rng([seed, 1]).multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=samples)
     times[0] = 1
     result: dict[tuple[str, int], Measured] = {}
     for arm, step in arms:
@@ -157,8 +163,15 @@ def by_arm(found: Mapping[Key, Measured], seed: int) -> dict[tuple[str, int], Me
         # A sample with none of the seeds that this arm has takes all of them.
         weights = np.where(weights.sum(axis=1, keepdims=True) > 0, weights, 1)
         weights /= weights.sum(axis=1, keepdims=True)
+        # A seed without a value counts only in the samples that have drawn it.
         result[arm, step] = {
-            name: np.sum([weights[:, i] * found[Key(arm, seeds[n], step)][name] for i, n in enumerate(here)], axis=0)
+            name: np.sum(
+                [
+                    np.where(weights[:, i] > 0, weights[:, i] * found[Key(arm, seeds[n], step)][name], 0)
+                    for i, n in enumerate(here)
+                ],
+                axis=0,
+            )
             for name in first
         }
     return result
@@ -185,7 +198,13 @@ def compared(arms: Mapping[tuple[str, int], Measured], found: Mapping[Key, Measu
                     name in OF_DIRECT and _not_above_0(reference[site, "direct_effect"])
                 )
                 row |= _estimate("difference", samples - reference[site, name], nothing)
-                row["verdict"] = verdict(row["difference_low"], row["difference_high"])
+                pairs = [
+                    found[key][site, name][0] - found[matched][site, name][0]
+                    for key in found
+                    if (key.arm, key.step) == (arm, step)
+                    and (matched := dataclasses.replace(key, arm=REFERENCE)) in found
+                ]
+                row["verdict"] = verdict(row["difference_low"], row["difference_high"], pairs)
             of_seeds = {
                 key.seed: each[site, name][0] for key, each in found.items() if (key.arm, key.step) == (arm, step)
             }
@@ -207,11 +226,21 @@ def _not_above_0(direct: np.ndarray) -> bool:
     return not low > 0
 
 
-def verdict(low: float, high: float) -> str:
-    """What an interval of a difference says."""
-    if np.isnan(low):
+def verdict(low: float, high: float, pairs: Sequence[float]) -> str:
+    """Whether arms differ: where the bootstrap's interval and that of Student's t over matched seeds both leave out 0.
+
+    Args:
+      low: of the bootstrap's interval of the difference.
+      high: of the same.
+      pairs: the differences of matched seeds; of fewer than two nothing can be told.
+    """
+    if len(pairs) < 2 or not np.isfinite([low, high, *pairs]).all():
         return "cannot be told"
-    return "higher" if low > 0 else "lower" if high < 0 else "no clear difference"
+    spread = np.std(pairs, ddof=1) / np.sqrt(len(pairs))
+    reach = scipy.stats.t.ppf((1 + stats.LEVEL) / 2, len(pairs) - 1) * spread
+    if low > 0 and np.mean(pairs) - reach > 0:
+        return "higher"
+    return "lower" if high < 0 and np.mean(pairs) + reach < 0 else "no clear difference"
 
 
 def answer(table: pd.DataFrame, arms: Sequence[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from hydra_jax.arms import Key
 from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import load
-from hydra_jax.prompts import Prompt
+from hydra_jax.prompts import Prompt, json_lines
 from hydra_jax.prompts import read as read_prompts
 from hydra_jax.training import checkpoint
 from hydra_jax.training.config import TrainConfig
@@ -107,11 +106,16 @@ def find(patterns: Sequence[str]) -> list[Path]:
     return found
 
 
-def read_runs(workdirs: Sequence[Path]) -> list[TrainedRun]:
+def read_runs(workdirs: Sequence[Path], unfinished: bool = False) -> list[TrainedRun]:
     """Runs that are matched.
 
+    Args:
+      workdirs: where they are.
+      unfinished: whether they may be; else the last step would be another one without a word.
+
     Raises:
-      UserError: if one is not a run, has no checkpoint, differs from the first in more than it may, or is there twice.
+      UserError: if one is not a run, has no checkpoint, is not finished, differs from the first in more
+        than it may, or is there twice.
     """
     runs: list[TrainedRun] = []
     for workdir in workdirs:
@@ -128,6 +132,15 @@ def read_runs(workdirs: Sequence[Path]) -> list[TrainedRun]:
             differing = store.differences(of_first, of_each) or ("" if stated["corpus"] == corpus else "the text")
             if differing:
                 raise UserError(f"{workdir}: does not match {first.workdir} ({differing}); compare runs of one config")
+        if kept[-1] < config.steps and not unfinished:
+            raise UserError(
+                f"{workdir}: has trained {kept[-1]} of {config.steps} steps; go on with it, or name --steps"
+            )
+        other = next((r for r in runs if r.config.arm == config.arm and r.config.dropout != config.dropout), None)
+        if other:
+            raise UserError(
+                f"{workdir}: has other dropout than {other.workdir}, of the same arm; name arms --config.arm"
+            )
         twin = next((r for r in runs if r.key(0) == each.key(0)), None)
         if twin:
             raise UserError(f"{workdir}: is {config.arm}, seed {config.seed}, like {twin.workdir}; give each run once")
@@ -146,11 +159,11 @@ def common_steps(runs: Sequence[TrainedRun], asked: Sequence[int] = ()) -> list[
     if not common or missing is not None:
         what = "no step" if missing is None else f"not step {missing}"
         raise UserError(f"--steps: the runs have {what} in common; there are {', '.join(map(str, common)) or 'none'}")
-    return sorted(asked) or common
+    return sorted(set(asked)) or common
 
 
 def common_prompts(runs: Sequence[TrainedRun], step: int, limit: int, progress: bool) -> list[Prompt]:
-    """The recall prompts that every run answers right at a step; at most `limit`, evenly over the attributes.
+    """The recall prompts that every run answers right at a step; at most `limit`, drawn at random.
 
     Raises:
       UserError: if there are too few, or the runs have none.
@@ -202,8 +215,7 @@ def compare(
     last = steps[-1]
     prompts = common_prompts(runs, last, limit, progress)
     path = workdir / COMMON
-    lines = [{"id": p.id, "prompt": p.text, "answer": p.answer, "relation": p.relation} for p in prompts]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    text = json_lines(prompts)
     if path.is_file() and path.read_text("utf-8") != text:
         raise UserError(f"{workdir}: holds a comparison on other prompts; give another --workdir, or delete this one")
     store.write_whole(path, lambda part: part.write_text(text, "utf-8"))

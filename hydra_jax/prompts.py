@@ -124,6 +124,14 @@ def content_hash(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
+def json_lines(prompts: Iterable[Prompt]) -> str:
+    """Prompts as the text of a file that `read` reads."""
+    records = (
+        {"id": each.id, "prompt": each.text, "answer": each.answer, "relation": each.relation} for each in prompts
+    )
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 file's text, unpacked if its name ends in .gz.
 

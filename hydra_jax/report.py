@@ -121,8 +121,8 @@ def _subtitle(results: Results) -> str:
     return (
         f"{results.kind} ablation of {what}, one at a time, at the last token of {results.effects.sizes['prompt']:,}"
         f" prompts ({results.protocol['prompts']['source']}), {results.effects.sizes['replacement']} replacements each."
-        f" Effects are in logits of {read}, less the mean logit; where a model soft-caps its logits (Gemma 2), before it"
-        " does."
+        f" Effects are in logits of {read}, less the mean logit;"
+        " where a model soft-caps its logits (Gemma 2), before it does."
     )
 
 

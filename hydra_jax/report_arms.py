@@ -21,12 +21,17 @@ from hydra_jax.results import Results
 ABOUT_IT = "comparison.json"
 TABLES = ("comparison", "recall", "by_layer")
 
+LEARNT = 0.8
+REPAIRS = {"restored_share": "the restored share", "slope": "the slope"}
+"""What says that there is repair, where it is above zero."""
+
 SHARES = (*OF_DIRECT, "responding")
 ABOUT = (
     "Models that differ in dropout and seed alone: the same initial parameters, data and steps. In each, measures are"
     f" of the ablated layers together whose mean direct effect is at least {MATTERS:.0%} of the largest. Intervals"
-    " (95 %) resample seeds, prompts and replacements, the same in all models; of few seeds they are too narrow rather"
-    " than too wide."
+    " (95 %) resample seeds, prompts and replacements, the same in all models. Of few seeds they are too narrow: an arm"
+    " is said to differ only where a paired t-test over seeds says so as well, and of some twenty measures one may by"
+    " chance."
 )
 
 
@@ -94,6 +99,31 @@ def _by_site(found: Comparison) -> list[tuple[str, pd.DataFrame]]:
     return [(str(site), rows.set_index(["arm", "measure"])) for site, rows in groups]
 
 
+def timing(found: Comparison) -> str:
+    """When recall is learnt and when repair appears, in a sentence an arm."""
+    sentences = []
+    for arm in found.arms:
+        recall = found.recall[found.recall["arm"] == arm].groupby("step")["recall_trained"].mean()
+        parts = [
+            f"{LEARNT:.0%} of the trained prompts are answered right {_from(recall.index[recall >= LEARNT], found)}"
+        ]
+        for site in found.table["ablated"].unique():
+            for name, what in REPAIRS.items():
+                rows = found.table[
+                    (found.table["arm"] == arm) & (found.table["ablated"] == site) & (found.table["measure"] == name)
+                ].sort_values("step")
+                below = rows.loc[~(rows["low"] > 0), "step"].max()
+                since = rows.loc[(rows["step"] > below) if pd.notna(below) else (rows["step"] >= 0), "step"]
+                parts.append(f"{what} of ablated {SITE_NAMES[site]} is clearly above zero {_from(since, found)}")
+        sentences.append(f"{arm}: {'; '.join(parts)}.")
+    return " ".join(sentences)
+
+
+def _from(steps: pd.Index | pd.Series, found: Comparison) -> str:
+    """Since the first of some steps, to the last."""
+    return f"from step {steps.min()} on" if len(steps) else f"not by step {found.last}"
+
+
 def section(workdir: Path, found: Comparison) -> str:
     """A section of HTML. Arms' names come from configs: they are escaped."""
     head = "".join(f'<th scope="col">{html.escape(arm)}</th>' for arm in ("", *found.arms))
@@ -105,7 +135,7 @@ def section(workdir: Path, found: Comparison) -> str:
                 f"<td>{html.escape(_shown(name, rows.loc[[(arm, name)]].iloc[0]))}</td>" for arm in found.arms
             )
             lines.append(f'<tr><th scope="row">{html.escape(meaning)}</th>{cells}</tr>')
-    answer = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in found.answer)
+    answer = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in [*found.answer, timing(found)])
     pictures = "".join(
         f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,'
         f'{base64.b64encode((workdir / f"{name}.png").read_bytes()).decode()}">'
@@ -126,7 +156,7 @@ def section(workdir: Path, found: Comparison) -> str:
 
 def _shown(measure: str, row: pd.Series) -> str:
     """Of a row of `_by_site`, the value with its interval."""
-    form = "{:.0%}" if measure in SHARES else "{:.2f}"
+    form = "{:.0%}" if measure in SHARES else "{:.1f}" if measure == "layers" else "{:.2f}"
     differs = "*" if row.get("verdict") in ("higher", "lower") else ""
     low, high = form.format(row["low"]), form.format(row["high"])
     return "" if pd.isna(row["value"]) else f"{form.format(row['value'])} ({low} to {high}){differs}"

@@ -89,7 +89,8 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
         if resumed:
             old = store.open_effects(workdir)
             store.check_protocol(old, asked, workdir)
-            if store.recover(workdir).all() and store.has_examples(workdir, config.example):
+            finished = store.recover(workdir)
+            if finished.all() and store.has_examples(workdir, config.example):
                 return old
         by_head = config.ablation.by_head
         if config.prompts.text:
@@ -116,7 +117,8 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
             table = examined_table(model, kept, examined)
             beside = {"prompts.csv": lambda part: table.to_csv(part, index=False)}
             store.create(workdir, dataset, plan.chunks[0].stop, beside)
-        fill(plan, store.recover(workdir), functools.partial(store.write, workdir), progress)
+            finished = np.zeros(len(kept), bool)
+        fill(plan, finished, functools.partial(store.write, workdir), progress)
         effects = store.open_effects(workdir)
         store.write_examples(workdir, examples(plan, effects, config.example))
         store.seal(workdir)

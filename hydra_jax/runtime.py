@@ -20,7 +20,7 @@ JOIN_SECONDS = 300
 """In which all processes of a run must have started."""
 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT on the host of process 0, of a run of many processes")
-PROCESSES = flags.DEFINE_integer("processes", None, "how many they are; of SLURM, Open MPI and TPU pods it is known")
+PROCESSES = flags.DEFINE_integer("processes", None, "how many they are; SLURM and Open MPI say it")
 PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0")
 
 CLUSTERS = {"SLURM": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
@@ -132,7 +132,7 @@ def _launched() -> int:
                     f"{variable}: is {text!r}, {launcher} was to say how many processes there are; unset it"
                 )
             return int(text)
-    return len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+    return 1
 
 
 def _one_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import signal
 import tempfile
@@ -164,10 +165,12 @@ def alone(workdir: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that just ended may have removed the file between its opening and its locking here.
+            ours = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
         except BlockingIOError:
-            raise UserError(
-                f"{workdir}: another run is working in it; wait for it, or give another --workdir"
-            ) from None
+            ours = False
+        if not ours:
+            raise UserError(f"{workdir}: another run is working in it; wait for it, or give another --workdir")
         try:
             yield
         finally:

@@ -32,8 +32,10 @@ def main() -> None:
         steps = [int(step) for step in STEPS.value]
     except ValueError:
         raise UserError(f"--steps: {','.join(STEPS.value)!r} is not numbers; give e.g. 200,400,1000") from None
+    if not WORKDIR.value:
+        raise UserError("--workdir: is empty; give a directory for the comparison")
     workdir = Path(WORKDIR.value)
-    runs = compare.read_runs(compare.find(WORKDIRS.value))
+    runs = compare.read_runs(compare.find(WORKDIRS.value), unfinished=bool(steps))
     with store.directory(workdir):
         found = compare.compare(
             runs,
@@ -47,7 +49,9 @@ def main() -> None:
         print("tables, figures and the page ...", flush=True)
         first = results.load(next(iter(found.sweeps.values())), BOOTSTRAP.value, SEED.value)
         paths = report_arms.write(workdir, found, first)
-    answer = "\n".join(textwrap.fill(paragraph, tables.WIDTH) for paragraph in found.answer)
+    answer = "\n".join(
+        textwrap.fill(paragraph, tables.WIDTH) for paragraph in [*found.answer, report_arms.timing(found)]
+    )
     print(f"\n{report_arms.text(found)}\n\n{answer}\n\n{len(paths)} files, the page to open: {paths[-1]}")
 
 

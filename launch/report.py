@@ -32,8 +32,8 @@ def main() -> None:
     print(f"{every[0].caption}; intervals from {BOOTSTRAP.value:,} resamples", flush=True)
     beside = results.beside(every[0], every[1:])
     compared = Path(COMPARISON.value) if COMPARISON.value else None
-    section = report_arms.section(compared, report_arms.read(compared)) if compared else ""
     with store.directory(workdir):
+        section = report_arms.section(compared, report_arms.read(compared)) if compared else ""
         paths = report.write(workdir, every[0], *beside, progress=True, comparison=section)
     print(f"\n{tables.findings(every[0])}\n\n{len(paths)} files, the page to open: {paths[-1]}")
 

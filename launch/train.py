@@ -3,8 +3,8 @@
     python -m launch.train --config=configs/train.py:no_dropout --workdir=DIR
     python -m launch.train --config=configs/train.py:dropout --workdir=DIR --config.seed=1
 
-On several hosts the same command is run on each, by SLURM, Open MPI or on a TPU pod, or with --coordinator, --processes
-and --process; the batch is spread over all devices.
+On several hosts the same command is run on each, by SLURM or Open MPI, or with --coordinator, --processes and
+--process; the batch is spread over all devices.
 
 Stopped, by Ctrl-C, SIGTERM or otherwise, the same command goes on from the last checkpoint. The directory
 is a model like any other: python -m launch.sweep --config.model=DIR --config.prompts.path=DIR/prompts.jsonl.

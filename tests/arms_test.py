@@ -84,6 +84,17 @@ class TestArms:
         row = compared({"no_dropout": 0.5, "dropout": 0.5}, spread=0.05).loc["dropout", "restored_share"]
         assert row["verdict"] == "no clear difference"
 
+    def test_chance_is_seldom_taken_for_a_difference(self):
+        random, wrong = np.random.default_rng(0), 0
+        for _ in range(300):
+            pairs = random.normal(size=3)
+            # What a bootstrap over three seeds comes to: its ends are the seeds' own extremes.
+            wrong += arms.verdict(pairs.min(), pairs.max(), list(pairs)) != "no clear difference"
+        assert wrong / 300 < 0.09
+
+    def test_one_seed_says_nothing_of_an_arm(self):
+        assert arms.verdict(0.5, 0.6, [0.55]) == "cannot be told"
+
     def test_seeds_that_differ_widen_the_interval(self):
         alike, apart = (compared({"no_dropout": 0.5}, spread=s).loc["no_dropout", "slope"] for s in (0.0, 0.2))
         assert apart["high"] - apart["low"] > 3 * (alike["high"] - alike["low"])
@@ -114,7 +125,7 @@ class TestArms:
         ({"no_dropout": 0.5, "dropout": 0.8}, ["no_dropout 50%", "dropout 80%", "higher (+3"]),
         ({"no_dropout": 0.5, "dropout": 0.2}, ["no_dropout 50%", "lower (-3"]),
         ({"no_dropout": -0.5, "dropout": -0.5}, ["no_dropout -50%", "no clear difference"]),
-        ({"dropout": 0.5}, ["attention", "dropout 50% (50% to 50%)"]),
+        ({"dropout": 0.5}, ["attention", "dropout 50% ("]),
     ],
 )
 def test_the_answer(planted, says):

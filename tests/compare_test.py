@@ -61,6 +61,22 @@ class TestRuns:
         with pytest.raises(UserError, match=r"--steps: the runs have not step 3 in common; there are 0, 2, 4"):
             compare.common_steps(compare.read_runs(workdirs), [3])
 
+    def test_of_an_arm_with_other_dropout(self, workdirs, tmp_path):
+        copy = shutil.copytree(workdirs[1], tmp_path / "copy")
+        text = (copy / workdir.RUN).read_text()
+        (copy / workdir.RUN).write_text(
+            text.replace('"mlp": 0.2', '"mlp": 0.3').replace('"seed": 0,\n    "steps"', '"seed": 1,\n    "steps"')
+        )
+        with pytest.raises(UserError, match="has other dropout than"):
+            compare.read_runs([workdirs[1], copy])
+
+    def test_that_are_not_finished(self, workdirs, tmp_path):
+        copy = shutil.copytree(workdirs[1], tmp_path / "copy")
+        shutil.rmtree(copy / checkpoint.NAME / "4")
+        with pytest.raises(UserError, match="has trained 2 of 4 steps"):
+            compare.read_runs([workdirs[0], copy])
+        assert compare.common_steps(compare.read_runs([workdirs[0], copy], unfinished=True)) == [0, 2]
+
     def test_the_same_twice(self, workdirs):
         with pytest.raises(UserError, match="give each run once"):
             compare.read_runs([workdirs[0], workdirs[0]])

@@ -22,6 +22,7 @@ SETTINGS = {
     **{f"model.{key}": value for key, value in vars(CONFIG.model).items()},
     **{f"checkpoint.{key}": value for key, value in vars(CONFIG.checkpoint).items()},
     **{f"data.{key}": getattr(CONFIG.data, key) for key in ("people", "unseen_people", "variants", "vocab_size")},
+    "arm": "some",
     "dropout.attn": 0.1,
 }
 

@@ -18,10 +18,11 @@ KILLS = int(os.environ.get("HYDRA_JAX_KILLS", "4"))
 """Random moments at which a run is killed; a start of the command takes seconds."""
 
 TINY = {
-    "steps": 40,
+    "steps": 80,
     "batch": 4,
     **{f"model.{key}": value for key, value in dict(layers=1, width=8, heads=2, kv_heads=2, mlp_width=8).items()},
     **{f"data.{key}": value for key, value in dict(people=4, unseen_people=1, variants=2, vocab_size=300).items()},
+    "arm": "some",
     "dropout.attn": 0.1,
     "checkpoint.every": 2,
     "checkpoint.keep_every": 10,
@@ -113,14 +114,14 @@ def test_stopped_and_gone_on_with(inputs, undisturbed, number, status):
 
 def test_killed_at_random_moments(inputs, undisturbed):
     path, moments = inputs / "killed", random.Random(0)
-    began = time.monotonic()
-    assert finish(start(inputs, "--workdir={path}/timed")).returncode == 0
-    whole = time.monotonic() - began
-    for _ in range(KILLS):
-        process = start(inputs, f"--workdir={path}")
-        time.sleep(moments.uniform(0.3, 1.0) * whole)
+    for kill in range(KILLS):
+        process, before = start(inputs, f"--workdir={path}"), checkpoint.steps(path)
+        # Once it works: while it writes its first checkpoint of this start, or steps after it.
+        while checkpoint.steps(path) == before and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))
         process.kill()
-        finish(process)
+        assert finish(process).returncode == -signal.SIGKILL, f"done before kill {kill}"
     assert finish(start(inputs, f"--workdir={path}")).returncode == 0
     assert_same(path, undisturbed)
     assert not list((path / checkpoint.NAME).glob("*tmp*"))
@@ -131,7 +132,7 @@ def test_compare_refuses_in_one_line(inputs, undisturbed):
     for arguments, named in (
         (["--workdirs={path}/none", WORKDIR], "none/train.json: is not there"),
         ([f"--workdirs={undisturbed}", WORKDIR, "--steps=a"], "--steps: 'a' is not numbers"),
-        ([f"--workdirs={undisturbed}", WORKDIR], "prompts right at step 40"),
+        ([f"--workdirs={undisturbed}", WORKDIR], "prompts right at step 80"),
     ):
         process = finish(start(inputs, *arguments, command="launch.compare"))
         assert process.returncode == 1, process.err

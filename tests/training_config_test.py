@@ -20,6 +20,11 @@ REFUSED = [
     ({"optimizer": {"learning_rate": 0.0}}, r"config\.optimizer\.learning_rate: is 0\.0"),
     ({"data": {"kind": "texts"}}, r"config\.data\.kind: 'texts' is unknown; did you mean 'text'"),
     ({"data": {"holdout": 1.0}}, r"config\.data\.holdout: is 1\.0"),
+    ({"arm": "../elsewhere"}, r"config\.arm: is '\.\./elsewhere'"),
+    ({"dropout": {"attn": 0.1}}, r"config\.dropout: is not 0, in the arm no_dropout"),
+    ({"data": {"path": "a.txt"}}, r"config\.data\.path: is not read"),
+    ({"optimizer": {"beta2": 1.0}}, r"config\.optimizer\.beta2: is 1\.0"),
+    ({"optimizer": {"weight_decay": -1.0}}, r"config\.optimizer\.weight_decay: is -1\.0"),
     ({"dtype": "float16"}, r"config\.dtype: 'float16' is unknown"),
     ({"steps": "many"}, r"config\.steps: 'many' is not of type int"),
 ]

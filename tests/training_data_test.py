@@ -134,7 +134,10 @@ class TestText:
         path = builders.text_file(tmp_path / "a.txt", "".join(f"line {n} of some text\n" for n in range(300)))
         corpus = data.build(text_config(path, holdout=0.25), 16)
         whole = data.pack(corpus.tokenizer, data.read_documents(str(path)), 16)
-        np.testing.assert_array_equal(np.concatenate([corpus.rows, corpus.unseen_rows]), whole)
+        np.testing.assert_array_equal(
+            np.unique(np.concatenate([corpus.rows, corpus.unseen_rows]), axis=0), np.unique(whole, axis=0)
+        )
+        assert len(corpus.rows) + len(corpus.unseen_rows) == len(whole) == len(np.unique(whole, axis=0))
         assert len(corpus.unseen_rows) == round(0.25 * len(whole)) > 10
         assert not corpus.prompts
 

@@ -96,6 +96,23 @@ class TestResume:
         train(CONFIG, tmp_path / "run", progress=False)
         assert_same(tmp_path / "run", done)
 
+    def test_before_the_first_step(self, done, tmp_path, monkeypatch):
+        for saved in (False, True):
+            path = tmp_path / str(saved)
+            with monkeypatch.context() as patch:
+                save = loop._Run._save
+
+                def broken(self, state, saved=saved, save=save):
+                    if saved:
+                        save(self, state)
+                    raise RuntimeError("gone")
+
+                patch.setattr(loop._Run, "_save", broken)
+                with pytest.raises(RuntimeError, match="gone"):
+                    train(CONFIG, path, progress=False)
+            train(CONFIG, path, progress=False)
+            assert_same(path, done)
+
     def test_after_what_was_not_saved(self, done, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             count = iter(range(1, 100))
@@ -136,6 +153,13 @@ class TestRefusals:
             )
         assert checkpoint.steps(done) == before
 
+    def test_a_model_from_elsewhere(self, tmp_path):
+        directory = builders.hugging_face_directory(tmp_path / "model")
+        before = {path.name: path.read_bytes() for path in directory.iterdir()}
+        with pytest.raises(UserError, match="holds another model"):
+            train(CONFIG, directory, progress=False)
+        assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
     def test_other_text(self, tmp_path):
         text = builders.text_file(tmp_path / "a.txt", "".join(f"some text {n} " for n in range(900)))
         config = training_toys.config(data=dict(kind="text", path=str(text)), steps=2)
@@ -153,7 +177,7 @@ class TestRefusals:
 
     def test_a_loss_that_is_not_a_number(self, tmp_path):
         config = training_toys.config(optimizer=dict(learning_rate=1e30, warmup=1))
-        with pytest.raises(UserError, match=r"step \d: the loss or its gradient is not a number; .* saved is \d"):
+        with pytest.raises(UserError, match=r"by step \d the loss or its gradient is not a number; .* saved is \d"):
             train(config, tmp_path / "run", progress=False)
         for step in checkpoint.steps(tmp_path / "run"):
             weights, _, _ = checkpoint.weights(tmp_path / "run", initial(config, 300).weights, step)
@@ -186,6 +210,20 @@ class TestDamage:
                 checkpoints.restore(like)
             assert "\n" not in str(complaint.value)
             checkpoints.restore(like, step=4)
+
+    def test_is_found_in_a_number_of_the_position(self, done, tmp_path, like, monkeypatch):
+        copy = shutil.copytree(done, tmp_path / "copy")
+        read = checkpoint._read
+
+        def other(*arguments):
+            parts, position = read(*arguments)
+            return parts, position | {"iterator": {"next_index": position["iterator"]["next_index"] + 1}}
+
+        with checkpoint.Checkpoints(copy, CONFIG.checkpoint) as checkpoints:
+            checkpoints.restore(like)
+            monkeypatch.setattr(checkpoint, "_read", other)
+            with pytest.raises(UserError, match="its position is not the one that was saved"):
+                checkpoints.restore(like)
 
 
 def damage(part, how):

@@ -62,11 +62,19 @@ class TestArms:
         np.testing.assert_array_equal(batches[0], batches[2])
 
     def test_rate_0_is_no_dropout(self):
-        nothing, _ = after(training_toys.config())
-        zeros, _ = after(training_toys.config(dropout=dict(resid=0.0, attn=0.0, mlp=0.0, depth=0.0)))
-        some, _ = after(training_toys.config(dropout=dict(attn=0.1)))
-        assert_equal(nothing.weights, zeros.weights)
-        assert any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), nothing.weights, some.weights)))
+        weights = step.initial(training_toys.config(), VOCABULARY).weights
+        keys = jax.random.split(jax.random.key(1), 4)
+
+        @functools.partial(jax.jit, static_argnums=1)
+        @functools.partial(jax.value_and_grad, has_aux=True)
+        def run(weights, config, keys):
+            params = step.computing(config, weights, VOCABULARY)
+            return step.batch_loss(params, rows()[0], jnp.int32(BOUNDARY), keys, config)
+
+        nothing = run(weights, training_toys.config(), None)
+        assert_equal(nothing, run(weights, training_toys.config(), keys))
+        (loss, _), _ = run(weights, training_toys.config(dropout=dict(attn=0.1)), keys)
+        assert loss != nothing[0][0]
 
 
 class TestDropout:
@@ -88,6 +96,15 @@ class TestDropout:
             kept = whole / ((1 - rates.mlp) * (1 - rates.depth))
             left_out = np.asarray(trace.mlp_out[layer] == 0)
             np.testing.assert_allclose(np.where(left_out, 0, kept), trace.mlp_out[layer], rtol=0, atol=1e-4)
+            places = jnp.arange(len(tokens))
+            cache = jnp.transpose(trace.keys[layer], (1, 2, 0)), jnp.swapaxes(trace.values[layer], 0, 1)
+            decode = functools.partial(transformer.attn_decode, params, jnp.int32(layer))
+            whole = jax.vmap(lambda r, at, cache=cache, decode=decode: decode(r, at, *cache))(
+                trace.resid_pre[layer], places
+            )
+            kept = whole / ((1 - rates.attn) * (1 - rates.depth))
+            attn_left_out = np.asarray(trace.attn_out[layer] == 0)
+            np.testing.assert_allclose(np.where(attn_left_out, 0, kept), trace.attn_out[layer], rtol=0, atol=1e-4)
             if arm == "stochastic depth":
                 assert left_out.all() or not left_out.any()
             if arm == "no dropout":

@@ -19,4 +19,5 @@ def config(**changes):
         for name, value in changes.items()
         if isinstance(value, dict)
     }
-    return dataclasses.replace(base, **changes | nested)
+    arm = {"arm": "some"} if any(changes.get("dropout", {}).values()) else {}
+    return dataclasses.replace(base, **arm | changes | nested)

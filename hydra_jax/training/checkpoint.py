@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,7 +44,10 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._checkpointer.close()
+        try:
+            self._checkpointer.close()
+        except Exception as failure:  # of storage, while what came before was being written
+            raise _unsaved(self._directory, failure) from (error or failure)
 
     @property
     def steps(self) -> list[int]:
@@ -51,14 +55,23 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, state: State, iterator: dict[str, Any]) -> None:
-        """Save a state and the data iterator's; returns once both are copied, and writes behind."""
-        position = {
+        """Save a state and the data iterator's, once; returns once both are copied, and writes behind.
+
+        Raises:
+          UserError: if this one or one before it cannot be written.
+        """
+        if int(state.step) in self.steps:
+            return
+        position: dict[str, Any] = {
             "iterator": iterator,
             "key": np.asarray(jax.random.key_data(state.key)).tolist(),
-            "sha256": {WEIGHTS: digest(state.weights), MOMENTS: digest(state.optimizer)},
         }
-        parts = {WEIGHTS: state.weights, MOMENTS: state.optimizer, POSITION: position}
-        self._checkpointer.save_checkpointables_async(int(state.step), parts)
+        hashes = {WEIGHTS: digest(state.weights), MOMENTS: digest(state.optimizer), POSITION: _digest_of(position)}
+        parts = {WEIGHTS: state.weights, MOMENTS: state.optimizer, POSITION: position | {"sha256": hashes}}
+        try:
+            self._checkpointer.save_checkpointables_async(int(state.step), parts)
+        except Exception as error:
+            raise _unsaved(self._directory, error) from error
 
     def restore(self, like: State, step: int = LAST) -> tuple[State, dict[str, Any]]:
         """A state and the data iterator's.
@@ -73,6 +86,8 @@ class Checkpoints:
         step = _found(step, self.steps, self._directory)
         wanted = {WEIGHTS: like.weights, MOMENTS: like.optimizer}
         parts, position = _read(self._directory, step, wanted)
+        if _digest_of({name: position.get(name) for name in ("iterator", "key")}) != position["sha256"].get(POSITION):
+            raise _damaged(self._directory / str(step), f"its {POSITION} is not the one that was saved")
         there = like.step.sharding
         number, words = jax.device_put((np.int32(step), np.asarray(position["key"], np.uint32)), there)
         return State(parts[WEIGHTS], parts[MOMENTS], number, jax.random.wrap_key_data(words)), position["iterator"]
@@ -142,6 +157,15 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     """Where an array goes: the devices that it was saved from may not be here."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+
+
+def _digest_of(position: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()
+
+
+def _unsaved(directory: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"{directory}: a checkpoint cannot be saved ({reason}); free the disk, the same command goes on")
 
 
 def _damaged(path: Path, reason: str) -> UserError:

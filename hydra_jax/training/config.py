@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from hydra_jax.models.transformer import DropoutRates
 
 DATA_KINDS = ("biographies", "text")
 NO_DROPOUT = DropoutRates()
+REFERENCE = "no_dropout"
+"""The arm that others are compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +132,13 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.arm):
+            raise UserError(f"config.arm: is {self.arm!r}; give letters, digits, _, - and . alone")
+        if self.arm == REFERENCE and self.dropout != NO_DROPOUT:
+            raise UserError(f"config.dropout: is not 0, in the arm {REFERENCE}; give another --config.arm")
         one_of("data.kind", self.data.kind, DATA_KINDS)
+        if self.data.path and self.data.kind != "text":
+            raise UserError("config.data.path: is not read; set --config.data.kind=text, or leave it out")
         one_of("dtype", self.dtype, DTYPES)
         one_of("precision", self.precision, PRECISIONS)
         for name, part, least in (
@@ -150,6 +159,12 @@ class TrainConfig:
             value = getattr(self.optimizer, key)
             if not 0 < value < math.inf:
                 raise UserError(f"config.optimizer.{key}: is {value}; give a number above 0")
+        for key in ("beta1", "beta2", "final_share"):
+            value = getattr(self.optimizer, key)
+            if not 0 <= value <= 1 or (value == 1 and key != "final_share"):
+                raise UserError(f"config.optimizer.{key}: is {value}; give a number from 0 to 1")
+        if not 0 <= self.optimizer.weight_decay < math.inf:
+            raise UserError(f"config.optimizer.weight_decay: is {self.optimizer.weight_decay}; give 0 or more")
         if not 0 < self.data.holdout < 1:
             raise UserError(f"config.data.holdout: is {self.data.holdout}; give a share between 0 and 1")
         if self.batch % self.accumulate:

@@ -36,7 +36,8 @@ class Corpus:
     Attributes:
       tokenizer: of the text.
       rows: [N, T + 1], of a context T: a row's first T tokens are read, and its last T are to be foretold.
-      unseen_rows: [M, T + 1], kept for evaluation; of biographies none, as prompts evaluate them.
+      unseen_rows: [M, T + 1], kept for evaluation, though the tokenizer has seen them; of biographies none, as
+        prompts evaluate them.
       prompts: with known answers, by split; of plain text none.
       boundary: the token BOUNDARY. Nothing foretells it: the loss is masked there.
     """
@@ -50,8 +51,10 @@ class Corpus:
     @property
     def digest(self) -> str:
         """SHA-256 of rows and tokenizer."""
-        text = f"{hashlib.sha256(self.rows.tobytes()).hexdigest()} {self.tokenizer.to_str()}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        total = hashlib.sha256(self.tokenizer.to_str().encode())
+        for rows in (self.rows, self.unseen_rows):
+            total.update(np.ascontiguousarray(rows).data)
+        return total.hexdigest()
 
     def batches(self, seed: int, size: int) -> grain.DatasetIterator:
         """Batches [size, T + 1] without end, every epoch in another order; the iterator's state can be saved."""
@@ -88,7 +91,9 @@ def build(config: DataConfig, context: int, tokenizer: Tokenizer | None = None) 
             f"config.data: the text makes {len(rows)} rows of {context + 1} tokens, of which {unseen} are kept for"
             " evaluation; give more text or a smaller config.model.context"
         )
-    return Corpus(tokenizer, rows[: len(rows) - unseen], rows[len(rows) - unseen :], prompts, boundary_of(tokenizer))
+    kept = np.zeros(len(rows), bool)
+    kept[np.random.default_rng(config.seed).permutation(len(rows))[:unseen]] = True
+    return Corpus(tokenizer, rows[~kept], rows[kept], prompts, boundary_of(tokenizer))
 
 
 def read_documents(path: str) -> list[str]:

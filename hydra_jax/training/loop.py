@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from hydra_jax import store
@@ -27,7 +26,7 @@ from hydra_jax.training.checkpoint import Checkpoints
 from hydra_jax.training.config import TrainConfig
 from hydra_jax.training.recall import Evaluation
 from hydra_jax.training.step import Metrics, State, initial, schedule, update
-from hydra_jax.training.workdir import METRICS, TOKENIZER, check_config, describe
+from hydra_jax.training.workdir import METRICS, TOKENIZER, check_config, check_corpus, describe, is_trained
 
 BATCH = "data"
 """The mesh's axis over which a batch is spread."""
@@ -61,25 +60,48 @@ def train(config: TrainConfig, workdir: Path, progress: bool = True) -> None:
       UserError: if something asked for cannot be, or the loss is no longer a number.
       Stopped: on SIGINT and SIGTERM, once the state is saved.
     """
-    mesh = Mesh(np.array(jax.devices()), (BATCH,))
-    if config.batch // config.accumulate % mesh.size:
+    devices = jax.device_count()
+    if config.batch // config.accumulate % devices:
         raise UserError(
-            f"config.batch: {config.batch} in {config.accumulate} parts does not divide over {mesh.size} devices; give"
-            f" a multiple of {mesh.size * config.accumulate}"
+            f"config.batch: {config.batch} in {config.accumulate} parts does not divide over {devices} devices; give"
+            f" a multiple of {devices * config.accumulate}"
         )
     mine = store.alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with store.directory(workdir), mine, _signals() as stop:
-        check_config(workdir, config)
-        corpus = data.build(config.data, config.model.context, _tokenizer(workdir))
-        evaluation = Evaluation(corpus, config)  # which may refuse, before anything is written
+    with store.directory(workdir), contextlib.ExitStack() as held:
+        failure, corpus = None, None
+        try:
+            held.enter_context(mine)
+            check_config(workdir, config)
+            trained = tokenizers.from_file(workdir / TOKENIZER) if is_trained(workdir) else None
+            corpus = data.build(config.data, config.model.context, trained)
+            evaluation = Evaluation(corpus, config)  # which may refuse, before anything is written
+            check_corpus(workdir, corpus)
+        except UserError as error:
+            failure = error
+        _agree(failure, corpus.digest if corpus else "")
+        assert corpus is not None
         describe(workdir, config, corpus)
-        with Checkpoints(workdir, config.checkpoint) as checkpoints:
-            _Run(config, workdir, corpus, evaluation, mesh, checkpoints, progress).go(stop)
+        with Checkpoints(workdir, config.checkpoint) as checkpoints, _signals() as stop:
+            _Run(config, workdir, corpus, evaluation, checkpoints, progress).go(stop)
 
 
-def _tokenizer(workdir: Path) -> Tokenizer | None:
-    path = workdir / TOKENIZER
-    return tokenizers.from_file(path) if path.is_file() else None
+def _agree(failure: UserError | None, digest: str) -> None:
+    """Stop in every process of a run if one cannot begin, or has another corpus: the others would wait for it.
+
+    Raises:
+      UserError: in a process that fails, its own.
+    """
+    if failure is None and jax.process_count() == 1:
+        return
+    if jax.process_count() > 1:
+        mine = np.frombuffer(bytes.fromhex(digest or "00" * 32), np.uint8)
+        digests = multihost_utils.process_allgather(mine)
+        if failure is None and not digests.any(axis=1).all():
+            raise UserError("another process of this run cannot begin; see what it says")
+        if failure is None and (digests != digests[0]).any():
+            raise UserError("config.data.path: the processes of this run read other texts; give all of them the same")
+    if failure is not None:
+        raise failure
 
 
 class _Run:
@@ -91,11 +113,11 @@ class _Run:
         workdir: Path,
         corpus: data.Corpus,
         evaluation: Evaluation,
-        mesh: Mesh,
         checkpoints: Checkpoints,
         progress: bool,
     ):
         self.config, self.corpus, self.checkpoints, self.progress = config, corpus, checkpoints, progress
+        mesh = Mesh(np.array(jax.devices()), (BATCH,))
         self.everywhere = NamedSharding(mesh, PartitionSpec())
         self.spread = NamedSharding(mesh, PartitionSpec(None, BATCH))
         self.log = _Log(workdir / METRICS)
@@ -112,11 +134,12 @@ class _Run:
         if self.checkpoints.steps:
             state, position = self.checkpoints.restore(state)
             self.batches.set_state(position)
-        first = int(state.step)
-        self.log.cut(first)
-        if not first:
+            self.log.cut(int(state.step))
+        else:
+            self.log.cut(-1)
             self.log.write(0, self.evaluation(state.weights))
             self._save(state)
+        first = int(state.step)
         with tqdm(
             total=self.config.steps,
             initial=first,
@@ -136,7 +159,7 @@ class _Run:
             bar.update()
             tokens += config.batch * config.model.context
             last = step == config.steps
-            number = _any_of(stop)
+            number = _any_of(stop, step % config.log_every == 0 or last)
             log, evaluate, save = (
                 last or step % every == 0
                 for every in (config.log_every, config.evaluate_every, config.checkpoint.every)
@@ -168,15 +191,14 @@ class _Run:
         if not np.isfinite(list(values.values())).all():
             saved = self.checkpoints.steps
             raise UserError(
-                f"step {step}: the loss or its gradient is not a number; the last good step that is saved is"
+                f"by step {step} the loss or its gradient is not a number; the last good step that is saved is"
                 f" {saved[-1] if saved else 'none'}: lower config.optimizer.learning_rate or config.optimizer.clip and"
                 " train into another --workdir"
             )
         return values
 
     def _save(self, state: State) -> None:
-        if int(state.step) not in self.checkpoints.steps:
-            self.checkpoints.save(state, self.batches.get_state())
+        self.checkpoints.save(state, self.batches.get_state())
 
 
 def _shown(values: dict[str, float]) -> dict[str, str]:
@@ -238,9 +260,11 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _any_of(stop: list[int]) -> int:
-    """The signal that any process has caught, the same in all; 0 for none."""
+def _any_of(stop: list[int], together: bool) -> int:
+    """The signal that any process has caught, the same in all; 0 for none, or where they do not ask `together`."""
     number = stop[0] if stop else 0
     if jax.process_count() == 1:
         return number
+    if not together:
+        return 0
     return int(multihost_utils.process_allgather(jnp.int32(number)).max())

@@ -14,6 +14,7 @@ import pandas as pd
 from hydra_jax import store
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import AS_STORED, ModelConfig
+from hydra_jax.prompts import json_lines
 from hydra_jax.training.config import TrainConfig, train_config
 
 if TYPE_CHECKING:  # it imports what loading a model need not wait for
@@ -60,9 +61,11 @@ def check_config(workdir: Path, config: TrainConfig) -> None:
     """Refuse to go on with a run of another config.
 
     Raises:
-      UserError: that names every setting that differs.
+      UserError: that names every setting that differs, or says that a model from elsewhere is there.
     """
-    if not (workdir / RUN).exists():
+    if not is_trained(workdir):
+        if (workdir / "config.json").exists():
+            raise UserError(f"{workdir}: holds another model; give another --workdir")
         return
     old, _ = read_run(workdir)
     differing = store.differences(dataclasses.asdict(old), dataclasses.asdict(config))
@@ -85,31 +88,28 @@ def read_metrics(workdir: Path) -> pd.DataFrame:
         raise UserError(f"{path}: cannot be read ({error}); train first") from error
 
 
-def describe(workdir: Path, config: TrainConfig, corpus: Corpus) -> None:
-    """Write the run's config, tokenizer and prompts, where they are not there yet.
+def check_corpus(workdir: Path, corpus: Corpus) -> None:
+    """Refuse to go on with a run on other data.
 
     Raises:
-      UserError: if the run was begun on other data.
+      UserError: if it was begun on other data.
     """
+    if is_trained(workdir) and read_run(workdir)[1]["corpus"] != corpus.digest:
+        raise UserError(f"{workdir}: was begun on other text; give that at config.data.path, or another --workdir")
+
+
+def describe(workdir: Path, config: TrainConfig, corpus: Corpus) -> None:
+    """Write the run's config, tokenizer and prompts, where they are not there yet."""
+    if jax.process_index() or is_trained(workdir):
+        return
     stated = {
         "config": dataclasses.asdict(config),
         "vocab_size": corpus.tokenizer.get_vocab_size(),
         "corpus": corpus.digest,
     }
-    if (workdir / RUN).exists():
-        if read_run(workdir)[1]["corpus"] != corpus.digest:
-            raise UserError(f"{workdir}: was begun on other text; give that at config.data.path, or another --workdir")
-        return
-    if jax.process_index():
-        return
-    lines = [
-        {"id": prompt.id, "prompt": prompt.text, "answer": prompt.answer, "relation": prompt.relation}
-        for prompts in corpus.prompts.values()
-        for prompt in prompts
-    ]
     files = {
         TOKENIZER: corpus.tokenizer.to_str(pretty=True),
-        PROMPTS: "".join(json.dumps(line) + "\n" for line in lines),
+        PROMPTS: json_lines(prompt for prompts in corpus.prompts.values() for prompt in prompts),
         RUN: json.dumps(stated, indent=2) + "\n",  # last: where it is, all of them are
     }
     for name, text in files.items():
