@@ -18,7 +18,7 @@ KILLS = int(os.environ.get("HYDRA_JAX_KILLS", "4"))
 """Random moments at which a run is killed; a start of the command takes seconds."""
 
 TINY = {
-    "steps": 80,
+    "steps": max(80, 20 * KILLS),
     "batch": 4,
     **{f"model.{key}": value for key, value in dict(layers=1, width=8, heads=2, kv_heads=2, mlp_width=8).items()},
     **{f"data.{key}": value for key, value in dict(people=4, unseen_people=1, variants=2, vocab_size=300).items()},
@@ -132,7 +132,7 @@ def test_compare_refuses_in_one_line(inputs, undisturbed):
     for arguments, named in (
         (["--workdirs={path}/none", WORKDIR], "none/train.json: is not there"),
         ([f"--workdirs={undisturbed}", WORKDIR, "--steps=a"], "--steps: 'a' is not numbers"),
-        ([f"--workdirs={undisturbed}", WORKDIR], "prompts right at step 80"),
+        ([f"--workdirs={undisturbed}", WORKDIR], "prompts right at step"),
     ):
         process = finish(start(inputs, *arguments, command="launch.compare"))
         assert process.returncode == 1, process.err

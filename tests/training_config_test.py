@@ -44,7 +44,7 @@ def test_the_file_and_the_class_have_the_same_defaults():
 def test_arms_differ_in_dropout_alone(preset):
     arms = [train_config(train.get_config(f"{arm},{preset}")) for arm in train.ARMS]
     assert len({dataclasses.astuple(arm.dropout) for arm in arms}) == 3
-    same = [dataclasses.replace(arm, arm="", dropout=arms[0].dropout) for arm in arms]
+    same = [dataclasses.replace(arm, arm="same", dropout=arms[0].dropout) for arm in arms]
     assert same[0] == same[1] == same[2]
     assert {arm.preset for arm in arms} == {preset}
 

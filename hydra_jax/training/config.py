@@ -134,8 +134,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.arm):
             raise UserError(f"config.arm: is {self.arm!r}; give letters, digits, _, - and . alone")
-        if self.arm == REFERENCE and self.dropout != NO_DROPOUT:
-            raise UserError(f"config.dropout: is not 0, in the arm {REFERENCE}; give another --config.arm")
         one_of("data.kind", self.data.kind, DATA_KINDS)
         if self.data.path and self.data.kind != "text":
             raise UserError("config.data.path: is not read; set --config.data.kind=text, or leave it out")
@@ -155,6 +153,8 @@ class TrainConfig:
             rate = getattr(self.dropout, field.name)
             if not 0 <= rate < 1:
                 raise UserError(f"config.dropout.{field.name}: is {rate}; give a rate from 0 to below 1")
+        if self.arm == REFERENCE and self.dropout != NO_DROPOUT:
+            raise UserError(f"config.dropout: is not 0, in the arm {REFERENCE}; give another --config.arm")
         for key in ("learning_rate", "clip"):
             value = getattr(self.optimizer, key)
             if not 0 < value < math.inf:
