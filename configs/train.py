@@ -23,6 +23,7 @@ PRESETS = {
     "small": dict(
         steps=6000,
         batch=256,
+        accumulate=1,
         dtype="bfloat16",
         model=dict(layers=12, width=512, heads=8, kv_heads=8, mlp_width=1536, context=128),
         data=dict(people=5000, unseen_people=200, vocab_size=4096),
@@ -33,6 +34,7 @@ PRESETS = {
     "base": dict(
         steps=40_000,
         batch=512,
+        accumulate=1,
         dtype="bfloat16",
         model=dict(layers=16, width=768, heads=12, kv_heads=12, mlp_width=2048, context=256),
         data=dict(people=50_000, unseen_people=500, variants=40, vocab_size=8192),
@@ -56,7 +58,7 @@ def get_config(arm: str = "no_dropout") -> config_dict.ConfigDict:
         seed=0,  # of initial parameters, the order of data, and dropout
         steps=700,
         batch=32,  # sequences a step, over all devices
-        accumulate=1,  # parts that a batch is worked through in, one after the other
+        accumulate=4,  # parts that a batch is worked through in, one after the other: small ones fit a CPU's cache
         dtype="float32",  # or bfloat16, with float32 parameters
         precision="highest",  # of float32 products
         model=dict(layers=8, width=128, heads=4, kv_heads=4, mlp_width=384, context=64),

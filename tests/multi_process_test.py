@@ -17,6 +17,7 @@ CONFIG = training_toys.config(dropout=dict(attn=0.1))
 SETTINGS = {
     "steps": CONFIG.steps,
     "batch": CONFIG.batch,
+    "accumulate": CONFIG.accumulate,
     "evaluate_every": CONFIG.evaluate_every,
     "log_every": CONFIG.log_every,
     **{f"model.{key}": value for key, value in vars(CONFIG.model).items()},

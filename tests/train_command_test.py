@@ -20,6 +20,7 @@ KILLS = int(os.environ.get("HYDRA_JAX_KILLS", "4"))
 TINY = {
     "steps": max(80, 20 * KILLS),
     "batch": 4,
+    "accumulate": 1,
     **{f"model.{key}": value for key, value in dict(layers=1, width=8, heads=2, kv_heads=2, mlp_width=8).items()},
     **{f"data.{key}": value for key, value in dict(people=4, unseen_people=1, variants=2, vocab_size=300).items()},
     "arm": "some",

@@ -194,11 +194,12 @@ class TestRefusals:
         assert_same(copy, done)
 
 
-class TestDamage:
-    @pytest.fixture(scope="class")
-    def like(self, done):
-        return initial(CONFIG, workdir.read_run(done)[1]["vocab_size"])
+@pytest.fixture(scope="module")
+def like(done):
+    return initial(CONFIG, workdir.read_run(done)[1]["vocab_size"])
 
+
+class TestDamage:
     @pytest.mark.parametrize("part", ["weights", "optimizer", "position"])
     @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
     def test_is_found(self, done, tmp_path, like, part, how):

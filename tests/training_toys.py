@@ -12,7 +12,7 @@ CHECKPOINT = configs.CheckpointConfig(every=2, keep_last=2, keep_every=4)
 def config(**changes):
     """Changes to nested settings are dicts."""
     base = configs.TrainConfig(
-        steps=6, batch=4, model=SHAPE, data=DATA, checkpoint=CHECKPOINT, evaluate_every=3, log_every=1
+        steps=6, batch=4, accumulate=1, model=SHAPE, data=DATA, checkpoint=CHECKPOINT, evaluate_every=3, log_every=1
     )
     nested = {
         name: dataclasses.replace(getattr(base, name), **value)
