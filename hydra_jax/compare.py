@@ -195,6 +195,7 @@ def compare(
     replacements: int = 15,
     samples: int = 1000,
     seed: int = 0,
+    from_layer: int = 0,
     progress: bool = True,
 ) -> Comparison:
     """Sweep the layers of every run at every step into `workdir`, and compare.
@@ -207,6 +208,7 @@ def compare(
       replacements: of an ablation.
       samples: of the bootstrap.
       seed: of it, and of replacements.
+      from_layer: ablated layers before this one are left out of the measures.
       progress: whether to show bars.
 
     Raises:
@@ -226,7 +228,8 @@ def compare(
         key = each.key(step)
         where[key] = workdir / SWEEPS / f"{key.arm}-seed{key.seed}-step{key.step}"
         effects = _sweep(each, step, where[key], path, replacements, seed)
-        found[key] = arms.measures(effects, draws)
+        late = np.flatnonzero(effects["ablated_layer"].values >= from_layer)
+        found[key] = arms.measures(effects.isel(ablated=late), draws)
         if step == last:
             layers[key] = effects
     return Comparison(

@@ -100,7 +100,9 @@ def _by_site(found: Comparison) -> list[tuple[str, pd.DataFrame]]:
 
 
 def timing(found: Comparison) -> str:
-    """When recall is learnt and when repair appears, in a sentence an arm."""
+    """When recall is learnt and when repair appears, in a sentence an arm; nothing of a single step."""
+    if found.table["step"].nunique() < 2:
+        return ""
     sentences = []
     for arm in found.arms:
         recall = found.recall[found.recall["arm"] == arm].groupby("step")["recall_trained"].mean()

@@ -22,6 +22,7 @@ WORKDIRS = flags.DEFINE_list(
 WORKDIR = flags.DEFINE_string("workdir", None, "directory for the comparison", required=True)
 STEPS = flags.DEFINE_list("steps", [], "of training, the last is where arms are compared; all that the runs share")
 LIMIT = flags.DEFINE_integer("prompts", 128, "prompts of a sweep; 0 for all that every model knows", lower_bound=0)
+FROM_LAYER = flags.DEFINE_integer("from_layer", 0, "leave ablated layers before it out of the measures", lower_bound=0)
 REPLACEMENTS = flags.DEFINE_integer("replacements", 15, "replacements of an ablation", lower_bound=1)
 BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "resamples behind each interval", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of replacements and resamples", lower_bound=0)
@@ -36,6 +37,9 @@ def main() -> None:
         raise UserError("--workdir: is empty; give a directory for the comparison")
     workdir = Path(WORKDIR.value)
     runs = compare.read_runs(compare.find(WORKDIRS.value), unfinished=bool(steps))
+    layers = runs[0].config.model.layers
+    if FROM_LAYER.value >= layers:
+        raise UserError(f"--from_layer: is {FROM_LAYER.value}, the models have layers 0-{layers - 1}; name one of them")
     with store.directory(workdir):
         found = compare.compare(
             runs,
@@ -45,6 +49,7 @@ def main() -> None:
             replacements=REPLACEMENTS.value,
             samples=BOOTSTRAP.value,
             seed=SEED.value,
+            from_layer=FROM_LAYER.value,
         )
         print("tables, figures and the page ...", flush=True)
         first = results.load(next(iter(found.sweeps.values())), BOOTSTRAP.value, SEED.value)

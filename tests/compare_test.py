@@ -120,8 +120,9 @@ def test_a_comparison(workdirs, tmp_path):
     assert (found.prompts, found.last) == (LIMIT, 4)
     # Before the first step the arms are one model, so nothing differs, whatever is drawn.
     start = found.table[(found.table["step"] == 0) & (found.table["arm"] == "dropout")]
-    np.testing.assert_array_equal(start["difference"], 0)
-    np.testing.assert_array_equal(start[["difference_low", "difference_high"]], 0)
+    said = start.dropna(subset="difference")  # where there is a direct effect to be a share of
+    assert {"slope", "erasure", "responding"} <= set(said["measure"])
+    np.testing.assert_array_equal(said[["difference", "difference_low", "difference_high"]], 0)
     end = found.final[found.final["arm"] == "dropout"]
     assert (end["difference"] != 0).any()
     # The same again from what is there, and the same prompts and answers in all models.
@@ -149,6 +150,8 @@ def test_a_comparison(workdirs, tmp_path):
     text = report_arms.text(found)
     assert "no_dropout" in text
     assert "restored share" in text
+    late = compare.compare(runs, tmp_path, STEPS, **options, from_layer=1)
+    assert (late.final.loc[late.final["measure"] == "layers", "value"] == 1).all()
     other = dict(options, limit=LIMIT - 1)
     with pytest.raises(UserError, match="holds a comparison on other prompts"):
         compare.compare(runs, tmp_path, STEPS, **other)
