@@ -137,7 +137,7 @@ def section(workdir: Path, found: Comparison) -> str:
                 f"<td>{html.escape(_shown(name, rows.loc[[(arm, name)]].iloc[0]))}</td>" for arm in found.arms
             )
             lines.append(f'<tr><th scope="row">{html.escape(meaning)}</th>{cells}</tr>')
-    answer = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in [*found.answer, timing(found)])
+    answer = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in filter(None, [*found.answer, timing(found)]))
     pictures = "".join(
         f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,'
         f'{base64.b64encode((workdir / f"{name}.png").read_bytes()).decode()}">'
