@@ -18,6 +18,13 @@ settings.register_profile("hydra", deadline=None, derandomize=True, max_examples
 settings.load_profile("hydra")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """XLA maps memory for every program that it keeps, and a process may map only so much: thousands of tests do not."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The real default model."""
