@@ -20,7 +20,7 @@ settings.load_profile("hydra")
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """XLA maps memory for every program that it keeps, and a process may map only so much: thousands of tests do not."""
+    """XLA maps memory for every program that it keeps, and a process may map only so much."""
     yield
     jax.clear_caches()
 
