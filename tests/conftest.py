@@ -1,5 +1,6 @@
 """Strict JAX for every test: no silent promotion of types or ranks, and four CPU devices."""
 
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -23,6 +24,7 @@ def _forget_programs():
     """XLA maps memory for every program that it keeps, and a process may map only so much."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

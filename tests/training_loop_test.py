@@ -16,6 +16,12 @@ from hydra_jax.training.loop import Stopped, train
 from hydra_jax.training.step import initial
 from tests import builders, training_toys
 
+# Where a damaged part cannot be read, orbax leaves the reads of its other arrays unawaited.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning"),
+]
+
 CONFIG = training_toys.config(dropout=dict(attn=0.1, depth=0.1))
 """With dropout, so that its keys have to be gone on with, too."""
 
