@@ -19,7 +19,6 @@ import xarray as xr
 
 from hydra_jax import stats, store
 from hydra_jax.edits import MLP, SITES
-from hydra_jax.figures.style import SITE_NAMES
 from hydra_jax.findings import LATE
 from hydra_jax.training.config import REFERENCE
 
@@ -241,27 +240,3 @@ def verdict(low: float, high: float, pairs: Sequence[float]) -> str:
     if low > 0 and np.mean(pairs) - reach > 0:
         return "higher"
     return "lower" if high < 0 and np.mean(pairs) + reach < 0 else "no clear difference"
-
-
-def answer(table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
-    """Whether self-repair needs dropout, of `compared` at one step: a sentence or two an ablated site."""
-    paragraphs = []
-    for site, rows in table[table["measure"] == "restored_share"].groupby("ablated", sort=False):
-        chosen = rows.set_index("arm")
-        parts = []
-        for arm in arms:
-            row = chosen.loc[arm]
-            what = (
-                "cannot be told, as the direct effect is not clearly above 0"
-                if np.isnan(row["value"])
-                else f"{row['value']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
-            )
-            if arm != REFERENCE and not np.isnan(row.get("difference", np.nan)):
-                difference = " to ".join(f"{row[f'difference_{end}']:+.0%}" for end in ("low", "high"))
-                what += f", {row['verdict']} ({row['difference']:+.0%}, {difference})"
-            parts.append(f"{arm} {what}")
-        paragraphs.append(
-            f"Of what the ablation of {SITE_NAMES[str(site)]} takes away directly, the rest of the model restores"
-            f" (below zero: takes away more): {'; '.join(parts)}."
-        )
-    return paragraphs

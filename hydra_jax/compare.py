@@ -12,7 +12,7 @@ import pandas as pd
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax import arms, run, store
+from hydra_jax import arms, files, run, stats, store
 from hydra_jax.arms import Key
 from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.errors import UserError
@@ -42,11 +42,13 @@ class TrainedRun:
     Attributes:
       workdir: where it is.
       config: what was trained.
+      corpus: SHA-256 of what it was trained on.
       steps: of its checkpoints.
     """
 
     workdir: Path
     config: TrainConfig
+    corpus: str
     steps: list[int]
 
     def key(self, step: int) -> Key:
@@ -85,11 +87,6 @@ class Comparison:
         """The table at the last step."""
         return self.table[self.table["step"] == self.last]
 
-    @property
-    def answer(self) -> list[str]:
-        """Whether self-repair needs dropout, a paragraph an ablated site."""
-        return arms.answer(self.final, self.arms)
-
 
 def find(patterns: Sequence[str]) -> list[Path]:
     """The directories that patterns name, in order of name within each; what has no wildcard stands for itself.
@@ -123,13 +120,13 @@ def read_runs(workdirs: Sequence[Path], unfinished: bool = False) -> list[Traine
         kept = checkpoint.steps(workdir)
         if not kept:
             raise UserError(f"{workdir}: has no checkpoint; train first")
-        each = TrainedRun(workdir, config, kept)
+        each = TrainedRun(workdir, config, stated["corpus"], kept)
         if runs:
-            first, corpus = runs[0], read_run(runs[0].workdir)[1]["corpus"]
+            first = runs[0]
             of_first, of_each = (
                 {k: v for k, v in dataclasses.asdict(r.config).items() if k not in MAY_DIFFER} for r in (first, each)
             )
-            differing = store.differences(of_first, of_each) or ("" if stated["corpus"] == corpus else "the text")
+            differing = store.differences(of_first, of_each) or ("" if each.corpus == first.corpus else "the text")
             if differing:
                 raise UserError(f"{workdir}: does not match {first.workdir} ({differing}); compare runs of one config")
         if kept[-1] < config.steps and not unfinished:
@@ -220,7 +217,7 @@ def compare(
     text = json_lines(prompts)
     if path.is_file() and path.read_text("utf-8") != text:
         raise UserError(f"{workdir}: holds a comparison on other prompts; give another --workdir, or delete this one")
-    store.write_whole(path, lambda part: part.write_text(text, "utf-8"))
+    files.write_text(path, text)
     draws = arms.draw(len(prompts), replacements, samples, seed)
     found, layers, where = {}, {}, {}
     todo = [(each, step) for step in steps for each in runs]
@@ -275,7 +272,7 @@ def _by_layer(layers: dict[Key, xr.Dataset], samples: int, seed: int) -> pd.Data
         for name in store.EFFECTS:
             means = np.stack([effects[name].values.mean(axis=2) for effects in here])
             resampled = np.einsum("sn,sp,npa->sa", times, weights, means, optimize=True)
-            low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+            low, high = stats.interval(resampled)
             columns = {"value": means.mean(axis=(0, 1)), "low": low, "high": high}
             labels = {"ablated": here[0]["ablated_site"].values, "layer": here[0]["ablated_layer"].values}
             rows.append(pd.DataFrame({"arm": arm, **labels, "effect": name} | columns))

@@ -11,7 +11,7 @@ from typing import Any
 from hydra_jax import prompts as prompt_sets
 from hydra_jax.edits import ATTN, KINDS, RANDOM_KINDS, SITES, Component
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import AS_STORED, DTYPES, PRECISIONS, ModelConfig
+from hydra_jax.models.config import AS_STORED, DTYPES, LAST_STEP, PRECISIONS, ModelConfig
 
 HEADS = "heads"
 TARGETS = TOP, ANSWER = "top", "answer"
@@ -111,7 +111,7 @@ class SweepConfig:
     """
 
     model: str = "smollm2-135m"
-    model_step: int = -1
+    model_step: int = LAST_STEP
     dtype: str = "float32"
     precision: str = "highest"
     prompts: PromptsConfig = PromptsConfig()
@@ -134,7 +134,7 @@ class SweepConfig:
             "ablation.replacements": (self.ablation.replacements, 1),
             "prompts.limit": (self.prompts.limit, 0),
             "seed": (self.seed, 0),
-            "model_step": (self.model_step, -1),
+            "model_step": (self.model_step, LAST_STEP),
             "rows": (self.rows, 0),
             "bootstrap": (self.bootstrap, 1),
         }

@@ -3,3 +3,8 @@
 
 class UserError(Exception):
     """A bad input, file or setting. The message is one line: what, where, and the remedy."""
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says, in one line that is not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -115,10 +115,17 @@ def prompts_at_once(rows: int, draws: int) -> int:
 def batch_of(items: Sequence[Item], size: int, context: int) -> tuple[jax.Array, jax.Array]:
     """Tokens [size, T] and lengths [size]; the last item fills what is left over."""
     items = [*items, *[items[-1]] * (size - len(items))]
-    tokens = np.zeros((size, padded_length(max(len(i.tokens) for i in items), context)), np.int32)
-    for row, item in enumerate(items):
-        tokens[row, : len(item.tokens)] = item.tokens
-    return jnp.asarray(tokens), jnp.asarray([len(item.tokens) for item in items], jnp.int32)
+    tokens, lengths = padded([item.tokens for item in items], context)
+    return jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+def padded(prompts: Sequence[Sequence[int]], context: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [P, T], padded on the right, and lengths [P]."""
+    lengths = np.array([len(tokens) for tokens in prompts], np.int32)
+    rows = np.zeros((len(prompts), padded_length(int(lengths.max()), context)), np.int32)
+    for row, tokens in zip(rows, prompts, strict=True):
+        row[: len(tokens)] = tokens
+    return rows, lengths
 
 
 def evenly(count: int, most: int) -> list[slice]:

@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 import plotly.offline
 
-from hydra_jax import causal, figures, findings, store
+from hydra_jax import causal, figures, files, findings, store
 from hydra_jax.config import ANSWER
 from hydra_jax.edits import SITES, Component
 from hydra_jax.figures.motifs import MOTIFS
 from hydra_jax.figures.style import reach
+from hydra_jax.models.config import LAST_STEP
 from hydra_jax.results import Results
 
 PAGE = "report.html"
@@ -65,14 +66,7 @@ def write(
     Returns:
       The paths, the page last.
     """
-    paths = []
-    for name, table in results.tables.items():
-        for form, save in (
-            ("csv", functools.partial(table.to_csv, index=False, float_format="%.6g")),
-            ("parquet", functools.partial(table.to_parquet, index=False)),
-        ):
-            paths.append(workdir / f"{name}.{form}")
-            store.write_whole(paths[-1], save)
+    paths = write_tables(workdir, results.tables)
     drawn = figures.draw(workdir, results, kinds, heads, progress)
     for name in BESIDE:  # of an earlier report that had other sweeps beside it
         for form in figures.FORMATS:
@@ -81,7 +75,20 @@ def write(
     paths += drawn
     text = page(results, kinds, heads, comparison)
     paths.append(workdir / PAGE)
-    store.write_whole(paths[-1], functools.partial(Path.write_text, data=text, encoding="utf-8"))
+    files.write_text(paths[-1], text)
+    return paths
+
+
+def write_tables(workdir: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path]:
+    """Write tables as `NAME.csv` and `NAME.parquet`; returns the paths."""
+    paths = []
+    for name, table in tables.items():
+        for form, save in (
+            ("csv", functools.partial(table.to_csv, index=False, float_format="%.6g")),
+            ("parquet", functools.partial(table.to_parquet, index=False)),
+        ):
+            paths.append(workdir / f"{name}.{form}")
+            files.write_whole(paths[-1], save)
     return paths
 
 
@@ -191,7 +198,7 @@ def _command(protocol: dict[str, Any]) -> str:
     prompts = protocol["prompts"]
     usual = {"kind": "records", "limit": 0, "target": "top"}
     asked |= {f"prompts.{key}": prompts[key] for key in usual if prompts.get(key, usual[key]) != usual[key]}
-    if protocol["model"].get("step", -1) != -1:
+    if protocol["model"].get("step", LAST_STEP) != LAST_STEP:
         asked["model_step"] = protocol["model"]["step"]
     if prompts["source"] not in ("built-in facts", "one prompt"):
         asked["prompts.path"] = prompts["source"]

@@ -6,20 +6,28 @@ import base64
 import functools
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from hydra_jax import figures, report, store
+from hydra_jax import figures, files, report
 from hydra_jax.arms import MATTERS, MEASURES, OF_DIRECT, REFERENCE
 from hydra_jax.compare import Comparison
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, reason
 from hydra_jax.figures import arms as drawn
 from hydra_jax.figures.style import SITE_NAMES
 from hydra_jax.results import Results
 
 ABOUT_IT = "comparison.json"
 TABLES = ("comparison", "recall", "by_layer")
+FIGURES = {
+    drawn.comparison: "Measures of self-repair by arm",
+    drawn.emergence: "Recall and repair by step of training",
+    drawn.by_layer: "Effects by ablated layer and arm",
+}
+"""What is drawn, and what is said of it to those who do not see it."""
 
 LEARNT = 0.8
 REPAIRS = {"restored_share": "the restored share", "slope": "the slope"}
@@ -43,20 +51,13 @@ def write(workdir: Path, found: Comparison, first: Results) -> list[Path]:
       found: the comparison.
       first: a sweep of it, which the page shows with the comparison.
     """
-    paths = []
-    for name, table in zip(TABLES, (found.table, found.recall, found.by_layer), strict=True):
-        for form, save in (
-            ("csv", functools.partial(table.to_csv, index=False, float_format="%.6g")),
-            ("parquet", functools.partial(table.to_parquet, index=False)),
-        ):
-            paths.append(workdir / f"{name}.{form}")
-            store.write_whole(paths[-1], save)
-    paths += figures.save(workdir, "comparison", lambda: drawn.comparison(found))
-    paths += figures.save(workdir, "by_layer", lambda: drawn.by_layer(found))
-    paths += figures.save(workdir, "emergence", lambda: drawn.emergence(found))
+    tables = dict(zip(TABLES, (found.table, found.recall, found.by_layer), strict=True))
+    paths = report.write_tables(workdir, tables)
+    for figure in FIGURES:
+        paths += figures.save(workdir, figure.__name__, functools.partial(figure, found))
     paths.append(workdir / ABOUT_IT)
     about = json.dumps({"last": found.last, "prompts": found.prompts}) + "\n"
-    store.write_whole(paths[-1], functools.partial(Path.write_text, data=about, encoding="utf-8"))
+    files.write_text(paths[-1], about)
     return paths + report.write(workdir, first, comparison=section(workdir, found))
 
 
@@ -73,8 +74,7 @@ def read(workdir: Path) -> Comparison:
         about = json.loads((workdir / ABOUT_IT).read_text("utf-8"))
         return Comparison(table, recall, int(about["last"]), by_layer, int(about["prompts"]), {})
     except Exception as error:  # pyarrow's are of many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{workdir}: cannot be read ({reason}); compare into another --workdir") from error
+        raise UserError(f"{workdir}: cannot be read ({reason(error)}); compare into another --workdir") from error
 
 
 def text(found: Comparison) -> str:
@@ -93,10 +93,39 @@ def text(found: Comparison) -> str:
     )
 
 
+def paragraphs(found: Comparison) -> list[str]:
+    """What the comparison says in words."""
+    return list(filter(None, [*answer(found.final, found.arms), timing(found)]))
+
+
 def _by_site(found: Comparison) -> list[tuple[str, pd.DataFrame]]:
     """Of each ablated site, the rows at the last step by arm and measure."""
     groups = found.final.groupby("ablated", sort=False)
     return [(str(site), rows.set_index(["arm", "measure"])) for site, rows in groups]
+
+
+def answer(table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
+    """Whether self-repair needs dropout, of `arms.compared` at one step: a sentence or two an ablated site."""
+    paragraphs = []
+    for site, rows in table[table["measure"] == "restored_share"].groupby("ablated", sort=False):
+        chosen = rows.set_index("arm")
+        parts = []
+        for arm in arms:
+            row = chosen.loc[arm]
+            what = (
+                "cannot be told, as the direct effect is not clearly above 0"
+                if np.isnan(row["value"])
+                else f"{row['value']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
+            )
+            if arm != REFERENCE and not np.isnan(row.get("difference", np.nan)):
+                difference = " to ".join(f"{row[f'difference_{end}']:+.0%}" for end in ("low", "high"))
+                what += f", {row['verdict']} ({row['difference']:+.0%}, {difference})"
+            parts.append(f"{arm} {what}")
+        paragraphs.append(
+            f"Of what the ablation of {SITE_NAMES[str(site)]} takes away directly, the rest of the model restores"
+            f" (below zero: takes away more): {'; '.join(parts)}."
+        )
+    return paragraphs
 
 
 def timing(found: Comparison) -> str:
@@ -114,8 +143,8 @@ def timing(found: Comparison) -> str:
                 rows = found.table[
                     (found.table["arm"] == arm) & (found.table["ablated"] == site) & (found.table["measure"] == name)
                 ].sort_values("step")
-                below = rows.loc[~(rows["low"] > 0), "step"].max()
-                since = rows.loc[(rows["step"] > below) if pd.notna(below) else (rows["step"] >= 0), "step"]
+                clear = rows["low"] > 0
+                since = rows.loc[clear[::-1].cummin()[::-1], "step"]  # to the last
                 parts.append(f"{what} of ablated {SITE_NAMES[site]} is clearly above zero {_from(since, found)}")
         sentences.append(f"{arm}: {'; '.join(parts)}.")
     return " ".join(sentences)
@@ -137,19 +166,15 @@ def section(workdir: Path, found: Comparison) -> str:
                 f"<td>{html.escape(_shown(name, rows.loc[[(arm, name)]].iloc[0]))}</td>" for arm in found.arms
             )
             lines.append(f'<tr><th scope="row">{html.escape(meaning)}</th>{cells}</tr>')
-    answer = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in filter(None, [*found.answer, timing(found)]))
+    said = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in paragraphs(found))
     pictures = "".join(
         f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,'
-        f'{base64.b64encode((workdir / f"{name}.png").read_bytes()).decode()}">'
-        for name, alt in {
-            "comparison": "Measures of self-repair by arm",
-            "emergence": "Recall and repair by step of training",
-            "by_layer": "Effects by ablated layer and arm",
-        }.items()
+        f'{base64.b64encode((workdir / f"{figure.__name__}.png").read_bytes()).decode()}">'
+        for figure, alt in FIGURES.items()
     )
     return (
         '<section aria-labelledby="arms-title"><h2 id="arms-title">Matched models, with dropout and without</h2>'
-        f'{answer}<p class="note">{html.escape(ABOUT)} {found.prompts} prompts, step'
+        f'{said}<p class="note">{html.escape(ABOUT)} {found.prompts} prompts, step'
         f" {found.last}; * clearly differs from {html.escape(REFERENCE)}.</p>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
         f"{pictures}</section>"

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from hydra_jax import files, store
 from hydra_jax import prompts as prompt_sets
-from hydra_jax import store
 from hydra_jax.ablations import ablate_one, fill, frame
 from hydra_jax.config import SweepConfig
 from hydra_jax.edits import ATTN, SITES, check_enough
@@ -77,7 +77,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
     Raises:
       UserError: if anything asked for cannot be; then nothing half-written is left behind.
     """
-    with store.directory(workdir), store.alone(workdir):
+    with files.directory(workdir), files.alone(workdir):
         prompts = _prompts(config)
         model = load(config.model, config.dtype, config.precision, config.model_step)
         config = dataclasses.replace(config, dtype=model.config.dtype)

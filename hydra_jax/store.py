@@ -6,17 +6,10 @@ stops a run, the prompts that are flagged are whole and the others are computed 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-import signal
-import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +18,12 @@ import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from hydra_jax import files
 from hydra_jax.edits import SITES, Component, all_components
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, reason
 
 NAME = "effects.zarr"
 EXAMPLES = "examples.zarr"
-LOCK = ".lock"
 
 LOGITS = "logits"
 EFFECTS = {
@@ -128,75 +121,6 @@ def frame(
     return xr.Dataset(variables, coordinates)
 
 
-@contextlib.contextmanager
-def directory(workdir: Path) -> Iterator[None]:
-    """A directory to write results into, made if need be, and unmade if nothing came to be in it.
-
-    Raises:
-      UserError: for whatever the file system refuses, then or later.
-    """
-    missing: list[Path] = []
-    try:
-        missing = [path for path in (workdir, *workdir.parents) if not path.exists()]
-        if workdir.exists() and not workdir.is_dir():
-            raise UserError(f"{workdir}: is a file; give another --workdir")
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):  # before hours of work, not after
-            pass
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or workdir}: {error.strerror or error}; free the disk or give another --workdir"
-        ) from error
-    finally:
-        for path in missing:
-            with contextlib.suppress(OSError):  # there are results in it
-                path.rmdir()
-
-
-@contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[None]:
-    """Keep others from working in a directory that is there, for as long as this process lives and works in it.
-
-    Raises:
-      UserError: if one does.
-    """
-    path = workdir / LOCK
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A run that just ended may have removed the file between its opening and its locking here.
-            ours = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            raise UserError(f"{workdir}: another run is working in it; wait for it, or give another --workdir")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until this is done: zarr works in threads, which would go on writing behind them."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
-    if threading.current_thread() is not threading.main_thread() or not ours:
-        yield
-        return
-    caught: list[int] = []
-    for each in ours:
-        signal.signal(each, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        for each, handler in ours.items():
-            signal.signal(each, handler)
-    for number in caught:
-        ours[signal.Signals(number)](number, None)
-
-
 def exists(workdir: Path) -> bool:
     """Whether there is a store in `workdir`."""
     return (workdir / NAME).is_dir()
@@ -217,36 +141,10 @@ def create(
         name: {"chunks": tuple(chunk if d == "prompt" else n for d, n in variable.sizes.items())} | CHECKED
         for name, variable in dataset.variables.items()
     }
-    with _undisturbed(), _whole(workdir / NAME) as part:
+    with files.undisturbed(), files.whole(workdir / NAME) as part:
         dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
         for name, each in (beside or {}).items():
-            write_whole(workdir / name, each)
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` only once all is written."""
-    part = path.with_name(f"{path.name}.part")
-    _remove(part)
-    try:
-        yield part
-        _remove(path)
-        part.rename(path)
-    finally:
-        _remove(part)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write a file or directory, which becomes `path` only once all of it is there."""
-    with _whole(path) as part:
-        write(part)
+            files.write_whole(workdir / name, each)
 
 
 def has_examples(workdir: Path, prompt_id: str) -> bool:
@@ -267,7 +165,7 @@ def open_examples(workdir: str | Path) -> xr.Dataset:
 def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
     """Write the examples, or nothing at all."""
     encoding = dict.fromkeys(dataset.variables, CHECKED)
-    with _undisturbed(), _whole(workdir / EXAMPLES) as part:
+    with files.undisturbed(), files.whole(workdir / EXAMPLES) as part:
         dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
 
 
@@ -275,7 +173,7 @@ def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray], whole: 
     """Write the effects of one run of prompts (see `DIMS`), then its flags: whether they are whole."""
     effects = xr.Dataset({name: (DIMS[name], array) for name, array in arrays.items()})
     flags = xr.Dataset({"finished": ("prompt", np.full(effects.sizes["prompt"], whole))})
-    with _undisturbed():
+    with files.undisturbed():
         for part in (effects, flags):
             part.to_zarr(workdir / NAME, region={"prompt": chunk}, consolidated=False)
 
@@ -308,7 +206,7 @@ def recover(workdir: Path) -> np.ndarray:
 
 def seal(workdir: Path) -> None:
     """Gather the metadata of a finished store in one place, so that opening it reads one file."""
-    with _undisturbed(), warnings.catch_warnings():
+    with files.undisturbed(), warnings.catch_warnings():
         # That it is not in zarr's specification yet is no matter: without it, readers take the long way.
         warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
         zarr.consolidate_metadata(str(workdir / NAME))
@@ -358,7 +256,7 @@ def _open(path: Path) -> xr.Dataset:
     if not path.is_dir():
         raise UserError(f"{path}: is not there; run `python -m launch.sweep --workdir={path.parent}` first")
     try:
-        with _undisturbed():
+        with files.undisturbed():
             return xr.open_zarr(path, consolidated=False, chunks=None)
     except Exception as error:
         raise _unreadable(path, error) from error
@@ -366,7 +264,7 @@ def _open(path: Path) -> xr.Dataset:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     """Whatever zarr and its codecs raise of a damaged store, in one line."""
-    return UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); delete it and sweep again")
+    return UserError(f"{path}: cannot be read ({reason(error)}); delete it and sweep again")
 
 
 def protocol_attributes(protocol: Mapping[str, Any]) -> dict[str, Any]:

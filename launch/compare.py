@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from hydra_jax import compare, report_arms, results, runtime, store, tables
+from hydra_jax import compare, files, report_arms, results, runtime, tables
 from hydra_jax.errors import UserError
 
 WORKDIRS = flags.DEFINE_list(
@@ -40,7 +40,7 @@ def main() -> None:
     layers = runs[0].config.model.layers
     if FROM_LAYER.value >= layers:
         raise UserError(f"--from_layer: is {FROM_LAYER.value}, the models have layers 0-{layers - 1}; name one of them")
-    with store.directory(workdir):
+    with files.directory(workdir):
         found = compare.compare(
             runs,
             workdir,
@@ -54,10 +54,8 @@ def main() -> None:
         print("tables, figures and the page ...", flush=True)
         first = results.load(next(iter(found.sweeps.values())), BOOTSTRAP.value, SEED.value)
         paths = report_arms.write(workdir, found, first)
-    answer = "\n".join(
-        textwrap.fill(paragraph, tables.WIDTH) for paragraph in [*found.answer, report_arms.timing(found)]
-    )
-    print(f"\n{report_arms.text(found)}\n\n{answer}\n\n{len(paths)} files, the page to open: {paths[-1]}")
+    said = "\n".join(textwrap.fill(paragraph, tables.WIDTH) for paragraph in report_arms.paragraphs(found))
+    print(f"\n{report_arms.text(found)}\n\n{said}\n\n{len(paths)} files, the page to open: {paths[-1]}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from hydra_jax import report, report_arms, results, runtime, store, tables
+from hydra_jax import files, report, report_arms, results, runtime, tables
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep; the report goes into it", required=True)
 ALSO = flags.DEFINE_list("also", [], "directories of sweeps of other kinds, or of heads, on the same prompts")
@@ -32,7 +32,7 @@ def main() -> None:
     print(f"{every[0].caption}; intervals from {BOOTSTRAP.value:,} resamples", flush=True)
     beside = results.beside(every[0], every[1:])
     compared = Path(COMPARISON.value) if COMPARISON.value else None
-    with store.directory(workdir):
+    with files.directory(workdir):
         section = report_arms.section(compared, report_arms.read(compared)) if compared else ""
         paths = report.write(workdir, every[0], *beside, progress=True, comparison=section)
     print(f"\n{tables.findings(every[0])}\n\n{len(paths)} files, the page to open: {paths[-1]}")

@@ -15,7 +15,7 @@ import pandas as pd
 from absl import flags
 from ml_collections import config_flags
 
-from hydra_jax import report, results, runtime, store, tables
+from hydra_jax import files, report, results, runtime, store, tables
 from hydra_jax.config import sweep_config
 from hydra_jax.errors import UserError
 from hydra_jax.run import run
@@ -38,7 +38,7 @@ def main() -> None:
     if not config.prompts.text:
         print(tables.kept(pd.read_csv(workdir / "prompts.csv", keep_default_na=False)))
     print(f"tables and figures, intervals from {config.bootstrap:,} resamples ...", flush=True)
-    with store.directory(workdir):
+    with files.directory(workdir):
         paths = report.write(workdir, found, progress=True)
     if config.prompts.text:
         print(f"\n{tables.one_prompt(found)}")

@@ -17,7 +17,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from hydra_jax import figures, runtime, store
+from hydra_jax import figures, files, runtime
 from hydra_jax.errors import UserError
 from hydra_jax.figures.training import training_curves
 from hydra_jax.training.config import train_config
@@ -39,7 +39,7 @@ def main() -> None:
         sys.exit(128 + stopped.signal)
     if jax.process_index():
         return
-    with store.directory(workdir):
+    with files.directory(workdir):
         figures.save(workdir, "training", lambda: training_curves(config, read_metrics(workdir)))
     print(f"trained: {workdir} (figure: training.png; lines of metrics.jsonl)")
     print(f"sweep it: python -m launch.sweep --config.model={workdir} --workdir=DIR")

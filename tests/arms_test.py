@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hydra_jax import arms
+from hydra_jax import arms, report_arms
 from hydra_jax.arms import Key
 from tests import synthetic
 
@@ -129,6 +129,6 @@ class TestArms:
     ],
 )
 def test_the_answer(planted, says):
-    (answer,) = arms.answer(compared(planted).reset_index(), list(planted))
+    (answer,) = report_arms.answer(compared(planted).reset_index(), list(planted))
     for words in says:
         assert words in answer

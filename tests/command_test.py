@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from hydra_jax import store
+from hydra_jax import files, store
 from hydra_jax.errors import UserError
 from tests import builders, commands
 from tests.commands import ROOT, finish
@@ -261,13 +261,13 @@ def test_an_interrupt_waits_until_a_chunk_is_written(monkeypatch, tmp_path):
 
 
 def test_a_directory_is_worked_in_by_one_run_alone(tmp_path):
-    with store.alone(tmp_path):
-        with pytest.raises(UserError, match="another run is working in it"), store.alone(tmp_path):
+    with files.alone(tmp_path):
+        with pytest.raises(UserError, match="another run is working in it"), files.alone(tmp_path):
             raise AssertionError
-        (tmp_path / store.LOCK).touch()  # the first still has it
+        (tmp_path / files.LOCK).touch()  # the first still has it
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / store.LOCK).touch()  # as a kill leaves it
-    with store.alone(tmp_path):
+    (tmp_path / files.LOCK).touch()  # as a kill leaves it
+    with files.alone(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 

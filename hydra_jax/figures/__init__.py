@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from hydra_jax import store
+from hydra_jax import files
 from hydra_jax.figures import components, layers, motifs, prompts
 from hydra_jax.figures.style import STYLE
 from hydra_jax.results import Results
@@ -74,5 +74,5 @@ def save(workdir: Path, name: str, figure: Callable[[], Figure]) -> list[Path]:
         drawn.draw_without_rendering()
         drawn.set_layout_engine("none")  # laid out once, for both formats
         for form, path in zip(FORMATS, paths, strict=True):
-            store.write_whole(path, functools.partial(drawn.savefig, format=form))
+            files.write_whole(path, functools.partial(drawn.savefig, format=form))
     return paths

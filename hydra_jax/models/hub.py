@@ -15,7 +15,7 @@ from pathlib import Path
 
 import platformdirs
 
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, reason
 
 CACHE_VARIABLE = "HYDRA_JAX_CACHE"
 CONVERT = 'convert it in PyTorch with model.save_pretrained("DIRECTORY", safe_serialization=True)'
@@ -171,9 +171,9 @@ def _fetch_from_hub(name: str) -> Path:
             )
         )
     except Exception as error:  # whatever the network, the Hub or the name did
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model {name!r}: not a local path, and the Hub did not give it ({reason}); check the name and the network"
+            f"model {name!r}: not a local path, and the Hub did not give it ({reason(error)}); check the name and"
+            " the network"
         ) from error
     if not any(path.glob("*.safetensors")):
         raise UserError(

@@ -24,13 +24,12 @@ from tokenizers import Tokenizer
 from hydra_jax.errors import UserError
 from hydra_jax.models import families, hub, tokenizer, transformer
 from hydra_jax.models.check import check
-from hydra_jax.models.config import AS_STORED, ModelConfig
+from hydra_jax.models.config import AS_STORED, LAST_STEP, ModelConfig
 from hydra_jax.models.families import Family, Form
 from hydra_jax.models.settings import Settings, model_config
 from hydra_jax.models.transformer import Params
 from hydra_jax.training import workdir
 
-LAST_STEP = -1
 _HUGGING_FACE, _GGUF = 0, 1  # columns of a family's names
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

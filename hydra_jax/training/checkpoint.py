@@ -12,14 +12,12 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, reason
+from hydra_jax.models.config import LAST_STEP
 from hydra_jax.training.config import CheckpointConfig
 from hydra_jax.training.step import State
 
 NAME = "checkpoints"
-LAST = -1
-"""In place of a step: the last one that there is."""
-
 WEIGHTS, MOMENTS, POSITION = "weights", "optimizer", "position"
 """Parts of a checkpoint. A position is JSON: the data iterator's state, dropout's key and the digests of the parts."""
 
@@ -73,7 +71,7 @@ class Checkpoints:
         except Exception as error:
             raise _unsaved(self._directory, error) from error
 
-    def restore(self, like: State, step: int = LAST) -> tuple[State, dict[str, Any]]:
+    def restore(self, like: State, step: int = LAST_STEP) -> tuple[State, dict[str, Any]]:
         """A state and the data iterator's.
 
         Args:
@@ -99,7 +97,7 @@ def steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in found if ocp.is_orbax_checkpoint(path.absolute()))
 
 
-def weights(workdir: Path, like: Any, step: int = LAST) -> tuple[Any, str, int]:
+def weights(workdir: Path, like: Any, step: int = LAST_STEP) -> tuple[Any, str, int]:
     """A trained model's weights, their SHA-256, and the step they are of.
 
     Args:
@@ -129,7 +127,7 @@ def digest(tree: Any) -> str:
 def _found(step: int, there: list[int], directory: Path) -> int:
     if not there:
         raise UserError(f"{directory}: has no checkpoint; train first")
-    if step == LAST:
+    if step == LAST_STEP:
         return there[-1]
     if step not in there:
         raise UserError(f"{directory}: has no checkpoint of step {step}; there are {', '.join(map(str, there))}")
@@ -146,8 +144,7 @@ def _read(directory: Path, step: int, like: dict[str, Any]) -> tuple[dict[str, A
         parts = {name: ocp.load_checkpointables(path, {name: abstract[name]})[name] for name in like}
         wrong = next((name for name in like if digest(parts[name]) != position["sha256"][name]), None)
     except Exception as error:  # whatever orbax, its storage or a damaged position raises
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise _damaged(path, reason) from error
+        raise _damaged(path, reason(error)) from error
     if wrong:
         raise _damaged(path, f"its {wrong} are not those that were saved")
     return parts, position
@@ -164,9 +161,8 @@ def _digest_of(position: dict[str, Any]) -> str:
 
 
 def _unsaved(directory: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{directory}: a checkpoint cannot be saved ({reason}); free the disk, the same command goes on")
+    return UserError(f"{directory}: cannot be saved ({reason(error)}); free the disk, the same command goes on")
 
 
-def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: is damaged ({reason}); delete it to go on from the checkpoint before it")
+def _damaged(path: Path, how: str) -> UserError:
+    return UserError(f"{path}: is damaged ({how}); delete it to go on from the checkpoint before it")

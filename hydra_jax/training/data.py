@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import itertools
@@ -48,7 +49,7 @@ class Corpus:
     prompts: Mapping[str, list[Prompt]]
     boundary: int
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of rows and tokenizer."""
         total = hashlib.sha256(self.tokenizer.to_str().encode())

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from hydra_jax import store
+from hydra_jax import files
 from hydra_jax.errors import UserError
 from hydra_jax.models import tokenizer as tokenizers
 from hydra_jax.training import data
@@ -66,8 +66,8 @@ def train(config: TrainConfig, workdir: Path, progress: bool = True) -> None:
             f"config.batch: {config.batch} in {config.accumulate} parts does not divide over {devices} devices; give"
             f" a multiple of {devices * config.accumulate}"
         )
-    mine = store.alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with store.directory(workdir), contextlib.ExitStack() as held:
+    mine = files.alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with files.directory(workdir), contextlib.ExitStack() as held:
         failure, corpus = None, None
         try:
             held.enter_context(mine)
@@ -91,8 +91,6 @@ def _agree(failure: UserError | None, digest: str) -> None:
     Raises:
       UserError: in a process that fails, its own.
     """
-    if failure is None and jax.process_count() == 1:
-        return
     if jax.process_count() > 1:
         mine = np.frombuffer(bytes.fromhex(digest or "00" * 32), np.uint8)
         digests = multihost_utils.process_allgather(mine)
@@ -225,7 +223,7 @@ class _Log:
         if not self._mine or not self._path.is_file():
             return
         kept = [line for line in self._path.read_text("utf-8").splitlines(keepends=True) if _step_of(line) <= step]
-        store.write_whole(self._path, lambda part: part.write_text("".join(kept), "utf-8"))
+        files.write_text(self._path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line."""

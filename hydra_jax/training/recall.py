@@ -15,7 +15,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.models.tokenizer import answer_token, encode
 from hydra_jax.models.transformer import Params
-from hydra_jax.plan import padded_length
+from hydra_jax.plan import padded
 from hydra_jax.prompts import Prompt
 from hydra_jax.training.config import TrainConfig
 from hydra_jax.training.data import Corpus
@@ -46,11 +46,8 @@ def questions(tokenizer: Tokenizer, prompts: Sequence[Prompt], context: int) -> 
     longest = max(map(len, encoded))
     if longest > context:
         raise UserError(f"config.model.context: is {context}, a prompt has {longest} tokens; give that or more")
-    tokens = np.zeros((len(encoded), padded_length(longest, context)), np.int32)
-    for row, ids in zip(tokens, encoded, strict=True):
-        row[: len(ids)] = ids
     answers = [answer_token(tokenizer, prompt.text, prompt.answer) for prompt in prompts]
-    return Questions(tokens, np.array(list(map(len, encoded)), np.int32), np.array(answers, np.int32))
+    return Questions(*padded(encoded, context), np.array(answers, np.int32))
 
 
 class Evaluation:

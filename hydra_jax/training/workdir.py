@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import pandas as pd
 
-from hydra_jax import store
+from hydra_jax import files, store
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import AS_STORED, ModelConfig
 from hydra_jax.prompts import json_lines
@@ -107,11 +106,11 @@ def describe(workdir: Path, config: TrainConfig, corpus: Corpus) -> None:
         "vocab_size": corpus.tokenizer.get_vocab_size(),
         "corpus": corpus.digest,
     }
-    files = {
+    texts = {
         TOKENIZER: corpus.tokenizer.to_str(pretty=True),
         PROMPTS: json_lines(prompt for prompts in corpus.prompts.values() for prompt in prompts),
         RUN: json.dumps(stated, indent=2) + "\n",  # last: where it is, all of them are
     }
-    for name, text in files.items():
+    for name, text in texts.items():
         if text:
-            store.write_whole(workdir / name, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+            files.write_text(workdir / name, text)
