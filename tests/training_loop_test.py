@@ -16,12 +16,6 @@ from hydra_jax.training.loop import Stopped, train
 from hydra_jax.training.step import initial
 from tests import builders, training_toys
 
-# Where a damaged part cannot be read, orbax leaves the reads of its other arrays unawaited.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning"),
-]
-
 CONFIG = training_toys.config(dropout=dict(attn=0.1, depth=0.1))
 """With dropout, so that its keys have to be gone on with, too."""
 
@@ -218,19 +212,29 @@ class TestDamage:
             assert "\n" not in str(complaint.value)
             checkpoints.restore(like, step=4)
 
-    def test_is_found_in_a_number_of_the_position(self, done, tmp_path, like, monkeypatch):
+    def test_is_found_where_a_position_is_another_ones(self, done, tmp_path, like):
         copy = shutil.copytree(done, tmp_path / "copy")
-        read = checkpoint._read
-
-        def other(*arguments):
-            parts, position = read(*arguments)
-            return parts, position | {"iterator": {"next_index": position["iterator"]["next_index"] + 1}}
-
+        directory = copy / checkpoint.NAME
         with checkpoint.Checkpoints(copy, CONFIG.checkpoint) as checkpoints:
             checkpoints.restore(like)
-            monkeypatch.setattr(checkpoint, "_read", other)
-            with pytest.raises(UserError, match="its position is not the one that was saved"):
+            shutil.rmtree(directory / "6" / "position")
+            shutil.copytree(directory / "4" / "position", directory / "6" / "position")
+            with pytest.raises(UserError, match=r"checkpoints/6: is damaged \(position/.* is not as it was written"):
                 checkpoints.restore(like)
+
+    def test_a_checkpoint_without_sums_is_read(self, done, tmp_path, like):
+        # As where a run is killed between the two; the next save notes them.
+        copy = shutil.copytree(done, tmp_path / "copy")
+        (copy / checkpoint.SUMS).unlink()
+        with checkpoint.Checkpoints(copy, CONFIG.checkpoint) as checkpoints:
+            checkpoints.restore(like)
+        assert (copy / checkpoint.SUMS).read_text() == (done / checkpoint.SUMS).read_text()
+
+    def test_sums_that_cannot_be_read(self, done, tmp_path, like):
+        copy = shutil.copytree(done, tmp_path / "copy")
+        (copy / checkpoint.SUMS).write_text("{")
+        with pytest.raises(UserError, match=r"checkpoints\.json: cannot be read .*; delete it"):
+            checkpoint.weights(copy, like.weights)
 
 
 def damage(part, how):

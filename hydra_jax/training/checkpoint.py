@@ -12,14 +12,20 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from hydra_jax import files
 from hydra_jax.errors import UserError, reason
 from hydra_jax.models.config import LAST_STEP
+from hydra_jax.models.hub import sha256
 from hydra_jax.training.config import CheckpointConfig
 from hydra_jax.training.step import State
 
 NAME = "checkpoints"
+SUMS = "checkpoints.json"
+"""The SHA-256 of every file of every checkpoint: what is damaged is found before orbax reads it, whose reads of many
+arrays at once end in many tracebacks."""
+
 WEIGHTS, MOMENTS, POSITION = "weights", "optimizer", "position"
-"""Parts of a checkpoint. A position is JSON: the data iterator's state, dropout's key and the digests of the parts."""
+"""Parts of a checkpoint. A position is JSON: the data iterator's state and dropout's key."""
 
 
 class Checkpoints:
@@ -28,9 +34,9 @@ class Checkpoints:
     def __init__(self, workdir: Path, config: CheckpointConfig):
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(config.keep_last), policies.EveryNSteps(config.keep_every)]
-        self._directory = workdir.absolute() / NAME
+        self._workdir = workdir
         self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
+            _directory(workdir),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,  # half-written ones
@@ -44,8 +50,9 @@ class Checkpoints:
     ) -> None:
         try:
             self._checkpointer.close()
+            self._seal()
         except Exception as failure:  # of storage, while what came before was being written
-            raise _unsaved(self._directory, failure) from (error or failure)
+            raise _unsaved(self._workdir, failure) from (error or failure)
 
     @property
     def steps(self) -> list[int]:
@@ -60,16 +67,23 @@ class Checkpoints:
         """
         if int(state.step) in self.steps:
             return
-        position: dict[str, Any] = {
-            "iterator": iterator,
-            "key": np.asarray(jax.random.key_data(state.key)).tolist(),
-        }
-        hashes = {WEIGHTS: digest(state.weights), MOMENTS: digest(state.optimizer), POSITION: _digest_of(position)}
-        parts = {WEIGHTS: state.weights, MOMENTS: state.optimizer, POSITION: position | {"sha256": hashes}}
+        position = {"iterator": iterator, "key": np.asarray(jax.random.key_data(state.key)).tolist()}
+        parts = {WEIGHTS: state.weights, MOMENTS: state.optimizer, POSITION: position}
         try:
+            self._checkpointer.wait()
+            self._seal()
             self._checkpointer.save_checkpointables_async(int(state.step), parts)
         except Exception as error:
-            raise _unsaved(self._directory, error) from error
+            raise _unsaved(self._workdir, error) from error
+
+    def _seal(self) -> None:
+        """Note the sums of what has been written since, and forget those of what is gone."""
+        if jax.process_index():
+            return
+        noted = _noted(self._workdir)
+        now = {str(step): noted.get(str(step)) or _sums(self._workdir, step) for step in steps(self._workdir)}
+        if now != noted:
+            files.write_text(self._workdir / SUMS, json.dumps(now, indent=2) + "\n")
 
     def restore(self, like: State, step: int = LAST_STEP) -> tuple[State, dict[str, Any]]:
         """A state and the data iterator's.
@@ -81,20 +95,18 @@ class Checkpoints:
         Raises:
           UserError: if there is no such checkpoint, or it is damaged.
         """
-        step = _found(step, self.steps, self._directory)
-        wanted = {WEIGHTS: like.weights, MOMENTS: like.optimizer}
-        parts, position = _read(self._directory, step, wanted)
-        if _digest_of({name: position.get(name) for name in ("iterator", "key")}) != position["sha256"].get(POSITION):
-            raise _damaged(self._directory / str(step), f"its {POSITION} is not the one that was saved")
-        there = like.step.sharding
+        step = _found(step, self.steps, self._workdir)
+        wanted = {WEIGHTS: like.weights, MOMENTS: like.optimizer, POSITION: None}
+        parts = _read(self._workdir, step, wanted)
+        position, there = parts[POSITION], like.step.sharding
         number, words = jax.device_put((np.int32(step), np.asarray(position["key"], np.uint32)), there)
         return State(parts[WEIGHTS], parts[MOMENTS], number, jax.random.wrap_key_data(words)), position["iterator"]
 
 
 def steps(workdir: Path) -> list[int]:
     """The steps of a run's checkpoints, in order; half-written ones are not among them."""
-    found = [path for path in (workdir / NAME).glob("*") if path.name.isdecimal()]
-    return sorted(int(path.name) for path in found if ocp.is_orbax_checkpoint(path.absolute()))
+    found = [path for path in _directory(workdir).glob("*") if path.name.isdecimal()]
+    return sorted(int(path.name) for path in found if ocp.is_orbax_checkpoint(path))
 
 
 def weights(workdir: Path, like: Any, step: int = LAST_STEP) -> tuple[Any, str, int]:
@@ -108,10 +120,9 @@ def weights(workdir: Path, like: Any, step: int = LAST_STEP) -> tuple[Any, str, 
     Raises:
       UserError: if there is no such checkpoint, or it is damaged.
     """
-    directory = workdir.absolute() / NAME
-    step = _found(step, steps(workdir), directory)
-    parts, position = _read(directory, step, {WEIGHTS: like})
-    return parts[WEIGHTS], position["sha256"][WEIGHTS], step
+    step = _found(step, steps(workdir), workdir)
+    found = _read(workdir, step, {WEIGHTS: like})[WEIGHTS]
+    return found, digest(found), step
 
 
 def digest(tree: Any) -> str:
@@ -124,30 +135,32 @@ def digest(tree: Any) -> str:
     return total.hexdigest()
 
 
-def _found(step: int, there: list[int], directory: Path) -> int:
+def _directory(workdir: Path) -> Path:
+    return workdir.absolute() / NAME
+
+
+def _found(step: int, there: list[int], workdir: Path) -> int:
     if not there:
-        raise UserError(f"{directory}: has no checkpoint; train first")
+        raise UserError(f"{workdir}: has no checkpoint; train first")
     if step == LAST_STEP:
         return there[-1]
     if step not in there:
-        raise UserError(f"{directory}: has no checkpoint of step {step}; there are {', '.join(map(str, there))}")
+        raise UserError(f"{workdir}: has no checkpoint of step {step}; there are {', '.join(map(str, there))}")
     return step
 
 
-def _read(directory: Path, step: int, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts of a checkpoint, as `like`, and its position, checked to be what was written."""
-    path = directory / str(step)
-    try:
-        # One after the other: where one of several fails, orbax leaves the others' loads unawaited.
-        position = ocp.load_checkpointables(path, {POSITION: None})[POSITION]
-        abstract = jax.tree.map(_placed, like)
-        parts = {name: ocp.load_checkpointables(path, {name: abstract[name]})[name] for name in like}
-        wrong = next((name for name in like if digest(parts[name]) != position["sha256"][name]), None)
-    except Exception as error:  # whatever orbax, its storage or a damaged position raises
-        raise _damaged(path, reason(error)) from error
+def _read(workdir: Path, step: int, like: dict[str, Any]) -> dict[str, Any]:
+    """Parts of a checkpoint, as `like`, from files that are as they were written."""
+    path = _directory(workdir) / str(step)
+    # Without a note where a run was killed in between: orbax shows only what is whole.
+    noted, now = _noted(workdir).get(str(step)), _sums(workdir, step)
+    wrong = next((name for name in sorted({*noted, *now}) if noted.get(name) != now.get(name)), "") if noted else ""
     if wrong:
-        raise _damaged(path, f"its {wrong} are not those that were saved")
-    return parts, position
+        raise _damaged(path, f"{wrong} is not as it was written")
+    try:
+        return ocp.load_checkpointables(path, jax.tree.map(_placed, like))
+    except Exception as error:  # whatever orbax and its storage raise
+        raise _damaged(path, reason(error)) from error
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -156,12 +169,26 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
 
 
-def _digest_of(position: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()
+def _noted(workdir: Path) -> dict[str, dict[str, str]]:
+    """By step, and by file of its checkpoint, the sums in SUMS."""
+    path = workdir / SUMS
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); delete it to go on without its sums") from error
 
 
-def _unsaved(directory: Path, error: Exception) -> UserError:
-    return UserError(f"{directory}: cannot be saved ({reason(error)}); free the disk, the same command goes on")
+def _sums(workdir: Path, step: int) -> dict[str, str]:
+    path = _directory(workdir) / str(step)
+    return {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def _unsaved(workdir: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{workdir}: a checkpoint cannot be saved ({reason(error)}); free the disk, the same command goes on"
+    )
 
 
 def _damaged(path: Path, how: str) -> UserError:
