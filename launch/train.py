@@ -22,7 +22,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.figures.training import training_curves
 from hydra_jax.training.config import train_config
 from hydra_jax.training.loop import Stopped, train
-from hydra_jax.training.workdir import read_metrics
+from hydra_jax.training.workdir import PROMPTS, read_metrics
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to train: configs/train.py:ARM,PRESET; see the file")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory for the run", required=True)
@@ -42,7 +42,9 @@ def main() -> None:
     with files.directory(workdir):
         figures.save(workdir, "training", lambda: training_curves(config, read_metrics(workdir)))
     print(f"trained: {workdir} (figure: training.png; lines of metrics.jsonl)")
-    print(f"sweep it: python -m launch.sweep --config.model={workdir} --workdir=DIR")
+    prompts = workdir / PROMPTS
+    asked = f" --config.prompts.path={prompts}" if prompts.is_file() else ""
+    print(f"sweep it: python -m launch.sweep --config.model={workdir}{asked} --workdir=DIR")
 
 
 if __name__ == "__main__":

@@ -17,24 +17,23 @@ RECALL = {
 
 def training_curves(config: TrainConfig, metrics: pd.DataFrame) -> Figure:
     """Loss by step, and beside it what is recalled (of text, the loss on what was kept from training)."""
-    figure = Figure(figsize=(10, 3.8))
-    left, right = figure.subplots(1, 2)
+    asked = [name for name in RECALL if name in metrics]
+    panels = 2 if asked else 1
+    figure = Figure(figsize=(5 * panels, 3.8))
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     loss = metrics["loss"].dropna()
-    left.plot(loss.index, loss, color=COLOURS["clean"], linewidth=1.2, label="training")
+    axes[0].plot(loss.index, loss, color=COLOURS["clean"], linewidth=1.2, label="training")
     if "unseen_loss" in metrics:
         unseen = metrics["unseen_loss"].dropna()
-        left.plot(unseen.index, unseen, color=COLOURS["ablated"], marker="o", markersize=3, label="unseen text")
-        left.legend()
-    left.set(xlabel="step", ylabel="loss (nats a token)")
-    asked = [name for name in RECALL if name in metrics]
+        axes[0].plot(unseen.index, unseen, color=COLOURS["ablated"], marker="o", markersize=3, label="unseen text")
+        axes[0].legend()
+    axes[0].set(xlabel="step", ylabel="loss (nats a token)")
     for name in asked:
         label, colour = RECALL[name]
         share = metrics[name].dropna()
-        right.plot(share.index, share, color=colour, marker="o", markersize=3, label=label)
-    right.set(xlabel="step", ylabel="share of prompts answered right", ylim=(-0.03, 1.03))
+        axes[1].plot(share.index, share, color=colour, marker="o", markersize=3, label=label)
     if asked:
-        right.legend()
-    else:
-        right.set_visible(False)
+        axes[1].set(xlabel="step", ylabel="share of prompts answered right", ylim=(-0.03, 1.03))
+        axes[1].legend(loc="upper left", fontsize=8)
     figure.suptitle(f"Training: {config.arm}, {config.preset}, seed {config.seed}")
     return figure
