@@ -135,9 +135,8 @@ def timing(found: Comparison) -> str:
     sentences = []
     for arm in found.arms:
         recall = found.recall[found.recall["arm"] == arm].groupby("step")["recall_trained"].mean()
-        parts = [
-            f"{LEARNT:.0%} of the trained prompts are answered right {_from(recall.index[recall >= LEARNT], found)}"
-        ]
+        learnt = _since("answered right", recall.index[recall >= LEARNT], found)
+        parts = [f"{LEARNT:.0%} of the trained prompts are {learnt}"]
         for site in found.table["ablated"].unique():
             for name, what in REPAIRS.items():
                 rows = found.table[
@@ -145,14 +144,14 @@ def timing(found: Comparison) -> str:
                 ].sort_values("step")
                 clear = rows["low"] > 0
                 since = rows.loc[clear[::-1].cummin()[::-1], "step"]  # to the last
-                parts.append(f"{what} of ablated {SITE_NAMES[site]} is clearly above zero {_from(since, found)}")
+                parts.append(f"{what} of ablated {SITE_NAMES[site]} is {_since('clearly above zero', since, found)}")
         sentences.append(f"{arm}: {'; '.join(parts)}.")
     return " ".join(sentences)
 
 
-def _from(steps: pd.Index | pd.Series, found: Comparison) -> str:
-    """Since the first of some steps, to the last."""
-    return f"from step {steps.min()} on" if len(steps) else f"not by step {found.last}"
+def _since(what: str, steps: pd.Index | pd.Series, found: Comparison) -> str:
+    """From which of some steps on it is so."""
+    return f"{what} from step {steps.min()} on" if len(steps) else f"not {what} at step {found.last}"
 
 
 def section(workdir: Path, found: Comparison) -> str:
