@@ -246,6 +246,15 @@ def test_a_store_is_not_there_without_the_files_beside_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def _interruptible():
+    """Ctrl-C as at a terminal: of what a script starts in the background it is ignored, this process included."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_waits_until_a_chunk_is_written(monkeypatch, tmp_path):
     written = []
 
