@@ -34,8 +34,14 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
             edges=True,  # also what each component does when it alone sees the edit: doubles the work
         ),
         seed=0,
-        rows=0,  # edits replayed at once; 0: 512 on a CPU, 4096 on an accelerator
+        rows=0,  # edits at once on each device, memory permitting; 0: 512 on a CPU, 16,384 on an accelerator
+        memory=0.0,  # GB of each device that may be used; 0: what is free
+        mesh=dict(
+            data=0,  # devices that each take other prompts; 0: all there are
+            model=1,  # devices that share a copy of the model, where one cannot hold it
+        ),
         identity_tolerance=1e-4,  # logits
+        non_finite=0.01,  # share of interventions whose values may be no numbers
         bootstrap=1000,
         example="",  # prompt_id for the single-prompt figure, among those picked by how much is repaired
     )

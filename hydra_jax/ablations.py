@@ -1,9 +1,12 @@
-"""Ablations of a plan's prompts: in batches on the device, chunk by chunk into labelled arrays."""
+"""Ablations of a plan's prompts: in batches on the devices, chunk by chunk into labelled arrays."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,191 +14,253 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
+from hydra_jax import mesh as meshes
 from hydra_jax import store
-from hydra_jax.edits import SITES, WHOLE, Component, WriteStatistics, all_components, replacement
-from hydra_jax.effects import Effects, effects
+from hydra_jax.edits import SITES, WHOLE, Component, WriteStatistics, all_components
+from hydra_jax.effects import Effects
 from hydra_jax.errors import UserError
-from hydra_jax.models import transformer
-from hydra_jax.models.transformer import Params
-from hydra_jax.plan import CleanRow, Plan, batch_of, prefill_batch
+from hydra_jax.kernels import Ablated, Read, ablate_batch, prefill_batch, read_batch, summarise
+from hydra_jax.memory import round_up
+from hydra_jax.plan import Item, Plan, batch_of, evenly, fill_up, padded_length, places
 from hydra_jax.prefill import Clean
-from hydra_jax.replay import direct_edges, replay
+from hydra_jax.sources import Sources
+
+AHEAD = 2
+"""Components whose work is handed to the devices before the first one's results are waited for."""
+
+Write = Callable[[slice, dict[str, np.ndarray]], None]
+"""Stores a chunk's variables."""
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "edges"))
-def ablate_batch(
-    params: Params,
-    clean: Clean,
-    component: tuple[jax.Array, jax.Array, jax.Array | None],
-    kind: str,
-    sources: jax.Array,
-    statistics: WriteStatistics,
-    keys: jax.Array,
-    edges: bool = False,
-) -> tuple[Effects, jax.Array | None]:
-    """The effects of ablating one component in P prompts, R times each, and its direct edges [P, R, L, 2].
+class _Piece:
+    """As many prompts as go at once, on the devices.
 
     Args:
-      params: the model.
-      clean: of P prompts.
-      component: layer [], site [] and, where one head is ablated, head []; else None.
-      kind: of ablation.
-      sources: [P, R, E], the component's writes (or what the head mixed) in the replacements' prompts.
-      statistics: of the component over the prompt set.
-      keys: [P], each prompt's.
-      edges: whether to compute the direct edges; else they are None.
+      plan: the sweep.
+      part: which of its prompts.
+      size: what they are filled up to, so that all of a sweep's pieces share a compilation.
+      sources: of replacements.
     """
-    layer, site, head = component
 
-    def change(clean: Clean, source: jax.Array, key: jax.Array) -> jax.Array:
-        new = replacement(kind, source, statistics, key)
-        if head is None:
-            return new - clean.writes[layer, site]
-        return transformer.head_delta(params, layer, head, clean.mixed[layer], new)
+    def __init__(self, plan: Plan, part: slice, size: int, sources: Sources):
+        self.plan, self.items, self._sources = plan, plan.items[part], sources
+        mesh = meshes.of(plan.model.params)
+        over = functools.partial(meshes.put, mesh, spec=meshes.Spec(meshes.DATA))
+        self.places = np.array(fill_up(range(part.start, part.stop), size))
+        tokens, lengths = batch_of(self.items, size, plan.model.config.context)
+        self.clean: Clean = prefill_batch(
+            plan.model.params, over(tokens), over(lengths), over(plan.targets[self.places].astype(np.int32))
+        )
+        self._keys = meshes.put(mesh, plan.keys[self.places], meshes.Spec(meshes.DATA))
 
-    def prompt(clean: Clean, sources: jax.Array, key: jax.Array) -> tuple[Effects, jax.Array | None]:
-        def edit(source: jax.Array, key: jax.Array) -> tuple[Effects, jax.Array | None]:
-            delta = change(clean, source, key)
-            found = effects(clean, delta, replay(params, clean, (layer, site), delta))
-            return found, direct_edges(params, clean, (layer, site), delta) if edges else None
+    def read(self) -> Read:
+        """Its clean runs."""
+        return self._host(read_batch(self.plan.model.params, self.clean))
 
-        own = jax.random.fold_in(key, 2 * layer + site)
-        draws = jax.random.split(own if head is None else jax.random.fold_in(own, head), sources.shape[0])
-        return jax.vmap(edit)(sources, draws)
+    def ablated(self, component: Component) -> tuple[Effects, jax.Array | None]:
+        """The effects of one component's ablations, still on the devices, and perhaps not yet there."""
+        plan = self.plan
+        of = plan.components.index(component)
+        statistics = WriteStatistics(*(jnp.asarray(each[of]) for each in plan.statistics))
+        head = None if component.head == WHOLE else jnp.int32(component.head)
+        return ablate_batch(
+            plan.model.params,
+            self.clean,
+            (jnp.int32(component.layer), jnp.int32(component.site), head),
+            self._sources(self.places, of),
+            statistics,
+            self._keys,
+            kind=plan.ablation.kind,
+            edges=plan.ablation.edges,
+        )
 
-    return jax.vmap(prompt)(clean, sources, keys)
+    def summary(self, component: Component) -> Callable[[], Ablated]:
+        """Begin one component's ablations; what is returned waits for them.
+
+        Raises:
+          UserError: there, if the identity of `effects` fails in a prompt.
+        """
+        begun = summarise(self.plan.model.params, *self.ablated(component))
+
+        def end() -> Ablated:
+            found = self._host(begun)
+            self._check_identity(component, found.residual)
+            return found
+
+        return end
+
+    def _host(self, tree: Any) -> Any:
+        return jax.tree.map(lambda array: array[: len(self.items)], jax.device_get(tree))
+
+    def _check_identity(self, component: Component, worst: np.ndarray) -> None:
+        wrong = np.flatnonzero(worst > self.plan.tolerance)
+        if wrong.size:
+            raise UserError(
+                f"prompt {self.items[wrong[0]].prompt.name}, {component}: total effect is not direct effect less"
+                f" compensation, by {worst[wrong[0]]:.2g} logits (more than {self.plan.tolerance:g}); the activations"
+                " lose precision: use float32 and precision=highest, or raise identity_tolerance"
+            )
+
+
+def _ahead(begun: Iterable[Callable[[], Ablated]]) -> Iterator[Ablated]:
+    """The ends of what was begun, in order, the devices kept busy meanwhile."""
+    waiting: deque[Callable[[], Ablated]] = deque()
+    for end in begun:
+        waiting.append(end)
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
 
 
 def ablate_chunk(
-    plan: Plan, chunk: slice, size: int, components: Iterable[Component]
-) -> Iterator[tuple[Effects, np.ndarray | None]]:
-    """The effects and direct edges of every ablation in one chunk's prompts: arrays [prompts, R, ...] a component.
+    plan: Plan, chunk: slice, sources: Sources, size: int, progress: Callable[[int], object] = lambda done: None
+) -> dict[str, np.ndarray]:
+    """Every ablation in one chunk's prompts, as a result store has them.
 
     Args:
       plan: the sweep.
       chunk: which of its prompts.
-      size: what the chunk is filled up to, so that all of a sweep's chunks share a compilation.
-      components: which are ablated.
+      sources: of replacements.
+      size: prompts at once.
+      progress: told of how many more interventions are done.
 
     Raises:
       UserError: if the identity of `effects` fails in a prompt.
     """
-    rows = plan.rows[chunk]
-    places = np.minimum(np.arange(chunk.start, chunk.start + size), chunk.stop - 1)
-    tokens, lengths = batch_of([row.item for row in rows], size, plan.model.config.context)
-    targets = jnp.asarray([plan.rows[place].target for place in places])
-    clean = prefill_batch(plan.model.params, tokens, lengths, targets)
-    nothing = np.zeros((size, plan.ablation.draws, plan.ablatable.shape[-1]), np.float32)
-    for component in components:
-        of = plan.unit(component)
-        sources = plan.ablatable[plan.sources[places], of] if plan.ablation.kind == "resample" else nothing
-        statistics = WriteStatistics(*(each[of] for each in plan.statistics))
-        head = None if component.head == WHOLE else jnp.int32(component.head)
-        where = jnp.int32(component.layer), jnp.int32(component.site), head
-        keys = plan.keys[places]
-        found = jax.device_get(
-            ablate_batch(
-                plan.model.params, clean, where, plan.ablation.kind, sources, statistics, keys, plan.ablation.edges
-            )
-        )
-        found = jax.tree.map(lambda array: array[: len(rows)], found)
-        _check_identity(plan, rows, component, found[0].residual)
-        yield found
-
-
-def _check_identity(plan: Plan, rows: Sequence[CleanRow], component: Component, residual: np.ndarray) -> None:
-    worst = np.abs(residual).max(axis=1)
-    wrong = np.flatnonzero(~(worst <= plan.tolerance))  # NaN is wrong too
-    if wrong.size:
-        raise UserError(
-            f"prompt {rows[wrong[0]].item.prompt.name}, {component}: total effect is not direct effect less"
-            f" compensation, by {worst[wrong[0]]:.2g} logits (more than {plan.tolerance:g}); the activations overflow"
-            " or lose precision: use float32 and precision=highest, or raise identity_tolerance"
-        )
-
-
-def fill(
-    plan: Plan, finished: np.ndarray, write: Callable[[slice, dict[str, np.ndarray]], None], progress: bool
-) -> None:
-    """Compute every chunk that is not finished [P], handing each one's effect variables to `write`."""
-    draws = plan.ablation.draws
-    each = len(plan.components) * draws
+    count, draws, c = chunk.stop - chunk.start, plan.ablation.draws, plan.model.config
+    parts = evenly(count, size)
     # Early layers cost more than late ones: first and last in turn keep the bar's ETA true.
     turns = sorted(range(len(plan.components)), key=lambda i: (min(i, len(plan.components) - 1 - i), i))
+    sizes: dict[Hashable, int] = {
+        "prompt": count,
+        "ablated": len(turns),
+        "replacement": draws,
+        "component": c.components,
+    }
+    columns = store.empty(sizes, plan.ablation.edges)
+    own_places = places(plan.components, c.heads)
+    for part in parts:
+        here = slice(chunk.start + part.start, chunk.start + part.stop)
+        piece = _Piece(plan, here, round_up(parts[0].stop, plan.fit.least), sources)
+        read = piece.read()
+        own = read.head_unembed if plan.ablation.by_head else read.delta_unembed
+        for name in ("clean_logit", "clean_probability", "final_scale", "delta_unembed"):
+            columns[name][part] = getattr(read, name)
+        columns["ablated_delta_unembed"][part] = own[:, own_places]
+        begun = (piece.summary(plan.components[turn]) for turn in turns)
+        for turn, found in zip(turns, _ahead(begun), strict=True):
+            for name in columns.keys() - store.CLEAN.keys():
+                columns[name][part, turn] = getattr(found, name)
+            progress((part.stop - part.start) * draws)
+    return columns
+
+
+def fill(plan: Plan, chunks: Sequence[slice], write: Write, progress: bool) -> None:
+    """Compute chunks of prompts, handing each one's variables to `write`.
+
+    Chunks are written by a thread while the next is computed, one at a time. Where a device's memory is
+    exhausted, a chunk begins anew with fewer prompts at once.
+
+    Args:
+      plan: the sweep.
+      chunks: which of its prompts are left to this worker.
+      write: stores a chunk.
+      progress: whether to show a bar.
+
+    Raises:
+      UserError: as `ablate_chunk`, and if too many values are not finite.
+    """
+    each = len(plan.components) * plan.ablation.draws
+    sources = Sources(plan)
     bar = tqdm(
-        total=each * len(plan.rows),
-        initial=each * int(finished.sum()),
+        total=each * sum(chunk.stop - chunk.start for chunk in chunks),
         desc=f"{plan.ablation.kind} ablation",
         unit=" interventions",
         unit_scale=True,
         smoothing=0,
         disable=not progress,
     )
-    with bar:
-        for chunk in plan.chunks:
-            if finished[chunk].all():
-                continue
-            shape = len(plan.rows[chunk]), len(plan.components)
-            columns = {name: np.empty((*shape, draws), np.float32) for name in store.EFFECTS}
-            for name in store.BY_COMPONENT if plan.ablation.edges else ("compensation",):
-                columns[name] = np.empty((*shape, plan.model.config.components), np.float32)
-            components = [plan.components[turn] for turn in turns]
-            chunks = ablate_chunk(plan, chunk, plan.chunks[0].stop, components)
-            for turn, (found, edges) in zip(turns, chunks, strict=True):
-                for name in store.EFFECTS:
-                    columns[name][:, turn] = getattr(found, name)
-                columns["compensation"][:, turn] = found.compensation.mean(axis=1).reshape(shape[0], -1)
-                if edges is not None:
-                    columns["direct_edge"][:, turn] = edges.mean(axis=1).reshape(shape[0], -1)
-                bar.update(shape[0] * draws)
-            write(chunk, columns)
+    lost = 0
+    with bar, ThreadPoolExecutor(1) as writer:
+        writing: Future | None = None
+        for chunk in chunks:
+            before = bar.n
+
+            def attempt(size: int, chunk: slice = chunk, before: float = before) -> dict[str, np.ndarray]:
+                bar.update(before - bar.n)
+                return ablate_chunk(plan, chunk, sources, size, bar.update)
+
+            longest = padded_length(len(plan.items[chunk.stop - 1].tokens), plan.model.config.context)
+            size = round_up(min(plan.fit.prompts(longest), chunk.stop - chunk.start), plan.fit.least)
+            columns = plan.fit.run(attempt, size, bar.write)
+            lost += _lost(plan, chunk, columns[store.NON_FINITE], bar.write)
+            if lost > plan.non_finite * each * len(plan.items):
+                raise UserError(
+                    f"{lost:,} of {each * len(plan.items):,} interventions are no numbers, more than"
+                    f" non_finite={plan.non_finite:g} allows; sweep in float32, or leave out what overflows"
+                )
+            if writing:
+                writing.result()
+            writing = writer.submit(write, chunk, columns)
+        if writing:
+            writing.result()
+
+
+def _lost(plan: Plan, chunk: slice, counts: np.ndarray, say: Callable[[str], None]) -> int:
+    """How many of a chunk's interventions are no numbers, of which a line is said; `counts` [prompts, A]."""
+    prompts, ablated = np.nonzero(counts)
+    if not len(prompts):
+        return 0
+    first = plan.items[chunk.start + prompts[0]].prompt.name
+    others = len(prompts) - 1
+    say(
+        f"not finite, recorded and left out of averages: prompt {first}, {plan.components[ablated[0]]}"
+        + (f" and {others:,} more" if others else "")
+    )
+    return int(counts.sum())
 
 
 def frame(plan: Plan) -> xr.Dataset:
-    """The result's coordinates and clean-run variables, effects still NaN."""
-    items = [row.item for row in plan.rows]
-    prompts: dict[str, list] = {
+    """The result's coordinates and sources."""
+    prompts: dict[str, Any] = {
         "prompt_id": plan.ids,
-        "text": [item.prompt.text for item in items],
-        "relation": [item.prompt.relation for item in items],
-        "answer_text": [item.prompt.answer for item in items],
-        "target_id": [row.target for row in plan.rows],
-        "target_text": [plan.model.tokenizer.decode([row.target]) for row in plan.rows],
-        "length": [len(item.tokens) for item in items],
+        "text": [item.prompt.text for item in plan.items],
+        "relation": [item.prompt.relation for item in plan.items],
+        "answer_text": [item.prompt.answer for item in plan.items],
+        "target_id": plan.targets,
+        "target_text": [plan.model.tokenizer.decode([target]) for target in plan.targets.tolist()],
+        "length": [len(item.tokens) for item in plan.items],
     }
-    names = ("clean_logit", "clean_probability", "final_scale", "delta_unembed")
-    clean = {name: np.array([getattr(row, name) for row in plan.rows], np.float32) for name in names}
-    own = "head_unembed" if plan.ablation.by_head else "delta_unembed"
-    units = [plan.unit(component) for component in plan.components]
-    clean["ablated_delta_unembed"] = np.stack([getattr(row, own)[units] for row in plan.rows])
     # Places in the bank are places in the store only where the two are the same prompts.
-    source = plan.sources if len(plan.bank) == len(plan.rows) else np.full_like(plan.sources, -1)
-    return store.frame(prompts, plan.components, plan.model.config.layers, clean, source, plan.ablation.edges)
+    source = plan.sources if list(plan.bank_ids) == plan.ids else np.full_like(plan.sources, -1)
+    return store.frame(prompts, plan.components, plan.model.config.layers, source)
 
 
 def ablate_one(plan: Plan, place: int, component: Component) -> xr.Dataset:
     """Everything about one ablation in one prompt: a dataset of (replacement, component)."""
-    ((found, _),) = ablate_chunk(plan, slice(place, place + 1), 1, [component])
-    found = jax.tree.map(lambda array: array[0], found)
-    row = plan.rows[place]
+    piece = _Piece(plan, slice(place, place + 1), plan.fit.least, Sources(plan))
+    read: Read = jax.tree.map(lambda array: array[0], piece.read())
+    found: Effects = jax.tree.map(lambda array: array[0], jax.device_get(piece.ablated(component)[0]))
     compensation = found.compensation.reshape(len(found.compensation), -1)
     # The ablated component's own change is its direct effect: it is not among the compensations.
-    ablated = row.delta_unembed + compensation
+    ablated = read.delta_unembed + compensation
     ablated[:, component.place] -= found.direct_effect
+    item: Item = plan.items[place]
     return xr.Dataset(
         {
-            "delta_unembed": ("component", row.delta_unembed, {"long_name": "contribution, clean run"}),
+            "delta_unembed": ("component", read.delta_unembed, {"long_name": "contribution, clean run"}),
             "ablated_unembed": (("replacement", "component"), ablated, {"long_name": "contribution, ablated run"}),
             "compensation": (("replacement", "component"), compensation),
             **{name: ("replacement", getattr(found, name)) for name in store.EFFECTS},
         },
         store.labels("component", all_components(plan.model.config.layers)),
         {
-            "prompt_id": row.item.prompt.id,
-            "text": row.item.prompt.text,
-            "target_text": plan.model.tokenizer.decode([row.target]),
-            "clean_logit": row.clean_logit,
-            "clean_probability": row.clean_probability,
+            "prompt_id": item.prompt.id,
+            "text": item.prompt.text,
+            "target_text": plan.model.tokenizer.decode([int(plan.targets[place])]),
+            "clean_logit": float(read.clean_logit),
+            "clean_probability": float(read.clean_probability),
             "ablated_layer": component.layer,
             "ablated_site": SITES[component.site],
             "ablated_head": component.head,

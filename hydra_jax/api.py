@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import xarray as xr
 
+from hydra_jax import mesh as meshes
 from hydra_jax import prompts as prompt_sets
 from hydra_jax import store
 from hydra_jax.ablations import ablate_one, fill, frame
+from hydra_jax.bank import Bank
+from hydra_jax.clean import CleanPass, choose
+from hydra_jax.cluster import Cluster
 from hydra_jax.config import HEADS, AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.edits import ATTN, SITES, Component
 from hydra_jax.errors import UserError
+from hydra_jax.memory import Fit, free_bytes
 from hydra_jax.models.load import Model
-from hydra_jax.plan import Plan, choose, clean_rows, evenly, facts_beside, itemise, prompts_at_once
+from hydra_jax.plan import Item, Plan, evenly, facts_beside, itemise
 from hydra_jax.prompts import Prompt
 from hydra_jax.run import protocol
 
@@ -66,10 +71,10 @@ def sweep(
         rows=rows,
     )
     chosen = prompt_sets.builtin() if prompts is None else prompt_sets.as_prompts(prompts)
-    batch = prompts_at_once(rows, config.ablation.draws)
-    kept, _ = choose(model, itemise(model, chosen), config.prompts, seed, batch, config.ablation.by_head, progress)
-    plan = Plan(model, kept, kept, config.ablation, seed, evenly(len(kept), batch), config.identity_tolerance)
-    dataset = frame(plan).copy(deep=True)
+    clean = _clean_pass(model, config.ablation, rows, progress)
+    kept, _ = choose(clean, itemise(model, chosen), config.prompts, seed)
+    plan = _plan(clean, kept, kept, config)
+    dataset = store.in_memory(frame(plan), edges)
     dataset.attrs = store.protocol_attributes(protocol(config, model, chosen))
 
     def write(chunk: slice, arrays: dict[str, np.ndarray]) -> None:
@@ -77,7 +82,7 @@ def sweep(
             dataset[name][chunk] = array
         dataset["finished"][chunk] = True
 
-    fill(plan, dataset["finished"].values.copy(), write, progress)
+    fill(plan, evenly(len(kept), clean.fit.wanted), write, progress)
     return dataset
 
 
@@ -115,7 +120,7 @@ def ablate(
     """
     component = _component(model, site, layer, head)
     ablation = AblationConfig(kind=kind, replacements=replacements, sites=site if head is None else HEADS, edges=False)
-    SweepConfig(ablation=ablation, seed=seed)  # checks both
+    config = SweepConfig(ablation=ablation, seed=seed)
     if kind == "zero":
         others: list[str] = []
     elif sources is None:
@@ -123,11 +128,32 @@ def ablate(
     else:
         others = [text for text in dict.fromkeys(sources) if text != prompt]
     items = itemise(model, prompt_sets.as_prompts([prompt, *others]))
-    batch = prompts_at_once(0, ablation.draws)
-    rows = clean_rows(model, items, batch, ablation.by_head, progress=False)
-    tolerance = SweepConfig().identity_tolerance
-    plan = Plan(model, rows, rows, ablation, seed, evenly(len(rows), batch), tolerance)
-    return ablate_one(plan, plan.ids.index(prompt), component)
+    clean = _clean_pass(model, ablation)
+    with clean.bar(len(items)) as bar:
+        clean.run(items, bar)
+    return ablate_one(_plan(clean, items[:1], items, config), 0, component)
+
+
+def _clean_pass(model: Model, ablation: AblationConfig, rows: int = 0, progress: bool = False) -> CleanPass:
+    """One in memory, by this process alone, on the devices that the model is on."""
+    mesh = meshes.of(model.params)
+    fit = Fit(model.config, mesh, ablation.draws, ablation.edges, rows, free_bytes(mesh.local_devices[0]))
+    return CleanPass(model, ablation, fit, Bank(model.config.dtype), Cluster(0, 1), progress)
+
+
+def _plan(clean: CleanPass, kept: Sequence[Item], pool: Sequence[Item], config: SweepConfig) -> Plan:
+    return Plan(
+        model=clean.model,
+        items=kept,
+        targets=np.array([clean.bank.rows[item.prompt.id].target for item in kept]),
+        bank=clean.bank,
+        bank_ids=[item.prompt.id for item in pool],
+        ablation=config.ablation,
+        seed=config.seed,
+        fit=clean.fit,
+        tolerance=config.identity_tolerance,
+        non_finite=config.non_finite,
+    )
 
 
 def _component(model: Model, site: str, layer: int, head: int | None) -> Component:

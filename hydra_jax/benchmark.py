@@ -16,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hydra_jax.ablations import ablate_batch
 from hydra_jax.edits import ATTN, Component, WriteStatistics, all_components
 from hydra_jax.errors import UserError
+from hydra_jax.kernels import ablating, prefilling
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.layers import product
 from hydra_jax.models.transformer import Edits, Params
-from hydra_jax.plan import prefill_batch
 from hydra_jax.prefill import MOST_LIKELY
 
 
@@ -170,7 +169,7 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
     tokens = jax.random.randint(jax.random.key(seed), (prompts, length), 0, config.vocab_size, jnp.int32)
     inputs = params, tokens, jnp.full(prompts, length), jnp.full(prompts, MOST_LIKELY)
     start = time.perf_counter()
-    prefill = prefill_batch.lower(*inputs).compile()
+    prefill = prefilling(params).lower(*inputs).compile()
     compile_seconds = time.perf_counter() - start
     clean = jax.block_until_ready(prefill(*inputs))
     prefill_seconds = _seconds(lambda: prefill(*inputs))
@@ -182,11 +181,11 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
 
     def edits(component: Component) -> tuple:
         where = jnp.int32(component.layer), jnp.int32(component.site), None
-        return params, clean, where, "resample", sources[:, :, component.layer, component.site], nothing, keys
+        return params, clean, where, sources[:, :, component.layer, component.site], nothing, keys
 
     components = all_components(config.layers)[::step]
     start = time.perf_counter()
-    kernel = ablate_batch.lower(*edits(components[0])).compile()
+    kernel = ablating(params, "resample", False).lower(*edits(components[0])).compile()
     compile_seconds += time.perf_counter() - start
 
     gemm, gemm_operations = layer_products(config, prompts * draws)
@@ -196,9 +195,7 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
     gemms = kernel_operations = 0
     _seconds(gemm), _seconds(lambda: forward_batch(params, *whole))
     for component in components:
-        # `kind` is static, and a compiled program takes no static arguments.
-        arguments = edits(component)
-        arguments = jax.block_until_ready((*arguments[:3], *arguments[4:]))
+        arguments = jax.block_until_ready(edits(component))
         seconds = _seconds(functools.partial(kernel, *arguments))
         kernel_seconds += seconds
         kernel_operations += prompts * draws * intervention_flops(config, component, length)

@@ -11,6 +11,7 @@ from typing import Any
 from hydra_jax import prompts as prompt_sets
 from hydra_jax.edits import ATTN, KINDS, RANDOM_KINDS, SITES, Component
 from hydra_jax.errors import UserError
+from hydra_jax.mesh import MeshConfig
 from hydra_jax.models.config import AS_STORED, DTYPES, LAST_STEP, PRECISIONS, ModelConfig
 
 HEADS = "heads"
@@ -98,13 +99,17 @@ class SweepConfig:
 
     Attributes:
       model: what `hydra_jax.load` takes.
-        one_of("dtype", self.dtype, (*DTYPES, AS_STORED))
-        one_of("precision", self.precision, PRECISIONS)
+      model_step: of a model that was trained here, which checkpoint.
+      dtype: "float32" or "bfloat16", of weights, keys and values; "auto" for what the weights are stored in.
       precision: "highest", "high" or "default", of float32 matrix products.
       prompts: which prompts.
       ablation: which ablations.
       seed: of every draw: prompts under a limit, replacement sources, noise, bootstrap.
-      rows: edits replayed at once; 0 picks 512 on a CPU and 4096 on an accelerator.
+      rows: edits replayed at once on each device; 0 picks 512 on a CPU and 16,384 on an accelerator. Fewer where
+        its memory does not take them.
+      memory: GB of each device that may be used; 0 for all that is free.
+      mesh: which devices share the prompts, and which the model.
+      non_finite: the share of interventions whose values may be no numbers; past it the run stops.
       identity_tolerance: how far design's identity may be off before the run stops, in logits.
       bootstrap: resamples behind each interval.
       example: id of a prompt for the single-prompt figure; "" picks all of them.
@@ -118,6 +123,9 @@ class SweepConfig:
     ablation: AblationConfig = AblationConfig()
     seed: int = 0
     rows: int = 0
+    memory: float = 0.0
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009  (it is frozen)
+    non_finite: float = 0.01
     identity_tolerance: float = 1e-4
     bootstrap: int = 1000
     example: str = ""
@@ -141,6 +149,9 @@ class SweepConfig:
         for name, (value, least) in smallest.items():
             if value < least:
                 raise UserError(f"config.{name}: is {value}; give {least} or more")
+        for name, share in (("memory", self.memory), ("non_finite", self.non_finite)):
+            if not 0 <= share < float("inf"):
+                raise UserError(f"config.{name}: is {share}; give 0 or more")
         if not 0 < self.identity_tolerance < 1:
             raise UserError(f"config.identity_tolerance: is {self.identity_tolerance}; give one between 0 and 1")
 

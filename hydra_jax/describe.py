@@ -6,14 +6,13 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 
 from hydra_jax.benchmark import intervention_flops
 from hydra_jax.edits import SITES, all_components
+from hydra_jax.memory import default_rows, needs
 from hydra_jax.models.config import ModelConfig
-from hydra_jax.models.transformer import Params, init_params
-from hydra_jax.plan import default_rows, padded_length, prefill_batch, prompts_at_once
-from hydra_jax.prefill import MOST_LIKELY
+from hydra_jax.models.transformer import layout
+from hydra_jax.plan import padded_length
 
 SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "context")
 
@@ -27,7 +26,7 @@ class Cost:
       clean_operations: of matrix products, of the clean runs.
       ablation_operations: of the ablations.
       weight_bytes: of the parameters.
-      clean_bytes: of as many clean runs as are kept at once.
+      work_bytes: of what is computed at once, of so many prompts.
       prompts_at_once: how many those are.
     """
 
@@ -35,13 +34,13 @@ class Cost:
     clean_operations: int
     ablation_operations: int
     weight_bytes: int
-    clean_bytes: int
+    work_bytes: int
     prompts_at_once: int
 
 
 def parameters(config: ModelConfig) -> int:
     """How many there are."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_layout(config)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layout(config)))
 
 
 def cost(config: ModelConfig, prompts: int, length: int, draws: int) -> Cost:
@@ -53,21 +52,20 @@ def cost(config: ModelConfig, prompts: int, length: int, draws: int) -> Cost:
       length: tokens of each.
       draws: replacements of each ablation.
     """
-    params = _layout(config)
+    params = layout(config)
     kernels = [leaf for leaf in jax.tree.leaves(params.weights["layers"]) if len(leaf.shape) == 3]
     attention = 2 * config.layers * config.heads * config.head_dim * length
     unembedding = config.vocab_size * config.width
     clean = 2 * (length * (sum(math.prod(leaf.shape) for leaf in kernels) + attention) + unembedding)
-    together = min(prompts, prompts_at_once(default_rows(), draws))
-    tokens = jnp.zeros((together, padded_length(length, config.context)), jnp.int32)
-    kept = jax.eval_shape(prefill_batch, params, tokens, jnp.full(together, length), jnp.full(together, MOST_LIKELY))
+    together = min(prompts, max(1, default_rows() // draws))
+    need = needs(config, padded_length(length, config.context), draws)
     once = sum(intervention_flops(config, component, length) for component in all_components(config.layers))
     return Cost(
         ablations=prompts * draws * config.components,
         clean_operations=prompts * clean,
         ablation_operations=prompts * draws * once,
         weight_bytes=_bytes(params),
-        clean_bytes=_bytes(kept),
+        work_bytes=need.fixed + together * need.prompt,
         prompts_at_once=together,
     )
 
@@ -92,8 +90,8 @@ def describe(architecture: str, config: ModelConfig, prompts: int, length: int, 
             f" {of.ablations:,} ablations",
             f"arithmetic  {(of.clean_operations + of.ablation_operations) / 1e12:,.3g} TFLOP of matrix products:"
             f" clean runs {of.clean_operations / 1e12:,.3g}, ablations {of.ablation_operations / 1e12:,.3g}",
-            f"memory      weights {of.weight_bytes / 1e9:,.3g} GB in {c.dtype}; clean runs of"
-            f" {of.prompts_at_once} prompts at once {of.clean_bytes / 1e9:,.3g} GB",
+            f"memory      weights {of.weight_bytes / 1e9:,.3g} GB in {c.dtype}; ablations of {of.prompts_at_once}"
+            f" prompts at once about {of.work_bytes / 1e9:,.3g} GB",
         ]
     )
 
@@ -108,10 +106,6 @@ def _short(name: str, value: object) -> str:
     if isinstance(value, tuple):
         return f"{name} ({', '.join(f'{each:g}' for each in value[:6])}{', ...' if len(value) > 6 else ''})"
     return name if value is True else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-
-
-def _layout(config: ModelConfig) -> Params:
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def _bytes(tree: object) -> int:

@@ -62,10 +62,10 @@ def prefill(params: Params, tokens: jax.Array, length: jax.Array, target: jax.Ar
       length: [] int, how many of `tokens` are the prompt.
       target: [] int, the token to read; MOST_LIKELY for the clean run's most likely next token.
     """
-    _, trace = transformer.forward(params, tokens)
     position = length - 1
-    writes = jnp.stack([trace.attn_out[:, position], trace.mlp_out[:, position]], axis=1)
-    resid_mid = trace.resid_pre[:, position] + writes[:, 0]
+    _, trace = transformer.forward(params, tokens, only=position)
+    writes = jnp.stack([trace.attn_out, trace.mlp_out], axis=1)
+    resid_mid = trace.resid_pre + writes[:, 0]
     resid_post = resid_mid + writes[:, 1]
     logits = transformer.unembed(params, resid_post[-1])
     top = jnp.argmax(logits)
@@ -73,7 +73,7 @@ def prefill(params: Params, tokens: jax.Array, length: jax.Array, target: jax.Ar
     readout, constant = transformer.readout(params, target)
     return Clean(
         writes=writes,
-        mixed=trace.mixed[:, position],
+        mixed=trace.mixed,
         resid_mid=resid_mid,
         resid_post=resid_post,
         keys=jnp.transpose(trace.keys, (0, 2, 3, 1)),

@@ -92,7 +92,10 @@ class Results:
     @property
     def caption(self) -> str:
         """Model, ablation and prompts in a few words."""
-        return f"{self.protocol['model']['name']}, {self.kind} ablation, {self.effects.sizes['prompt']:,} prompts"
+        left_out = self.effects.attrs.get("left_out", 0)
+        return f"{self.protocol['model']['name']}, {self.kind} ablation, {self.effects.sizes['prompt']:,} prompts" + (
+            f" ({left_out:,} more are not finite)" if left_out else ""
+        )
 
     def ablated(self, site: str) -> np.ndarray:
         """Places along `ablated` of a site's ablations."""

@@ -1,28 +1,40 @@
-"""The main job: a sweep from its config into a working directory, resumable."""
+"""The main job: a sweep from its config into a working directory, resumable, by one process or several."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import importlib.metadata
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jax.sharding import Mesh
 
-from hydra_jax import files, store
+from hydra_jax import files, memory, store
+from hydra_jax import mesh as meshes
 from hydra_jax import prompts as prompt_sets
 from hydra_jax.ablations import ablate_one, fill, frame
+from hydra_jax.bank import DIRECTORY, Bank
+from hydra_jax.clean import CleanPass, choose
+from hydra_jax.cluster import Cluster
 from hydra_jax.config import SweepConfig
 from hydra_jax.edits import ATTN, SITES, check_enough
 from hydra_jax.errors import UserError
-from hydra_jax.models.load import Model, load
-from hydra_jax.plan import CleanRow, Plan, choose, clean_rows, evenly, facts_beside, itemise, prompts_at_once
+from hydra_jax.memory import Fit
+from hydra_jax.models import hub
+from hydra_jax.models.load import Model, load, read_config
+from hydra_jax.plan import Item, Plan, by_length, evenly, facts_beside, itemise
 from hydra_jax.prompts import Prompt
 from hydra_jax.version import __version__
+
+BLOCK = 256
+"""Prompts whose effects are in memory at once, where all are looked through."""
 
 SINGLE = "prompt"
 """Id of the prompt of `config.prompts.text`."""
@@ -64,7 +76,8 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
     """Sweep into `<workdir>/effects.zarr`, going on from what is finished there.
 
     Beside the store stand `prompts.csv`, every prompt that was examined and whether it was kept, and
-    `examples.zarr`, a few prompts' ablations with every replacement.
+    `examples.zarr`, a few prompts' ablations with every replacement. Several processes share the work, as
+    workers that write chunks of their own; the first one does the rest.
 
     Args:
       config: the sweep.
@@ -77,52 +90,146 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
     Raises:
       UserError: if anything asked for cannot be; then nothing half-written is left behind.
     """
-    with files.directory(workdir), files.alone(workdir):
-        prompts = _prompts(config)
-        model = load(config.model, config.dtype, config.precision, config.model_step)
-        config = dataclasses.replace(config, dtype=model.config.dtype)
-        _check(config, model, prompts)
-        asked = protocol(config, model, prompts)
-        items = itemise(model, prompts)
-        batch = prompts_at_once(config.rows, config.ablation.draws)
-        resumed = store.exists(workdir)
-        if resumed:
-            old = store.open_effects(workdir)
-            store.check_protocol(old, asked, workdir)
-            finished = store.recover(workdir)
-            if finished.all() and store.has_examples(workdir, config.example):
-                return old
-        by_head = config.ablation.by_head
-        if config.prompts.text:
-            bank = clean_rows(model, items, batch, by_head, progress)
-            kept = examined = [row for row in bank if row.item.prompt.id == SINGLE]
-        elif resumed:
-            chosen = {item.prompt.id: item for item in items}
-            swept = [chosen[i] for i in old["prompt_id"].values]
-            kept = bank = clean_rows(model, swept, batch, by_head, progress, config.prompts.target)
+    cluster = Cluster.joined()
+    with files.directory(workdir), contextlib.ExitStack() as held:
+        failure, sweep = None, None
+        try:
+            if cluster.first:
+                held.enter_context(files.alone(workdir))
+            sweep = _Sweep(config, workdir, cluster, progress and cluster.first)
+        except UserError as error:
+            failure = error
+        cluster.agree(failure, sweep.digest if sweep else "", "other models, prompts or settings")
+        assert sweep is not None
+        return sweep.go()
+
+
+class _Sweep:
+    """One process' part of a sweep in its directory."""
+
+    def __init__(self, config: SweepConfig, workdir: Path, cluster: Cluster, progress: bool):
+        self.workdir, self.cluster, self.progress = workdir, cluster, progress
+        mesh = meshes.make(config.mesh)
+        with ThreadPoolExecutor(1) as other:
+            # Reading weights waits for the disk: prompts are read meanwhile.
+            loading = other.submit(_load, config, mesh)
+            prompts = _prompts(config)
+            self.model: Model = loading.result()
+        self.config = config = dataclasses.replace(config, dtype=self.model.config.dtype)
+        _check(config, self.model, prompts)
+        self.protocol = protocol(config, self.model, prompts)
+        self.digest = store.protocol_attributes(self.protocol)["protocol_sha256"]
+        self.items = itemise(self.model, prompts)
+        self.resumed = store.exists(workdir)
+        if self.resumed:
+            store.check_protocol(store.open_effects(workdir), self.protocol, workdir)
+        self.bank = Bank(self.model.config.dtype, workdir / DIRECTORY, self.digest)
+        draws, edges = config.ablation.draws, config.ablation.edges
+        free = memory.left(config.memory, self.model.config, mesh)
+        self.fit = Fit(self.model.config, mesh, draws, edges, config.rows, free)
+        self.worker = meshes.worker(mesh)
+
+    def go(self) -> xr.Dataset:
+        """Whatever is left to do."""
+        left = self._left() if self.resumed else None
+        if left == [] and store.has_examples(self.workdir, self.config.example):
+            return store.open_effects(self.workdir)
+        self.bank.refresh(self.cluster)
+        try:
+            plan = self._plan()
+        except (UserError, OSError):
+            if self.cluster.first and not self.resumed:
+                self.bank.remove()  # nothing half-written
+            raise
+        if left is None:
+            left = store.chunks(self.workdir)
+        fill(plan, self.worker.share(left), self._write, self.progress)
+        self.cluster.wait()
+        if self.cluster.first or self.worker.number == 0:
+            made = examples(plan, store.open_effects(self.workdir), self.config.example)
+            if self.cluster.first:
+                store.write_examples(self.workdir, made)
+                store.seal(self.workdir)
+                self.bank.remove()
+        self.cluster.wait()
+        return store.open_effects(self.workdir)
+
+    def _write(self, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None:
+        if self.worker.leads:
+            store.write(self.workdir, chunk, arrays)
+
+    def _left(self) -> list[slice]:
+        """The chunks that are not finished, or damaged; each process looks at some."""
+        effects = store.open_effects(self.workdir)
+        every = store.chunks(self.workdir)
+        looked = self.cluster.share(list(range(len(every))))
+        bad = [number for number in looked if not store.sound(effects, every[number])]
+        for number in bad:
+            store.forget(self.workdir, every[number])
+        return [every[number] for number in sorted(itertools.chain(*self.cluster.gather(bad)))]
+
+    def _plan(self) -> Plan:
+        """The clean pass, if it is still to be done, and the store, made if it is not there."""
+        config = self.config
+        clean = CleanPass(self.model, config.ablation, self.fit, self.bank, self.cluster, self.progress)
+        if self.resumed:
+            old = store.open_effects(self.workdir)
+            by_id = {item.prompt.id: item for item in self.items}
+            kept = [by_id[name] for name in old["prompt_id"].values]
+            examined, pool = kept, self.items if config.prompts.text else kept
+            with clean.bar(len(pool)) as bar:
+                clean.run(pool, bar, target=config.prompts.target)
+            targets = old["target_id"].values
+        elif config.prompts.text:
+            with clean.bar(len(self.items)) as bar:
+                clean.run(self.items, bar)
+            pool = sorted(self.items, key=by_length)
+            kept = examined = [item for item in self.items if item.prompt.id == SINGLE]
         else:
-            kept, examined = choose(model, items, config.prompts, config.seed, batch, by_head, progress)
-            bank = kept
+            kept, examined = choose(clean, self.items, config.prompts, config.seed)
+            pool = kept
+        if not self.resumed:
+            targets = np.array([self.bank.rows[item.prompt.id].target for item in kept])
         plan = Plan(
-            model=model,
-            rows=kept,
-            bank=bank,
+            model=self.model,
+            items=kept,
+            targets=targets,
+            bank=self.bank,
+            bank_ids=[item.prompt.id for item in pool],
             ablation=config.ablation,
             seed=config.seed,
-            chunks=evenly(len(kept), batch),
+            fit=self.fit,
             tolerance=config.identity_tolerance,
+            non_finite=config.non_finite,
         )
-        if not resumed:
-            dataset = frame(plan).assign_attrs(store.protocol_attributes(asked))
-            table = examined_table(model, kept, examined)
-            beside = {"prompts.csv": lambda part: table.to_csv(part, index=False)}
-            store.create(workdir, dataset, plan.chunks[0].stop, beside)
-            finished = np.zeros(len(kept), bool)
-        fill(plan, finished, functools.partial(store.write, workdir), progress)
-        effects = store.open_effects(workdir)
-        store.write_examples(workdir, examples(plan, effects, config.example))
-        store.seal(workdir)
-        return effects
+        if not self.resumed:
+            failure = None
+            try:
+                self._create(plan, examined)
+            except UserError as error:
+                failure = error
+            self.cluster.agree(failure)
+        return plan
+
+    def _create(self, plan: Plan, examined: Sequence[Item]) -> None:
+        dataset = frame(plan).assign_attrs(store.protocol_attributes(self.protocol))
+        if not self.cluster.first:
+            return
+        table = examined_table(plan, examined)
+        beside = {"prompts.csv": lambda part: table.to_csv(part, index=False)}
+        # As many as fill a worker's devices, but so that every worker has some.
+        most = min(self.fit.wanted, -(-len(plan.items) // self.worker.count))
+        chunk = evenly(len(plan.items), most)[0].stop
+        store.create(self.workdir, dataset, chunk, self.config.ablation.edges, beside)
+
+
+def _load(config: SweepConfig, mesh: Mesh) -> Model:
+    """The model, if it fits."""
+    switches = {"dtype": config.dtype, "precision": config.precision}
+    _, described = read_config(hub.locate(config.model), **switches)
+    limit = config.memory * 1e9 or memory.free_bytes(mesh.local_devices[0])
+    memory.check_model(described, mesh.shape[meshes.MODEL], limit)
+    return load(config.model, step=config.model_step, mesh=mesh, **switches)
 
 
 def _prompts(config: SweepConfig) -> list[Prompt]:
@@ -142,21 +249,22 @@ def _check(config: SweepConfig, model: Model, prompts: Sequence[Prompt]) -> None
         raise UserError(f"config.example: there is no prompt of id {config.example!r}; see prompts.csv of a sweep")
 
 
-def examined_table(model: Model, kept: Sequence[CleanRow], examined: Sequence[CleanRow]) -> pd.DataFrame:
+def examined_table(plan: Plan, examined: Sequence[Item]) -> pd.DataFrame:
     """One row a prompt: what the model answered, whether that is right, whether the sweep has it."""
-    swept = {row.item.prompt.id for row in kept}
+    swept = set(plan.ids)
+    rows = [(item, plan.bank.rows[item.prompt.id]) for item in examined]
     return pd.DataFrame(
         {
-            "prompt_id": row.item.prompt.id,
-            "relation": row.item.prompt.relation,
-            "text": row.item.prompt.text,
-            "answer": row.item.prompt.answer,
-            "top_token": model.tokenizer.decode([row.top]),
-            "probability": row.clean_probability,
-            "correct": row.correct,
-            "kept": row.item.prompt.id in swept,
+            "prompt_id": item.prompt.id,
+            "relation": item.prompt.relation,
+            "text": item.prompt.text,
+            "answer": item.prompt.answer,
+            "top_token": plan.model.tokenizer.decode([row.top]),
+            "probability": row.probability,
+            "correct": row.top == item.answer,
+            "kept": item.prompt.id in swept,
         }
-        for row in examined
+        for item, row in rows
     )
 
 
@@ -179,13 +287,9 @@ def examples(plan: Plan, effects: xr.Dataset, prompt_id: str = "") -> xr.Dataset
     """
     if prompt_id and prompt_id not in plan.ids:
         raise UserError(f"config.example: {prompt_id!r} is not among the prompts swept; see prompts.csv")
-    means = effects[["direct_effect", "total_effect"]].mean("replacement")
-    attention = means["ablated_site"] == SITES[ATTN]
-    direct = means["direct_effect"].where(attention if attention.any() else True, -np.inf).values
-    strongest = direct.argmax(axis=1)
-    repaired = (means["direct_effect"] - means["total_effect"]).values[np.arange(len(strongest)), strongest]
+    strongest, repaired = _strongest(effects)
     asked = [plan.ids.index(prompt_id)] if prompt_id else []
-    order = np.argsort(-repaired)
+    order = np.argsort(-repaired)[: np.isfinite(repaired).sum()]
     spread = order[np.linspace(0, len(order) - 1, EXAMPLES).round().astype(int)]
     places = list(dict.fromkeys([*asked, *spread.tolist()]))[:EXAMPLES]
     found = []
@@ -196,3 +300,19 @@ def examples(plan: Plan, effects: xr.Dataset, prompt_id: str = "") -> xr.Dataset
         found.append(one.assign_coords(named).drop_attrs(deep=False))
     shared = {"kind": plan.ablation.kind, "units": store.LOGITS}
     return xr.concat(found, "example", coords=list(EXAMPLE_COORDINATES), compat="override").assign_attrs(shared)
+
+
+def _strongest(effects: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """[P], the ablation of each prompt with the largest direct effect, of attention where there are some; and [P],
+    by how much it is repaired: NaN where values are not finite.
+    """  # noqa: D205
+    strongest, repaired = [], []
+    for start in range(0, effects.sizes["prompt"], BLOCK):
+        block = effects[["direct_effect", "total_effect"]].isel(prompt=slice(start, start + BLOCK))
+        means = block.mean("replacement", skipna=False)
+        attention = means["ablated_site"] == SITES[ATTN]
+        direct = means["direct_effect"].where(attention if attention.any() else True, -np.inf).fillna(-np.inf).values
+        strongest.append(direct.argmax(axis=1))
+        of = np.arange(len(direct)), strongest[-1]
+        repaired.append((means["direct_effect"] - means["total_effect"]).values[of])
+    return np.concatenate(strongest), np.concatenate(repaired)

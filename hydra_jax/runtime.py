@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
+from hydra_jax import cluster
 from hydra_jax.errors import UserError
 from hydra_jax.models.hub import cache_dir
 
@@ -19,12 +21,29 @@ INTERRUPTED, TERMINATED = 130, 143  # what shells report for Ctrl-C and SIGTERM
 JOIN_SECONDS = 300
 """In which all processes of a run must have started."""
 
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT on the host of process 0, of a run of many processes")
-PROCESSES = flags.DEFINE_integer("processes", None, "how many they are; SLURM and Open MPI say it")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT on the host of process 0, of a run of many processes; auto: JAX is to find them"
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "how many they are; SLURM, Open MPI and TPU slices say it")
 PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0")
 
 CLUSTERS = {"SLURM": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
 """Launchers, and the variable in which they say how many processes they started."""
+
+TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
+"""Where a TPU slice names its hosts, separated by commas."""
+
+POD = "JOB_COMPLETION_INDEX"
+"""Where Kubernetes says which pod of an indexed job this is, but not how many there are."""
+
+AUTO = "auto"
+"""As --coordinator: JAX is to find the others."""
+
+LOST_SECONDS = 30
+"""After which a process that is not heard of is lost, and ends the run."""
+
+LEAVE_SECONDS = 10
+"""That a process waits for the others where all are told to stop."""
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
@@ -74,11 +93,16 @@ def main(
         signal.signal(signal.SIGTERM, _terminate)
         try:
             join(several)
+            signal.signal(signal.SIGTERM, _terminate)  # JAX has put its own in its place
             command()
         except UserError as error:
             _stop(f"error: {error}", 1)
         except KeyboardInterrupt as stop:
             _stop(f"\n{on_interrupt}", TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
+        except Exception:
+            if not jax.distributed.is_initialized():
+                raise
+            _stop(traceback.format_exc(), 1)
 
     app.run(run, flags_parser=parse)
 
@@ -104,23 +128,39 @@ def join(several: bool) -> None:
     coordinator, processes, process = COORDINATOR.value, PROCESSES.value, PROCESS.value
     asked = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in asked.items() if value is None]
-    if 0 < len(missing) < len(asked):
+    automatic = coordinator == AUTO
+    if 0 < len(missing) < len(asked) and not (automatic and len(missing) == 2):
         raise UserError(f"{', '.join(missing)}: is missing; a run of several processes needs {', '.join(asked)}")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"--process: is {process}, of --processes={processes}; give 0 to {processes - 1}")
     expected = _launched() if processes is None else processes
-    if expected < 2:
+    if expected < 2 and not automatic:
         return
     if not several:
         raise UserError(f"this command runs as one process, {expected} were started; start one")
+    # It would take SIGTERM for itself, and say nothing of it to anyone.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=JOIN_SECONDS)
+        jax.distributed.initialize(
+            None if automatic else coordinator,
+            processes,
+            process,
+            # Where all is said, nothing is to be found out: under SLURM, that each process has one GPU.
+            cluster_detection_method=None if automatic or processes is None else "deactivate",
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=LOST_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"--coordinator: the {expected} processes did not find each other ({_one_line(error)})"
-        ) from error
-    if jax.process_count() != expected:
+        these = "processes" if automatic else f"{expected} processes"
+        raise UserError(f"--coordinator: the {these} did not find each other ({_one_line(error)})") from error
+    if not automatic and jax.process_count() != expected:
         raise UserError(f"--processes: {expected} were to run, {jax.process_count()} do; start all of them anew")
+
+
+def part() -> None:
+    """Let the other processes of a run end, where this one has work left that is none of theirs."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 def _launched() -> int:
@@ -132,6 +172,13 @@ def _launched() -> int:
                     f"{variable}: is {text!r}, {launcher} was to say how many processes there are; unset it"
                 )
             return int(text)
+    if hosts := os.environ.get(TPU_HOSTS):
+        return len(hosts.split(","))
+    if POD in os.environ:
+        raise UserError(
+            f"{POD}: is set, so this is one of an indexed job's pods; give --coordinator, --processes and --process, or"
+            " unset it if each is to run by itself"
+        )
     return 1
 
 
@@ -148,4 +195,10 @@ def _one_line(error: Exception) -> str:
 
 def _stop(message: str, status: int) -> None:
     print(message, file=sys.stderr)
+    if jax.distributed.is_initialized():
+        # An orderly end of JAX's service waits for processes that may not end. It lets them know of this one's.
+        if status == TERMINATED:
+            cluster.leave(LEAVE_SECONDS)
+        sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)

@@ -151,7 +151,7 @@ def bootstrap(effects: xr.Dataset, samples: int = 1000, seed: int = 0) -> Bootst
 
 
 def finished(effects: xr.Dataset) -> xr.Dataset:
-    """The prompts whose effects are computed.
+    """The prompts whose effects are computed, and all finite.
 
     Raises:
       UserError: if there are none.
@@ -159,7 +159,7 @@ def finished(effects: xr.Dataset) -> xr.Dataset:
     effects = effects.isel(prompt=np.flatnonzero(effects["finished"].values))
     if not effects.sizes["prompt"]:
         raise UserError("sweep: none of its prompts is finished; go on with it first")
-    return effects
+    return store.finite(effects, "sweep")
 
 
 def summary(effects: xr.Dataset, samples: int = 1000, seed: int = 0, level: float = LEVEL) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,33 @@ BY_COMPONENT = {
 }
 """The variables of (prompt, ablated, component), and what they mean; `direct_edge` where it was asked for."""
 
-CLEAN = ("clean_logit", "clean_probability", "final_scale", "delta_unembed", "ablated_delta_unembed")
-"""The variables of the clean run."""
+CLEAN = {
+    "clean_logit": ("centred logit of the target", ()),
+    "clean_probability": ("probability of the target", ()),
+    "final_scale": ("the final norm's divisor", ()),
+    "delta_unembed": ("direct contribution to the target's centred logit", ("component",)),
+    "ablated_delta_unembed": ("the same of what is ablated, a single head where heads are", ("ablated",)),
+}
+"""The variables of the clean run: what they mean, and their dimensions after `prompt`."""
 
-DIMS = dict.fromkeys(EFFECTS, ("prompt", "ablated", "replacement"))
+NO_UNIT = ("clean_probability", "final_scale")
+
+NON_FINITE = "non_finite"
+"""The variable that counts replacements whose values are not finite; NaN stands in their place."""
+
+DIMS = {name: ("prompt", *dims) for name, (_, dims) in CLEAN.items()}
+DIMS |= dict.fromkeys(EFFECTS, ("prompt", "ablated", "replacement"))
 DIMS |= dict.fromkeys(BY_COMPONENT, ("prompt", "ablated", "component"))
+DIMS[NON_FINITE] = ("prompt", "ablated")
 """Dimensions of what a chunk writes."""
+
+MEANINGS = {name: meaning for name, (meaning, _) in CLEAN.items()} | EFFECTS | BY_COMPONENT
+MEANINGS[NON_FINITE] = "replacements whose values are not finite, and left out"
 
 CHECKED = {"compressors": [ZstdCodec(), Crc32cCodec()]}
 """How chunks are stored: compressed, and with a checksum, so that a damaged one is found when it is read."""
 
-FORMAT = 2
+FORMAT = 3
 """Of the store; it changes whenever an older store could not be read as if it were new."""
 
 
@@ -63,27 +79,17 @@ def labels(dim: str, components: Sequence[Component], prefix: str = "") -> dict[
 
 
 def frame(
-    prompts: Mapping[str, Sequence[Any]],
-    ablated: Sequence[Component],
-    layers: int,
-    clean: Mapping[str, np.ndarray],
-    source: np.ndarray,
-    edges: bool,
+    prompts: Mapping[str, Sequence[Any]], ablated: Sequence[Component], layers: int, source: np.ndarray
 ) -> xr.Dataset:
-    """A dataset with every coordinate and clean-run variable, its effects still NaN.
+    """A dataset with every coordinate, and what is known before anything is computed.
 
     Args:
       prompts: columns of P values: `prompt_id`, `text`, `relation`, `answer_text`, `target_id`,
         `target_text`, `length`.
       ablated: the components to be ablated.
       layers: L; the components that respond are all 2L.
-      clean: `clean_logit`, `clean_probability`, `final_scale` [P], `delta_unembed` [P, 2L] and, of what is
-        ablated, `ablated_delta_unembed` [P, A].
       source: [P, R], the position in this dataset of each replacement's prompt; -1 where there is none.
-      edges: whether there are direct edges.
     """
-    rows, replacements = source.shape
-    every = all_components(layers)
     text = {"prompt_id", "text", "relation", "answer_text", "target_text"}
     coordinates = {
         name: ("prompt", np.asarray(values, dtype=object if name in text else np.int64))
@@ -92,33 +98,42 @@ def frame(
     coordinates |= {
         **labels("ablated", ablated, "ablated_"),
         "ablated_head": ("ablated", np.array([c.head for c in ablated])),
-        **labels("component", every),
+        **labels("component", all_components(layers)),
     }
-    units = {"units": LOGITS}
-    sizes = {"prompt": rows, "ablated": len(ablated), "replacement": replacements, "component": len(every)}
-    variables: dict[str, Any] = {
-        "clean_logit": ("prompt", clean["clean_logit"], units | {"long_name": "centred logit of the target"}),
-        "clean_probability": ("prompt", clean["clean_probability"], {"long_name": "probability of the target"}),
-        "final_scale": ("prompt", clean["final_scale"], {"long_name": "the final norm's divisor"}),
-        "delta_unembed": (
-            ("prompt", "component"),
-            clean["delta_unembed"],
-            units | {"long_name": "direct contribution to the target's centred logit"},
-        ),
-        "ablated_delta_unembed": (
-            ("prompt", "ablated"),
-            clean["ablated_delta_unembed"],
-            units | {"long_name": "the same of what is ablated, a single head where heads are"},
-        ),
+    variables = {
         "source": (("prompt", "replacement"), source, {"long_name": "position of the replacement's prompt; -1: none"}),
-        "finished": ("prompt", np.zeros(rows, bool), {"long_name": "whether the prompt's effects are computed"}),
+        "finished": (
+            "prompt",
+            np.zeros(len(source), bool),
+            {"long_name": "whether the prompt's effects are computed"},
+        ),
     }
-    for name, meaning in (EFFECTS | BY_COMPONENT).items():
-        if name == "direct_edge" and not edges:
-            continue
-        unknown = np.broadcast_to(np.float32(np.nan), [sizes[d] for d in DIMS[name]])
-        variables[name] = (DIMS[name], unknown, units | {"long_name": meaning})
     return xr.Dataset(variables, coordinates)
+
+
+def empty(sizes: Mapping[Hashable, int], edges: bool) -> dict[str, np.ndarray]:
+    """Arrays for what a chunk writes, of `sizes` by dimension, nothing in them yet."""
+    return {
+        name: np.zeros(shape, np.int16) if name == NON_FINITE else np.full(shape, np.nan, np.float32)
+        for name, shape in shapes(sizes, edges).items()
+    }
+
+
+def shapes(sizes: Mapping[Hashable, int], edges: bool) -> dict[str, tuple[int, ...]]:
+    """Of every variable that chunks write."""
+    return {name: tuple(sizes[dim] for dim in dims) for name, dims in DIMS.items() if edges or name != "direct_edge"}
+
+
+def attributes(name: str) -> dict[str, Any]:
+    """Of a variable that chunks write."""
+    unit = {} if name in NO_UNIT or name == NON_FINITE else {"units": LOGITS}
+    return unit | {"long_name": MEANINGS[name]}
+
+
+def in_memory(frame: xr.Dataset, edges: bool) -> xr.Dataset:
+    """A frame with arrays for what chunks write."""
+    arrays = empty(frame.sizes, edges)
+    return frame.assign({name: (DIMS[name], array, attributes(name)) for name, array in arrays.items()})
 
 
 def exists(workdir: Path) -> bool:
@@ -127,24 +142,53 @@ def exists(workdir: Path) -> bool:
 
 
 def create(
-    workdir: Path, dataset: xr.Dataset, chunk: int, beside: Mapping[str, Callable[[Path], object]] | None = None
+    workdir: Path,
+    dataset: xr.Dataset,
+    chunk: int,
+    edges: bool,
+    beside: Mapping[str, Callable[[Path], object]] | None = None,
 ) -> None:
-    """Write a dataset as a new store, or nothing at all.
+    """Write a frame as a new store in which nothing is finished, or nothing at all.
 
     Args:
       workdir: the directory that holds the store.
       dataset: from `frame`, its attributes set.
       chunk: prompts a chunk, the unit in which effects will be written.
+      edges: whether there will be direct edges.
       beside: files of `workdir` by name, and what writes them; where the store is, they are.
     """
-    encoding = {
-        name: {"chunks": tuple(chunk if d == "prompt" else n for d, n in variable.sizes.items())} | CHECKED
-        for name, variable in dataset.variables.items()
-    }
+    sizes = dict(dataset.sizes)
+    encoding = {name: {"chunks": tuple(v.sizes.values())} | CHECKED for name, v in dataset.variables.items()}
+    encoding["finished"]["chunks"] = (chunk,)  # or processes would write to one file
     with files.undisturbed(), files.whole(workdir / NAME) as part:
         dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
+        group = zarr.open_group(str(part), mode="r+")
+        for name, shape in shapes(sizes, edges).items():
+            # Only described: whatever the number of prompts, chunks alone write values.
+            counts = name == NON_FINITE
+            group.create_array(
+                name,
+                shape=shape,
+                chunks=(chunk, *shape[1:]),
+                dtype="int16" if counts else "float32",
+                fill_value=-1 if counts else np.nan,
+                dimension_names=DIMS[name],
+                attributes=attributes(name),
+                compressors=CHECKED["compressors"],
+            )
         for name, each in (beside or {}).items():
             files.write_whole(workdir / name, each)
+
+
+def chunks(workdir: Path) -> list[slice]:
+    """The runs of prompts that are written together.
+
+    Raises:
+      UserError: if the store cannot be read.
+    """
+    finished = open_effects(workdir)["finished"]
+    size = finished.encoding["chunks"][0]
+    return [slice(start, min(start + size, len(finished))) for start in range(0, len(finished), size)]
 
 
 def has_examples(workdir: Path, prompt_id: str) -> bool:
@@ -169,39 +213,50 @@ def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
         dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
 
 
-def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray], whole: bool = True) -> None:
-    """Write the effects of one run of prompts (see `DIMS`), then its flags: whether they are whole."""
+def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write the effects of one run of prompts (see `DIMS`), then its flags."""
     effects = xr.Dataset({name: (DIMS[name], array) for name, array in arrays.items()})
-    flags = xr.Dataset({"finished": ("prompt", np.full(effects.sizes["prompt"], whole))})
+    flags = xr.Dataset({"finished": ("prompt", np.ones(effects.sizes["prompt"], bool))})
     with files.undisturbed():
         for part in (effects, flags):
             part.to_zarr(workdir / NAME, region={"prompt": chunk}, consolidated=False)
 
 
-def recover(workdir: Path) -> np.ndarray:
-    """Which prompts' effects are in the store, [P]; chunks that are damaged are emptied, to be computed again.
+def sound(effects: xr.Dataset, chunk: slice) -> bool:
+    """Whether a chunk's effects are there and whole; `effects` from `open_effects`."""
+    try:
+        if not effects["finished"][chunk].values.all():
+            return False
+        return not holes(effects.isel(prompt=chunk)[[name for name in DIMS if name in effects]].load())
+    except Exception:  # of zarr and its codecs
+        return False
+
+
+def holes(effects: xr.Dataset) -> list[str]:
+    """Variables with values missing, of effects in memory; those that are known not to be finite are not."""
+    lost = effects[NON_FINITE]
+    missing = [NON_FINITE] if (lost < 0).any() else []
+    for name in DIMS.keys() & set(effects.data_vars) - {NON_FINITE}:
+        empty = effects[name].isnull()
+        if "replacement" in empty.dims:
+            wrong = empty.sum("replacement") != lost
+        elif "ablated" in empty.dims and name not in CLEAN:
+            wrong = empty.any("component") & (lost == 0)
+        else:
+            wrong = empty & (lost.sum("ablated") == 0)
+        missing += [name] if wrong.any() else []
+    return sorted(missing)
+
+
+def forget(workdir: Path, chunk: slice) -> None:
+    """Mark a chunk as not finished, whatever is in its place, so that it is computed again.
 
     Raises:
-      UserError: if the store or its flags cannot be read.
+      UserError: if it cannot be.
     """
-    effects = open_effects(workdir)
-    try:
-        flags = effects["finished"].values.copy()
-        size = effects["finished"].encoding["chunks"][0]
-    except Exception as error:
-        raise _unreadable(workdir / NAME, error) from error
-    names = [name for name in DIMS if name in effects]
-    for start in range(0, len(flags), size):
-        chunk = slice(start, min(start + size, len(flags)))
-        try:
-            whole = not any(np.isnan(effects[name][chunk].values[flags[chunk]]).any() for name in names)
-        except Exception:  # of zarr and its codecs
-            whole = False
-        if not whole:
-            shapes = {name: (chunk.stop - start, *effects[name].shape[1:]) for name in names}
-            write(workdir, chunk, {name: np.full(shape, np.nan, np.float32) for name, shape in shapes.items()}, False)
-            flags[chunk] = False
-    return flags
+    flags = xr.Dataset({"finished": ("prompt", np.zeros(chunk.stop - chunk.start, bool))})
+    with files.undisturbed():
+        flags.to_zarr(workdir / NAME, region={"prompt": chunk}, consolidated=False)
 
 
 def seal(workdir: Path) -> None:
@@ -232,24 +287,40 @@ def open_effects(workdir: str | Path) -> xr.Dataset:
 def load_effects(workdir: str | Path) -> xr.Dataset:
     """A sweep's finished prompts, in memory, checked to be whole.
 
+    Prompts of which values are not finite are left out; the attribute `left_out` says how many.
+
     Raises:
       UserError: if there is no store, it cannot be read, none of it is finished, or parts of it are missing.
     """
     path = Path(workdir) / NAME
     effects = open_effects(workdir)
+    optional = {"direct_edge"}
+    missing = [name for name in DIMS if name not in effects and name not in optional]
     try:
         finished = np.flatnonzero(effects["finished"].values)
-        if finished.size:
+        if finished.size and not missing:
             effects = effects.isel(prompt=finished).load()
-        holes = [name for name in (*DIMS, *CLEAN) if name in effects and np.isnan(effects[name].values).any()]
+            missing = holes(effects)
     except Exception as error:
         raise _unreadable(path, error) from error
     if not finished.size:
         raise UserError(f"{path}: none of its prompts is finished; go on with the sweep first")
-    missing = [name for name in (*EFFECTS, *CLEAN, "compensation") if name not in effects]
-    if missing or holes:
-        raise UserError(f"{path}: {(missing + holes)[0]} is missing or has holes; delete the store and sweep again")
-    return effects
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing or has holes; delete the store and sweep again")
+    return finite(effects, str(path))
+
+
+def finite(effects: xr.Dataset, where: str) -> xr.Dataset:
+    """Without the prompts of which values are not finite; the attribute `left_out` says how many they were.
+
+    Raises:
+      UserError: if none is left.
+    """
+    kept = np.flatnonzero((effects[NON_FINITE] == 0).all("ablated").values)
+    if not kept.size:
+        raise UserError(f"{where}: no prompt's values are all finite; sweep in float32")
+    left_out = effects.sizes["prompt"] - len(kept)
+    return effects.isel(prompt=kept).assign_attrs(left_out=left_out) if left_out else effects
 
 
 def _open(path: Path) -> xr.Dataset:

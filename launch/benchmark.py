@@ -18,8 +18,8 @@ from ml_collections import config_flags
 
 from configs import train
 from hydra_jax import benchmark, load, loading, runtime
+from hydra_jax.memory import default_rows
 from hydra_jax.models.transformer import init_params
-from hydra_jax.plan import default_rows
 from hydra_jax.training import benchmark as steps
 from hydra_jax.training.config import train_config
 

@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hydra_jax import files, report, results, runtime, store, tables
+from hydra_jax.cluster import Cluster
 from hydra_jax.config import sweep_config
 from hydra_jax.errors import UserError
 from hydra_jax.run import run
@@ -34,6 +35,9 @@ def main() -> None:
     if not WORKDIR.value:
         raise UserError("--workdir: is empty; give a directory for the results")
     run(config, workdir)
+    if not Cluster.joined().first:
+        return
+    runtime.part()
     found = results.load(workdir, config.bootstrap, config.seed)
     if not config.prompts.text:
         print(tables.kept(pd.read_csv(workdir / "prompts.csv", keep_default_na=False)))
@@ -49,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(main, "sweep.py", "stopped; the same command goes on from what is finished")
+    runtime.main(main, "sweep.py", "stopped; the same command goes on from what is finished", several=True)

@@ -12,7 +12,7 @@ import xarray as xr
 
 from hydra_jax import files, store
 from hydra_jax.errors import UserError
-from tests import builders, commands
+from tests import builders, commands, synthetic
 from tests.commands import ROOT, finish
 
 PROMPTS, REPLACEMENTS = 24, 3
@@ -241,8 +241,9 @@ def test_a_store_is_not_there_without_the_files_beside_it(tmp_path):
         part.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    frame = synthetic.effects(np.ones((2, 2, 1)), np.ones((2, 2, 1))).drop_vars(list(store.DIMS))
     with pytest.raises(OSError, match="No space left"):
-        store.create(tmp_path, xr.Dataset({"finished": ("prompt", np.zeros(2))}), 1, {"prompts.csv": fail})
+        store.create(tmp_path, frame, 1, True, {"prompts.csv": fail})
     assert list(tmp_path.iterdir()) == []
 
 

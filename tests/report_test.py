@@ -257,7 +257,7 @@ def stored(tmp_path):
     """A store that a report can be made of."""
     direct = np.random.default_rng(0).normal(1, 1, (6, 4, 2)).astype(np.float32)
     (tmp_path / "sweep").mkdir()
-    store.create(tmp_path / "sweep", synthetic.effects(direct, direct), 3)
+    synthetic.stored(tmp_path / "sweep", synthetic.effects(direct, direct), 3)
     return tmp_path / "sweep"
 
 

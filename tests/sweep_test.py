@@ -1,22 +1,27 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 import xarray as xr
 
 import hydra_jax
-from hydra_jax import ablations, plan
+from hydra_jax import ablations, mesh, plan
+from hydra_jax.bank import Bank
+from hydra_jax.clean import CleanPass, choose
+from hydra_jax.cluster import Cluster
 from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.edits import KINDS
 from hydra_jax.errors import UserError
+from hydra_jax.memory import Fit
 from hydra_jax.models.tokenizer import encode
 from hydra_jax.prompts import Prompt
 from hydra_jax.run import run
+from hydra_jax.sources import Sources
 from hydra_jax.store import EFFECTS
 from tests import builders
 
+ZERO = AblationConfig(kind="zero")
 TEXTS = ["the", "in the of", "the the in of the", "a b c d e f", "of in", "the of the", "12345 in the", "x"]
 
 
@@ -59,17 +64,37 @@ def test_the_identity_holds_in_every_entry(model):
     np.testing.assert_allclose(effects["compensation"].sum("component"), downstream, atol=1e-5)
 
 
+def clean_pass(model, ablation, rows=0):
+    fit = Fit(model.config, mesh.of(model.params), ablation.draws, ablation.edges, rows, 1e9)
+    return CleanPass(model, ablation, fit, Bank(model.config.dtype), Cluster(0, 1))
+
+
+def planned(model, items, ablation, tolerance=1e-4, non_finite=0.0):
+    passed = clean_pass(model, ablation)
+    with passed.bar(len(items)) as bar:
+        passed.run(items, bar)
+    targets = np.array([passed.bank.rows[item.prompt.id].target for item in items])
+    ids = [item.prompt.id for item in items]
+    return plan.Plan(
+        model,
+        items,
+        targets,
+        passed.bank,
+        ids,
+        ablation,
+        seed=0,
+        fit=passed.fit,
+        tolerance=tolerance,
+        non_finite=non_finite,
+    )
+
+
 def test_a_broken_identity_stops_the_sweep_and_names_the_prompt(model):
-    rows = plan.clean_rows(model, plan.itemise(model, [Prompt(text, text) for text in TEXTS]), 8, False, False)
-    config = hydra_jax.config.AblationConfig(kind="zero")
-    exact = plan.Plan(model, rows, rows, config, seed=0, chunks=plan.evenly(len(rows), 8), tolerance=1e-12)
-    nan = dataclasses.replace(exact, tolerance=1e-4)
-    broken = jax.tree.map(lambda leaf: leaf * np.nan, model.params.weights)
-    nan = dataclasses.replace(nan, model=dataclasses.replace(model, params=model.params.replace(weights=broken)))
-    for bad in (exact, nan):
-        with pytest.raises(UserError, match=r"prompt '.*', (attn|mlp) [01]: total effect") as raised:
-            list(ablations.ablate_chunk(bad, slice(0, 8), 8, bad.components))
-        assert "\n" not in str(raised.value)
+    items = sorted(plan.itemise(model, [Prompt(text, text) for text in TEXTS]), key=plan.by_length)
+    exact = planned(model, items, AblationConfig(kind="zero"), tolerance=1e-12)
+    with pytest.raises(UserError, match=r"prompt '.*', (attn|mlp) [01]: total effect") as raised:
+        ablations.ablate_chunk(exact, slice(0, 8), Sources(exact), 8)
+    assert "\n" not in str(raised.value)
 
 
 def test_ablate_is_one_entry_of_a_sweep(model):
@@ -134,8 +159,8 @@ def test_chosen_components_are_the_ones_ablated(model):
 
 
 def chosen(model, prompts, **wanted):
-    kept, examined = plan.choose(model, plan.itemise(model, prompts), PromptsConfig(**wanted), 0, 4, False, False)
-    return [row.item.prompt.id for row in kept], [row.item.prompt.id for row in examined]
+    kept, examined = choose(clean_pass(model, ZERO), plan.itemise(model, prompts), PromptsConfig(**wanted), seed=0)
+    return [item.prompt.id for item in kept], [item.prompt.id for item in examined]
 
 
 def test_a_limit_picks_the_same_prompts_in_any_order(model):
@@ -150,14 +175,14 @@ def test_correct_only_keeps_what_the_model_answers_right(model):
     effects = hydra_jax.sweep(model, TEXTS, kind="zero")
     says = dict(zip(effects["text"].values, effects["target_text"].values, strict=True))
     items = plan.itemise(model, [Prompt(text, text, "z") for text in TEXTS])
-    targets = {row.item.prompt.id: row.target for row in plan.clean_rows(model, items, 4, False, False)}
+    targets = dict(zip(TEXTS, planned(model, items, ZERO).targets, strict=True))
     right = set(TEXTS[::2])
     answered = [
         dataclasses.replace(item, answer=targets[item.prompt.id] if item.prompt.id in right else -5) for item in items
     ]
-    kept, examined = plan.choose(model, answered, PromptsConfig(), 0, 3, False, False)
-    assert {row.item.prompt.id for row in kept} == right
-    assert {row.item.prompt.id for row in examined} == set(TEXTS) == set(says)
+    kept, examined = choose(clean_pass(model, ZERO), answered, PromptsConfig(), seed=0)
+    assert {item.prompt.id for item in kept} == right
+    assert {item.prompt.id for item in examined} == set(TEXTS) == set(says)
 
 
 def test_the_real_model_knows_where_the_eiffel_tower_is(smollm2):

@@ -18,7 +18,9 @@ def effects(direct, compensation, norm=0.0, texts=None, kind="resample", model="
     clean["ablated_delta_unembed"] = clean["delta_unembed"]
     source = np.zeros((prompts, draws), int)
     components = all_components(ablated // 2)
-    dataset = store.frame(columns, components, ablated // 2, clean, source, edges=True).copy(deep=True)
+    dataset = store.in_memory(store.frame(columns, components, ablated // 2, source), edges=True)
+    for name, array in clean.items():
+        dataset[name][:] = array
     dataset["direct_effect"][:] = direct
     dataset["attn_compensation"][:] = compensation
     dataset["mlp_compensation"][:] = 0
@@ -37,3 +39,10 @@ def effects(direct, compensation, norm=0.0, texts=None, kind="resample", model="
         "versions": {},
     }
     return dataset.assign_attrs(store.protocol_attributes(protocol))
+
+
+def stored(workdir, effects, chunk):
+    """Such a sweep as a result store."""
+    store.create(workdir, effects.drop_vars(list(store.DIMS)), chunk, edges=True)
+    for part in store.chunks(workdir):
+        store.write(workdir, part, {name: effects[name].values[part] for name in store.DIMS})

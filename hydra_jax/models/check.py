@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from hydra_jax import mesh
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Params
@@ -19,8 +19,10 @@ ROUNDED_TOLERANCE = 3e-2
 """Where products round their inputs."""
 
 
-# Or a CPU, which computes in float32, would convert all layers' bfloat16 weights at once: twice their size.
-@functools.partial(jax.jit, compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"})
+OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+"""Of the compiler: a CPU, which computes in float32, would convert all layers' bfloat16 weights at once."""
+
+
 def _runs(params: Params, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Clean]:
     """What enters the first layer at the last token [P, D], and the clean runs of P prompts."""
     entering = jax.vmap(lambda tokens, length: transformer.embed(params, tokens)[length - 1])(tokens, lengths)
@@ -43,8 +45,11 @@ def check(params: Params, where: str) -> None:
     c = params.config
     long, short = min(LONG, c.context), min(SHORT, c.context)
     tokens = jnp.asarray((np.arange(2 * long) * 7919 + 11).reshape(2, long) % c.vocab_size, jnp.int32)
-    entering, clean = jax.device_get(_runs(params, tokens, jnp.array([long, short])))
-    _, alone = jax.device_get(_runs(params, tokens[1:, :short], jnp.array([short])))
+    # On every device, as those of other processes cannot be read.
+    whole = NamedSharding(mesh.of(params), PartitionSpec())
+    runs = jax.jit(_runs, compiler_options=OPTIONS, out_shardings=whole)
+    entering, clean = jax.device_get(runs(params, tokens, jnp.array([long, short])))
+    _, alone = jax.device_get(runs(params, tokens[1:, :short], jnp.array([short])))
     final = clean.resid_post[:, -1]
     room = np.linalg.norm(final, axis=1)
     room_of_logit = room * np.linalg.norm(clean.readout, axis=1) / clean.final_scale

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import safetensors
 from flax import traverse_util
 from tokenizers import Tokenizer
 
+from hydra_jax import mesh as meshes
 from hydra_jax.errors import UserError
 from hydra_jax.models import families, hub, tokenizer, transformer
 from hydra_jax.models.check import check
@@ -60,7 +62,13 @@ class Model:
         return self.params.config
 
 
-def load(name: str, dtype: str = "float32", precision: str = "highest", step: int = LAST_STEP) -> Model:
+def load(
+    name: str,
+    dtype: str = "float32",
+    precision: str = "highest",
+    step: int = LAST_STEP,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Model:
     """Load a model.
 
     Args:
@@ -71,6 +79,8 @@ def load(name: str, dtype: str = "float32", precision: str = "highest", step: in
         stored in it (`torch_dtype` of `config.json` says so, or the embedding of a GGUF file is), else float32.
       precision: "highest", "high" or "default", of float32 matrix products.
       step: of a model that was trained here, which checkpoint; LAST_STEP for the last.
+      mesh: from `mesh.make`, the devices that the parameters are laid on, layer by layer as they are read; None
+        for one device.
 
     Raises:
       UserError: if it cannot be found, fetched or read, is damaged, is of an unknown architecture, or
@@ -78,14 +88,15 @@ def load(name: str, dtype: str = "float32", precision: str = "highest", step: in
     """
     path = hub.locate(name)
     if workdir.is_trained(path):
-        return _trained(name, path, dtype, precision, step)
+        return _trained(name, path, dtype, precision, step, mesh)
     if step != LAST_STEP:
         raise UserError(f"{path}: is not a directory of a training run, and has no step {step}; leave model_step out")
     if path.suffix in PICKLED:
         raise UserError(f"{path}: is pickled, which is never read: {hub.CONVERT}")
     read = _read_directory if path.is_dir() else _read_gguf
-    with _faults_of(path):
-        params, text = read(path, dtype=dtype, precision=precision)
+    with _faults_of(path), ThreadPoolExecutor(1) as other:
+        summing = other.submit(weights_hash, path)
+        params, text = read(path, mesh, dtype=dtype, precision=precision)
         # Added tokens may have no row: Gemma 3's text models come with one for images.
         tokens = text.get_vocab_size(with_added_tokens=False)
         if tokens > params.config.vocab_size:
@@ -94,22 +105,22 @@ def load(name: str, dtype: str = "float32", precision: str = "highest", step: in
                 " fetch the model again"
             )
         check(params, str(path))
+        digest = summing.result()
     known = hub.MODELS.get(name)
-    return Model(name, params, text, weights_hash(path), known.dropout if known else None)
+    return Model(name, params, text, digest, known.dropout if known else None)
 
 
-def _trained(name: str, path: Path, dtype: str, precision: str, step: int) -> Model:
+def _trained(name: str, path: Path, dtype: str, precision: str, step: int, mesh: jax.sharding.Mesh | None) -> Model:
     from hydra_jax.training import checkpoint  # orbax is slow to import, and most runs never need it
 
     trained, _ = workdir.read_run(path)
     config = workdir.model_config(path, dtype=dtype, precision=precision)
-    kept = jax.eval_shape(
-        lambda: transformer.init_params(dataclasses.replace(config, dtype="float32"), jax.random.key(0))
-    )
-    layout = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
-    weights, digest, _ = checkpoint.weights(path, kept.weights, step)
-    weights = jax.tree.map(lambda array, like: array.astype(like.dtype), weights, layout.weights)
-    params = Params(weights=weights, config=config)
+    kept = transformer.layout(dataclasses.replace(config, dtype="float32")).weights
+    weights, digest, _ = checkpoint.weights(path, kept, step)
+    like = transformer.layout(config).weights
+    params = Params(weights=jax.tree.map(lambda array, like: array.astype(like.dtype), weights, like), config=config)
+    if mesh is not None:
+        params = meshes.lay(mesh, params)
     check(params, str(path))
     rates = dataclasses.asdict(trained.dropout).values()
     return Model(name, params, tokenizer.from_file(path / workdir.TOKENIZER), digest, max(rates))
@@ -179,7 +190,7 @@ def _open_gguf(path: Path, **switches: str) -> _Gguf:
     return _Gguf(metadata, tensors, family, config)
 
 
-def _read_gguf(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
+def _read_gguf(path: Path, mesh: jax.sharding.Mesh | None, **switches: str) -> tuple[Params, Tokenizer]:
     file = _open_gguf(path, **switches)
 
     def read(name: str) -> np.ndarray:
@@ -188,7 +199,7 @@ def _read_gguf(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
 
     names = {name: name for name in file.tensors}
     source = _Source(path, read, names, file.family.gguf_form, _GGUF, (r"rope_freqs\.weight",))
-    return _assemble(file.config, file.family, source), tokenizer.from_gguf(file.metadata, path)
+    return _assemble(file.config, file.family, source, mesh), tokenizer.from_gguf(file.metadata, path)
 
 
 def _directory_config(path: Path, **switches: str) -> tuple[str, Family, ModelConfig]:
@@ -233,7 +244,7 @@ def read_config(path: Path, **switches: str) -> tuple[str, ModelConfig]:
         return str(file.metadata["general.architecture"]), file.config
 
 
-def _read_directory(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
+def _read_directory(path: Path, mesh: jax.sharding.Mesh | None, **switches: str) -> tuple[Params, Tokenizer]:
     _, family, config = _directory_config(path, **switches)
     with contextlib.ExitStack() as stack:
         files: dict[str, Any] = {}
@@ -253,7 +264,7 @@ def _read_directory(path: Path, **switches: str) -> tuple[Params, Tokenizer]:
             return array.astype(np.float32)
 
         source = _Source(path, read, names, family.form, _HUGGING_FACE, family.ignored)
-        return _assemble(config, family, source), tokenizer.from_file(path / "tokenizer.json")
+        return _assemble(config, family, source, mesh), tokenizer.from_file(path / "tokenizer.json")
 
 
 def _json_object(path: Path) -> Mapping[str, Any]:
@@ -308,29 +319,40 @@ class _Source:
     ignored: tuple[str, ...]
 
 
-def _assemble(config: ModelConfig, family: Family, source: _Source) -> Params:
+def _assemble(config: ModelConfig, family: Family, source: _Source, mesh: jax.sharding.Mesh | None) -> Params:
     """Read every parameter that the config calls for, check it, and stack the layers."""
-    template = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0))).weights
-    expected = traverse_util.flatten_dict(template, sep="/")
+    expected = transformer.flat(transformer.layout(config).weights)
     table = {ours: row[source.column] for ours, row in family.names.items()}
     order = list(table)
     # In the table's order, which is that of fused parameters.
     published = {path: _published(table, path) for path in sorted(expected, key=lambda p: order.index(_module(p)))}
     used: set[str] = set()
-    weights: dict[str, Any] = {}
-    for path, struct in expected.items():
+
+    def read(path: str, into: np.ndarray, layer: int) -> np.ndarray:
         # Parameters of one name are fused: each has the rows after those of the ones before it.
         sizes = {p: expected[p].shape[-1] for p, name in published.items() if name == published[path]}
+        name = published[path].format(layer)
+        if name not in source.names:
+            raise UserError(f"{source.path}: tensor {name} is missing; fetch the model again")
+        name = source.names[name]
+        used.add(name)
+        _fill(into, path, config, source, name, sizes)
+        return into
+
+    weights: dict[str, Any] = {}
+    for path, struct in expected.items():
         stacked = path.startswith("layers/")
+        if mesh is not None and mesh.size > 1:
+            layers = [(layer, struct.shape[1:]) for layer in range(config.layers)] if stacked else [(0, struct.shape)]
+            # A buffer each, as devices may still be reading the one before.
+            parts = (read(path, np.empty(shape, struct.dtype), layer) for layer, shape in layers)
+            weights[path] = meshes.stack(mesh, path, struct, parts) if stacked else meshes.lay_one(mesh, path, *parts)
+            continue
         whole = _aligned(struct.shape, struct.dtype)
         for layer in range(config.layers if stacked else 1):
-            name = published[path].format(layer)
-            if name not in source.names:
-                raise UserError(f"{source.path}: tensor {name} is missing; fetch the model again")
-            name = source.names[name]
-            used.add(name)
-            _fill(whole[layer] if stacked else whole, path, config, source, name, sizes)
-        weights[path] = jax.device_put(whole, may_alias=True)
+            read(path, whole[layer] if stacked else whole, layer)
+        array = jax.device_put(whole, may_alias=True)
+        weights[path] = array if mesh is None else meshes.lay_one(mesh, path, array)
     ignored = (*source.ignored, *([re.escape(_published(table, "unembedding"))] if config.tied else []))
     for ours, name in source.names.items():
         if name not in used and not any(re.fullmatch(pattern, ours) for pattern in ignored):

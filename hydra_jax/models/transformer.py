@@ -13,6 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.layers import MLP, Attention, Norm, Positions, positions, product, softcap
@@ -74,6 +75,8 @@ class Dropout(flax.struct.PyTreeNode):
 class Trace(flax.struct.PyTreeNode):
     """What every layer read and wrote. What a caller does not use costs nothing under `jax.jit`.
 
+    Of a pass that keeps one token alone, all but keys and values are without the axis T.
+
     Attributes:
       resid_pre: [L, T, D], the residual stream before the layer.
       attn_out: [L, T, D], the attention's write (after any post-norm, dropout and edit).
@@ -114,14 +117,17 @@ class Layer(nn.Module):
         self.mlp = MLP(c)
 
     def __call__(
-        self, resid_pre: jax.Array, edits: Edits | None, dropout: Dropout | None, at: Positions
+        self, resid_pre: jax.Array, edits: Edits | None, dropout: Dropout | None, at: Positions, only: jax.Array | None
     ) -> tuple[jax.Array, Trace]:
         heads, mixed, keys, values = self.attn(self.attn_norm(resid_pre), at)
         attn_out = _edited(_dropped(self.attn_post_norm(heads), dropout, 0), edits, 0)
         resid_mid = resid_pre + attn_out
         mlp_write = self.mlp_write(resid_pre if self.config.parallel else resid_mid)
         mlp_out = _edited(_dropped(mlp_write, dropout, 1), edits, 1)
-        return resid_mid + mlp_out, Trace(resid_pre, attn_out, mlp_out, mixed, keys, values)
+        resid_post = resid_mid + mlp_out
+        if only is not None:
+            resid_pre, attn_out, mlp_out, mixed = (each[only] for each in (resid_pre, attn_out, mlp_out, mixed))
+        return resid_post, Trace(resid_pre, attn_out, mlp_out, mixed, keys, values)
 
     def attn_decode(
         self, resid_pre: jax.Array, position: jax.Array, at: Positions, keys: jax.Array, values: jax.Array
@@ -170,7 +176,13 @@ class Decoder(nn.Module):
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.width), c.dtype)
         if c.learned_positions:
             self.positions = self.param("positions", nn.initializers.normal(0.02), (c.context, c.width), c.dtype)
-        stacked = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=0, length=c.layers)
+        stacked = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, 0, nn.broadcast),
+            length=c.layers,
+        )
         self.layers = stacked(c)
         self.final_norm = Norm(c)
         if not c.tied:
@@ -178,14 +190,18 @@ class Decoder(nn.Module):
             self.unembedding = self.param("unembedding", nn.initializers.lecun_normal(), shape, c.dtype)
 
     def __call__(
-        self, tokens: jax.Array, edits: Edits | None, dropout: Dropout | None = None
+        self,
+        tokens: jax.Array,
+        edits: Edits | None,
+        dropout: Dropout | None = None,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, Trace]:
         resid, of_layers = self.embed(tokens), None
         if dropout is not None:
             entering, of_layers = jax.random.split(dropout.key)
             resid = _kept(resid, entering, dropout.rates.resid, resid.shape)
             of_layers = Dropout(jax.random.split(of_layers, self.config.layers), dropout.rates)
-        resid, trace = self.layers(resid, edits, of_layers, positions(self.config))
+        resid, trace = self.layers(resid, edits, of_layers, positions(self.config), only)
         return softcap(self.unembed(resid), self.config.final_softcap), trace
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -214,8 +230,22 @@ def _apply(params: Params, *arguments: Any, method: str | None = None) -> Any:
     return Decoder(params.config).apply({"params": params.weights}, *arguments, method=method)
 
 
+def layout(config: ModelConfig) -> Params:
+    """The shapes and types of a model's parameters, without values."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def flat(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights by paths such as "layers/attn/out/kernel"."""
+    return traverse_util.flatten_dict(weights, sep="/")
+
+
 def forward(
-    params: Params, tokens: jax.Array, edits: Edits | None = None, dropout: Dropout | None = None
+    params: Params,
+    tokens: jax.Array,
+    edits: Edits | None = None,
+    dropout: Dropout | None = None,
+    only: jax.Array | None = None,
 ) -> tuple[jax.Array, Trace]:
     """One forward pass of one sequence.
 
@@ -224,11 +254,12 @@ def forward(
       tokens: [T] int32.
       edits: which writes to replace by what, at any layers, sites and positions.
       dropout: in training; an edit replaces what dropout has left.
+      only: [] int, the token whose part of the trace is kept, where the others' would take memory for nothing.
 
     Returns:
       Logits [T, V] in float32, soft-capped where the model does so, and the trace of the pass.
     """
-    return _apply(params, tokens, edits, dropout)
+    return _apply(params, tokens, edits, dropout, only)
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from hydra_jax import files
+from hydra_jax.cluster import Cluster
 from hydra_jax.errors import UserError
 from hydra_jax.models import tokenizer as tokenizers
 from hydra_jax.training import data
@@ -78,28 +79,11 @@ def train(config: TrainConfig, workdir: Path, progress: bool = True) -> None:
             check_corpus(workdir, corpus)
         except UserError as error:
             failure = error
-        _agree(failure, corpus.digest if corpus else "")
+        Cluster.joined().agree(failure, corpus.digest if corpus else "", "other texts (config.data.path)")
         assert corpus is not None
         describe(workdir, config, corpus)
         with Checkpoints(workdir, config.checkpoint) as checkpoints, _signals() as stop:
             _Run(config, workdir, corpus, evaluation, checkpoints, progress).go(stop)
-
-
-def _agree(failure: UserError | None, digest: str) -> None:
-    """Stop in every process of a run if one cannot begin, or has another corpus: the others would wait for it.
-
-    Raises:
-      UserError: in a process that fails, its own.
-    """
-    if jax.process_count() > 1:
-        mine = np.frombuffer(bytes.fromhex(digest or "00" * 32), np.uint8)
-        digests = multihost_utils.process_allgather(mine)
-        if failure is None and not digests.any(axis=1).all():
-            raise UserError("another process of this run cannot begin; see what it says")
-        if failure is None and (digests != digests[0]).any():
-            raise UserError("config.data.path: the processes of this run read other texts; give all of them the same")
-    if failure is not None:
-        raise failure
 
 
 class _Run:

@@ -1,0 +1,149 @@
+"""The clean pass: every prompt's clean run, once; which prompts are swept; and what replacements are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from hydra_jax import mesh as meshes
+from hydra_jax.bank import COLUMNS, Bank
+from hydra_jax.cluster import Cluster
+from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
+from hydra_jax.errors import UserError
+from hydra_jax.kernels import PREFILL_TOKENS, ablatable_batch, prefill_batch, read_batch
+from hydra_jax.memory import Fit, round_up
+from hydra_jax.models.load import Model
+from hydra_jax.plan import Item, batch_of, by_length, evenly, fill_up, padded_length, places
+from hydra_jax.prefill import MOST_LIKELY
+
+Keep = Callable[[Item, int], bool]
+"""Whether a prompt's values are kept, of the prompt and its most likely next token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanPass:
+    """How clean runs are made.
+
+    Attributes:
+      model: the model.
+      ablation: which values are kept.
+      fit: how many prompts go at once.
+      bank: where they go.
+      cluster: the processes that share the work.
+      progress: whether to show a bar.
+    """
+
+    model: Model
+    ablation: AblationConfig
+    fit: Fit
+    bank: Bank
+    cluster: Cluster
+    progress: bool = False
+
+    def bar(self, total: int) -> tqdm:
+        """Of the whole pass."""
+        return tqdm(total=total, desc="clean pass", unit=" prompts", disable=not self.progress)
+
+    def run(self, items: Sequence[Item], bar: tqdm, keep: Keep = lambda item, top: True, target: str = TOP) -> None:
+        """Have the clean runs of `items` in the bank; those that are there are not made again.
+
+        Args:
+          items: the prompts.
+          bar: told of every prompt.
+          keep: whose values are kept.
+          target: whose logit is read.
+        """
+        end = bar.n + len(items)
+        missing = sorted((item for item in items if item.prompt.id not in self.bank.rows), key=by_length)
+        bar.update(len(items) - len(missing))
+        worker = meshes.worker(meshes.of(self.model.params))
+        size = self.fit.prompts(padded_length(len(missing[-1].tokens), self.model.config.context)) if missing else 1
+        parts = evenly(len(missing), min(size, -(-len(missing) // worker.count)))
+        for part in worker.share(parts):
+            chosen = missing[part]
+            columns, values = self.fit.run(
+                functools.partial(self._runs, chosen, target), round_up(parts[0].stop, self.fit.least), bar.write
+            )
+            kept = np.array([keep(item, top) for item, top in zip(chosen, columns["top"].tolist(), strict=True)])
+            if worker.leads:
+                self.bank.add([item.prompt.id for item in chosen], columns, kept, values[kept])
+            bar.update(min(len(chosen) * worker.count, end - bar.n))
+        bar.update(end - bar.n)
+        self.bank.refresh(self.cluster)
+
+    def _runs(self, items: Sequence[Item], target: str, size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The columns of a row [P], and values [P, A, E]."""
+        answers = [item.answer if target == ANSWER else None for item in items]
+        targets = [MOST_LIKELY if answer is None else answer for answer in answers]
+        mesh, c = meshes.of(self.model.params), self.model.config
+        zero = self.ablation.kind == "zero"  # which is made of nothing known from elsewhere
+        of = places([] if zero else self.ablation.components(c), c.heads).astype(int)
+        found = []
+        for part in evenly(len(items), size):
+            tokens, lengths = batch_of(items[part], size, c.context)
+            asked = np.array(fill_up(targets[part], size), np.int32)
+            inputs = [meshes.put(mesh, each, meshes.Spec(meshes.DATA)) for each in (tokens, lengths, asked)]
+            clean = prefill_batch(self.model.params, *inputs)
+            count = part.stop - part.start
+            read = jax.device_get(read_batch(self.model.params, clean))
+            values = (
+                jax.device_get(ablatable_batch(self.model.params, clean, self.ablation.by_head))[:count, of]
+                if len(of)
+                else np.empty((count, 0, 1), np.float32)
+            )
+            columns = dict(top=read.top, target=read.target, logit=read.clean_logit, probability=read.clean_probability)
+            found.append(({name: columns[name][:count].astype(kind) for name, kind in COLUMNS.items()}, values))
+        joined = {name: np.concatenate([columns[name] for columns, _ in found]) for name in COLUMNS}
+        return joined, np.concatenate([values for _, values in found])
+
+
+def choose(clean: CleanPass, items: Sequence[Item], wanted: PromptsConfig, seed: int) -> tuple[list[Item], list[Item]]:
+    """Which prompts are swept, and the clean runs of all that are examined.
+
+    Under a limit, prompts are examined in an order drawn from seed and id until enough are kept.
+
+    Returns:
+      The kept ones, shortest first, and all that were examined to find them.
+
+    Raises:
+      UserError: if none can be kept.
+    """
+    limit, correct_only = wanted.limit, wanted.filtered
+    unanswered = next((item.prompt for item in items if item.answer is None), None)
+    if wanted.target == ANSWER and unanswered:
+        raise UserError(
+            f"prompt {unanswered.name}: has no answer to read; give it one, or set --config.prompts.target=top"
+        )
+    if correct_only and all(item.answer is None for item in items):
+        raise UserError("prompts: none has an answer to be right about; set --config.prompts.correct_only=False")
+
+    def keep(item: Item, top: int) -> bool:
+        return top == item.answer or not correct_only
+
+    step = len(items)
+    if limit:
+        items = sorted(items, key=lambda i: hashlib.sha256(f"{seed} {i.prompt.id}".encode()).digest())
+        step = 2 * max(limit, PREFILL_TOKENS // 64) if correct_only else limit
+    kept: list[Item] = []
+    examined: list[Item] = []
+    with clean.bar(len(items)) as bar:
+        for start in range(0, len(items), step):
+            block = items[start : start + step]
+            clean.run(block, bar, keep, wanted.target)
+            examined += block
+            kept += [item for item in block if keep(item, clean.bank.rows[item.prompt.id].top)]
+            if limit and len(kept) >= limit:
+                break
+        bar.total = bar.n
+    if not kept:
+        raise UserError(
+            f"prompts: {clean.model.name} answers none of the {len(examined)} right; give prompts that it knows, or"
+            " set --config.prompts.correct_only=False"
+        )
+    return sorted(kept[: limit or None], key=by_length), examined

@@ -1,0 +1,94 @@
+"""What the processes of a run say to each other: little, and through JAX's coordination service, not the devices.
+
+A process that is lost is noticed by the service, which then ends the others: none waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import time
+from typing import Any
+
+import jax
+from jax._src import distributed  # what jax.distributed is made of has no public names for it
+
+from hydra_jax.errors import UserError
+
+WAIT_SECONDS = 7 * 24 * 3600
+"""For processes that work longer; lost ones are noticed in far less."""
+
+_calls = itertools.count()  # every exchange needs a name of its own, the same in all processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """The processes of a run, or this one alone.
+
+    Attributes:
+      process: which this is.
+      count: how many there are.
+    """
+
+    process: int
+    count: int
+
+    @classmethod
+    def joined(cls) -> Cluster:
+        """That of `jax.distributed`; alone where it was not started."""
+        return cls(jax.process_index(), jax.process_count())
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.process == 0
+
+    def share(self, things: list[Any]) -> list[Any]:
+        """Those of `things` that are this process'."""
+        return things[self.process :: self.count]
+
+    def gather(self, said: Any) -> list[Any]:
+        """What every process said here, in their order; JSON, not much of it."""
+        if self.count == 1:
+            return [said]
+        client, call = _client(), next(_calls)
+        client.key_value_set(f"hydra_jax/{call}/{self.process}", json.dumps(said))
+        keys = (f"hydra_jax/{call}/{process}" for process in range(self.count))
+        return [json.loads(client.blocking_key_value_get(key, WAIT_SECONDS * 1000)) for key in keys]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.gather(None)
+
+    def agree(self, failure: UserError | None, said: str = "", what: str = "") -> None:
+        """Stop in every process if one cannot go on, or they do not say the same: the others would wait for it.
+
+        Args:
+          failure: of this process, if it cannot.
+          said: to be the same in all, a hash of what they work on.
+          what: that is, for the error.
+
+        Raises:
+          UserError: in a process that fails, its own.
+        """
+        said_by_all = self.gather(None if failure else said)
+        if failure:
+            raise failure
+        if None in said_by_all:
+            raise UserError("another process of this run cannot go on; see what it says")
+        if len(set(said_by_all)) > 1:
+            raise UserError(f"the processes of this run have {what}; give all of them the same")
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def leave(seconds: int) -> None:
+    """Wait a little for the others, who are leaving as well: the first one to go takes along who is still here."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # they are not
+        _client().wait_at_barrier("hydra_jax/leave", seconds * 1000)
+    if jax.process_index() == 0:  # it has the service
+        time.sleep(1)

@@ -1,0 +1,225 @@
+"""The kernels over batches of prompts, one program each, on whatever mesh the parameters lie on.
+
+Inside, all is written for the prompts of one device; `mesh.spread` runs that on every device of the data axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from hydra_jax import mesh as meshes
+from hydra_jax.edits import WriteStatistics, replacement
+from hydra_jax.effects import Effects, delta_unembed, effects, head_unembed
+from hydra_jax.models import transformer
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.transformer import Params, layout
+from hydra_jax.prefill import Clean, prefill
+from hydra_jax.replay import direct_edges, replay
+
+PREFILL_TOKENS = 4096
+"""Tokens of clean runs at once: what a layer computes of them is in memory, whatever their number."""
+
+
+class Read(flax.struct.PyTreeNode):
+    """What the host reads of P clean runs.
+
+    Attributes:
+      top: [P] int, the most likely next token.
+      target: [P] int, the token that is read.
+      delta_unembed: [P, 2L], what each component contributes to its logit.
+      head_unembed: [P, L * H], what each head does.
+      clean_logit: [P], centred.
+      clean_probability: [P], of the target.
+      final_scale: [P], sigma.
+    """
+
+    top: jax.Array
+    target: jax.Array
+    delta_unembed: jax.Array
+    head_unembed: jax.Array
+    clean_logit: jax.Array
+    clean_probability: jax.Array
+    final_scale: jax.Array
+
+
+class Ablated(flax.struct.PyTreeNode):
+    """One component's ablations in P prompts, as a result store has them: where values are not finite, NaN.
+
+    Attributes:
+      total_effect: [P, R].
+      direct_effect: [P, R].
+      attn_compensation: [P, R].
+      mlp_compensation: [P, R].
+      norm_compensation: [P, R].
+      compensation: [P, 2L], mean over the replacements whose values are finite.
+      direct_edge: [P, 2L], the same; None where it is not asked for.
+      non_finite: [P] int, how many replacements' values are not finite.
+      residual: [P], how far the identity is from holding in the worst of the finite ones.
+    """
+
+    total_effect: jax.Array
+    direct_effect: jax.Array
+    attn_compensation: jax.Array
+    mlp_compensation: jax.Array
+    norm_compensation: jax.Array
+    compensation: jax.Array
+    direct_edge: jax.Array | None
+    non_finite: jax.Array
+    residual: jax.Array
+
+
+def prefill_batch(params: Params, tokens: jax.Array, lengths: jax.Array, targets: jax.Array) -> Clean:
+    """`prefill` of [P, T] tokens, [P] lengths and [P] targets."""
+    return prefilling(params)(params, tokens, lengths, targets)
+
+
+def prefilling(params: Params) -> jax.stages.Wrapped:
+    """The jitted program behind `prefill_batch`, to be lowered or called."""
+    return _prefill_program(meshes.of(params), params.config)
+
+
+def read_batch(params: Params, clean: Clean) -> Read:
+    """What the host reads of P clean runs."""
+    return _program(meshes.of(params), _read, (0,))(params, clean)
+
+
+def ablatable_batch(params: Params, clean: Clean, by_head: bool) -> jax.Array:
+    """[P, U, E] in the model's dtype: every write (U = 2L, E = D), or what every head mixed (L * H, head_dim)."""
+    return _program(meshes.of(params), _ablatable, (0,), by_head=by_head)(params, clean)
+
+
+def ablate_batch(
+    params: Params,
+    clean: Clean,
+    component: tuple[jax.Array, jax.Array, jax.Array | None],
+    sources: jax.Array,
+    statistics: WriteStatistics,
+    keys: jax.Array,
+    *,
+    kind: str,
+    edges: bool = False,
+) -> tuple[Effects, jax.Array | None]:
+    """The effects of ablating one component in P prompts, R times each, and its direct edges [P, R, L, 2].
+
+    Args:
+      params: the model.
+      clean: of P prompts.
+      component: layer [], site [] and, where one head is ablated, head []; else None.
+      sources: [P, R, E], the component's writes (or what the head mixed) in the replacements' prompts.
+      statistics: of the component over the prompt set.
+      keys: [P], each prompt's.
+      kind: of ablation.
+      edges: whether to compute the direct edges; else they are None.
+    """
+    return ablating(params, kind, edges)(params, clean, component, sources, statistics, keys)
+
+
+def ablating(params: Params, kind: str, edges: bool) -> jax.stages.Wrapped:
+    """The jitted program behind `ablate_batch`, to be lowered or called."""
+    return _program(meshes.of(params), _ablate, (0, 2, 4), kind=kind, edges=edges)
+
+
+def summarise(params: Params, found: Effects, edges: jax.Array | None) -> Ablated:
+    """One component's effects as a result store has them."""
+    return _program(meshes.of(params), _summarise, ())(found, edges)
+
+
+@functools.cache
+def _prefill_program(mesh: Mesh, config: ModelConfig) -> jax.stages.Wrapped:
+    tokens, number = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    like = jax.eval_shape(_prefill, layout(config), tokens, number, number)
+    return meshes.spread(mesh, _prefill, (0,), meshes.clean_runs(mesh, like))
+
+
+@functools.cache
+def _program(mesh: Mesh, run: Callable[..., Any], whole: tuple[int, ...], **switches: Any) -> jax.stages.Wrapped:
+    return meshes.spread(mesh, functools.partial(run, **switches), whole)
+
+
+def _prefill(params: Params, tokens: jax.Array, lengths: jax.Array, targets: jax.Array) -> Clean:
+    together = max(1, PREFILL_TOKENS // tokens.shape[1])
+    run = functools.partial(prefill, params)
+    return jax.lax.map(lambda each: run(*each), (tokens, lengths, targets), batch_size=together)
+
+
+def _read(params: Params, clean: Clean) -> Read:
+    count = len(clean.target)
+    return Read(
+        top=clean.top,
+        target=clean.target,
+        delta_unembed=jax.vmap(delta_unembed)(clean).reshape(count, -1),
+        head_unembed=jax.vmap(head_unembed, (None, 0))(params, clean).reshape(count, -1),
+        clean_logit=clean.centred_logit,
+        clean_probability=clean.probability,
+        final_scale=clean.final_scale,
+    )
+
+
+def _ablatable(params: Params, clean: Clean, by_head: bool) -> jax.Array:
+    values = clean.mixed if by_head else clean.writes
+    return values.reshape(len(values), -1, values.shape[-1]).astype(params.config.dtype)
+
+
+def _ablate(
+    params: Params,
+    clean: Clean,
+    component: tuple[jax.Array, jax.Array, jax.Array | None],
+    sources: jax.Array,
+    statistics: WriteStatistics,
+    keys: jax.Array,
+    kind: str,
+    edges: bool,
+) -> tuple[Effects, jax.Array | None]:
+    layer, site, head = component
+
+    def change(clean: Clean, source: jax.Array, key: jax.Array) -> jax.Array:
+        new = replacement(kind, source.astype(jnp.float32), statistics, key)
+        if head is None:
+            return new - clean.writes[layer, site]
+        return transformer.head_delta(params, layer, head, clean.mixed[layer], new)
+
+    def prompt(clean: Clean, sources: jax.Array, key: jax.Array) -> tuple[Effects, jax.Array | None]:
+        def edit(source: jax.Array, key: jax.Array) -> tuple[Effects, jax.Array | None]:
+            delta = change(clean, source, key)
+            found = effects(clean, delta, replay(params, clean, (layer, site), delta))
+            return found, direct_edges(params, clean, (layer, site), delta) if edges else None
+
+        own = jax.random.fold_in(key, 2 * layer + site)
+        draws = jax.random.split(own if head is None else jax.random.fold_in(own, head), sources.shape[0])
+        return jax.vmap(edit)(sources, draws)
+
+    return jax.vmap(prompt)(clean, sources, keys)
+
+
+def _summarise(found: Effects, edges: jax.Array | None) -> Ablated:
+    changes = [each for each in (found.compensation, edges) if each is not None]
+    parts = [found.total_effect, found.direct_effect, found.norm_compensation, found.residual]
+    finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, parts))
+    for each in changes:
+        finite &= jnp.isfinite(each).all(axis=(2, 3))
+
+    def known(values: jax.Array) -> jax.Array:
+        return jnp.where(finite, values, jnp.nan)
+
+    def mean(values: jax.Array) -> jax.Array:
+        kept = jnp.where(finite[..., None, None], values, 0).sum(axis=1).reshape(len(values), -1)
+        return kept / finite.sum(axis=1).astype(kept.dtype)[:, None]
+
+    return Ablated(
+        total_effect=known(found.total_effect),
+        direct_effect=known(found.direct_effect),
+        attn_compensation=known(found.attn_compensation),
+        mlp_compensation=known(found.mlp_compensation),
+        norm_compensation=known(found.norm_compensation),
+        compensation=mean(found.compensation),
+        direct_edge=None if edges is None else mean(edges),
+        non_finite=(~finite).sum(axis=1),
+        residual=jnp.where(finite, jnp.abs(found.residual), 0).max(axis=1),
+    )

@@ -1,0 +1,202 @@
+"""How many prompts go on a device at once: what they take, what is free, and what to do where that was wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from hydra_jax import mesh as meshes
+from hydra_jax.errors import UserError
+from hydra_jax.kernels import PREFILL_TOKENS
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.transformer import layout
+from hydra_jax.prefill import prefill
+
+ROWS = {"cpu": 512}
+"""Edits at once that fill a device's matrix units: on a CPU as measured, and larger ones leave its caches."""
+
+ACCELERATOR_ROWS = 16_384
+"""On accelerators, where a small model's products are done before the next is launched."""
+
+SHARE = 0.8
+"""Of the free memory that is planned with: what a program takes is estimated, and memory is in pieces."""
+
+CGROUP = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+"""What a container may use, and does."""
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Bytes on each device.
+
+    Attributes:
+      parameters: the model's.
+      fixed: what clean runs and ablations take, whatever the number of prompts.
+      prompt: what each prompt takes besides.
+    """
+
+    parameters: int
+    fixed: int
+    prompt: int
+
+    def prompts(self, free: float) -> int:
+        """How many fit into `free` bytes beside the parameters."""
+        return max(0, int((SHARE * free - self.fixed) // self.prompt))
+
+
+def default_rows() -> int:
+    """Edits at once on a device, if its memory takes them."""
+    return ROWS.get(jax.default_backend(), ACCELERATOR_ROWS)
+
+
+def needs(config: ModelConfig, length: int, draws: int, model: int = 1, edges: bool = False) -> Needs:
+    """What a sweep takes on a device.
+
+    Args:
+      config: the model's.
+      length: T, tokens of a prompt as padded.
+      draws: R, replacements.
+      model: devices that share the model.
+      edges: whether direct edges are computed.
+    """
+    c, item = config, jnp.dtype(config.dtype).itemsize
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    clean = jax.eval_shape(prefill, layout(c), jax.ShapeDtypeStruct((length,), jnp.int32), number, number)
+    cache = 2 * c.layers * c.kv_heads * c.head_dim * length * item
+    shared = model if c.kv_heads % model == 0 or c.head_dim % model == 0 else 1
+    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(clean)) - cache + cache // shared
+    # Of a token in a layer, in float32: the stream and what is read from it, heads, and the MLP.
+    token = 4 * (6 * c.width + 4 * c.heads * c.head_dim + 3 * c.mlp_width // model)
+    together = max(length, PREFILL_TOKENS)
+    scores = 3 * 4 * c.heads * length
+    edit = token + scores + item * c.width + (2 if edges else 1) * 3 * 4 * c.components
+    return Needs(
+        parameters=meshes.bytes_a_device(c, model),
+        fixed=together * (token + scores) + 2 * 4 * c.vocab_size * max(1, together // length),
+        prompt=2 * kept + draws * edit,
+    )
+
+
+def free_bytes(device: jax.Device) -> float:
+    """What a device has left; of a CPU, its part of what this machine has, or this container."""
+    statistics = device.memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    return host_bytes() / jax.local_device_count()
+
+
+def left(asked: float, config: ModelConfig, mesh: Mesh) -> float:
+    """Bytes a device besides a model that is loaded; `asked` GB are what may be used in all, 0 for what there is."""
+    free = free_bytes(mesh.local_devices[0])
+    if not asked:
+        return free
+    return min(free, asked * 1e9 - meshes.bytes_a_device(config, mesh.shape[meshes.MODEL]))
+
+
+def host_bytes() -> float:
+    """What programs may still use of this machine's memory, or of this container's."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return math.inf
+    try:
+        limit, used = (path.read_text().strip() for path in CGROUP)
+        return free if limit == "max" else min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free
+
+
+def check_model(config: ModelConfig, model: int, limit: float) -> None:
+    """Refuse a model before it is read.
+
+    Raises:
+      UserError: if its parameters alone take more than `limit` bytes of a device.
+    """
+    wanted = meshes.bytes_a_device(config, model)
+    if wanted > limit:
+        raise UserError(
+            f"memory: the model's parameters take {wanted / 1e9:.3g} GB a device, {limit / 1e9:.3g} are there; set"
+            f" --config.mesh.model to {model * math.ceil(wanted / limit)} or more, or dtype=bfloat16"
+        )
+
+
+class Fit:
+    """How many prompts go at once on a worker's devices, by their length; fewer where that turned out too many.
+
+    Args:
+      config: the model's.
+      mesh: the worker's.
+      draws: R, replacements.
+      edges: whether direct edges are computed.
+      rows: edits at once on a device, if they fit; 0 for the device's default.
+      free: bytes on each device, besides the model.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, draws: int, edges: bool, rows: int, free: float):
+        self._needs = functools.cache(lambda length: needs(config, length, draws, mesh.shape[meshes.MODEL], edges))
+        self._wanted, self._free = max(1, (rows or default_rows()) // draws), free
+        self.least = mesh.shape[meshes.DATA]
+        self._most = self._wanted * self.least
+
+    @property
+    def wanted(self) -> int:
+        """How many fill the devices."""
+        return self._wanted * self.least
+
+    def prompts(self, length: int) -> int:
+        """How many of up to `length` tokens, padded, go at once.
+
+        Raises:
+          UserError: if not even one a device does.
+        """
+        need: Needs = self._needs(length)
+        fitting = need.prompts(self._free)
+        if fitting < 1:
+            raise UserError(
+                f"memory: a prompt of {length} tokens and its replacements want"
+                f" {(need.fixed + need.prompt) / 1e9:.2g} GB a device beside the model, {SHARE * self._free / 1e9:.2g}"
+                " are free; set --config.mesh.model to share the model among more devices, or dtype=bfloat16"
+            )
+        return min(fitting * self.least, self._most)
+
+    def run(self, call: Callable[[int], T], size: int, say: Callable[[str], None]) -> T:
+        """`call(size)`, with half the size as often as a device's memory is exhausted.
+
+        Args:
+          call: of how many prompts at once.
+          size: to begin with, a multiple of `least`.
+          say: given a line on every halving.
+
+        Raises:
+          UserError: if one a device does not fit either.
+        """
+        while True:
+            try:
+                return call(min(size, self._most))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                size = min(size, self._most)
+                if size == self.least:
+                    raise UserError(
+                        "memory: not even one prompt a device fits; set --config.mesh.model to share the model among"
+                        " more devices, or dtype=bfloat16"
+                    ) from error
+                self._most = max(self.least, size // 2 // self.least * self.least)
+            say(f"out of memory with {size} prompts at once: going on with {self._most}")
+
+
+def round_up(count: int, step: int) -> int:
+    """The multiple of `step` that `count` things go into."""
+    return -(-count // step) * step

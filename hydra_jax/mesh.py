@@ -1,0 +1,225 @@
+"""How a model and its prompts lie on devices: prompts over `data`, parameters and caches over `model`.
+
+A mesh belongs to one *worker*: a process, or as many processes as it takes to hold one copy of the model.
+Workers share nothing while they work, so a mesh's data axis is the worker's own, and a run of W workers
+spreads its prompts over W times as many devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from hydra_jax.errors import UserError
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.transformer import Params, flat, layout
+from hydra_jax.prefill import Clean
+
+DATA, MODEL = "data", "model"
+
+SPLIT = {
+    r"embedding": (-2, -1),
+    r"positions": (-1,),
+    r"unembedding": (-1, -2),
+    r".*/(query|key|value|gate|up)/kernel": (-1, -2),
+    r".*/(query|key|value|gate|up)/bias": (-1,),
+    r".*/(out|down)/kernel": (-2, -1),
+}
+"""Parameters by name, and the axes along which they may be split over `model`: the first that it divides.
+
+They are the vocabulary, the heads and the hidden width, so that a layer adds up over devices twice: what
+attention and what the MLP writes. Norms, and the biases of what is written, are whole on every device.
+"""
+
+CACHE_SPLIT = {"keys": (2, 3), "values": (2, 4)}
+"""The same for P prompts' clean runs: key/value heads, else the dimensions of each. The stream is whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Which devices hold what.
+
+    Attributes:
+      data: devices, of all processes, that each take other prompts; 0 for as many as there are.
+      model: devices that share one copy of the model.
+    """
+
+    data: int = 0
+    model: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("data", 0), ("model", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"config.mesh.{name}: is {getattr(self, name)}; give {least} or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """One of the parts of a run that work by themselves.
+
+    Attributes:
+      number: which, from 0.
+      count: how many there are.
+      leads: whether this process speaks and writes for it; one of a worker's processes does.
+    """
+
+    number: int
+    count: int
+    leads: bool
+
+    def share(self, things: list[Any]) -> list[Any]:
+        """Those that are this worker's: every `count`-th, as neighbours are alike in cost."""
+        return things[self.number :: self.count]
+
+
+def make(config: MeshConfig) -> Mesh:
+    """The mesh of this process' worker.
+
+    Raises:
+      UserError: if the devices cannot be divided so.
+    """
+    every, mine = jax.device_count(), jax.local_device_count()
+    hosts = jax.process_count()
+    data, model = config.data or every // config.model, config.model
+    if model > every or data * model > every or (hosts > 1 and data * model != every):
+        raise UserError(
+            f"config.mesh: data {config.data} and model {model} do not go with {every} devices; give two numbers whose"
+            f" product is {every}, or leave data at 0 and have model divide it"
+        )
+    if (mine % model and model % mine) or (every % model and hosts > 1):
+        raise UserError(
+            f"config.mesh.model: is {model}, each process has {mine} devices; give a number that divides"
+            f" {mine}, or a multiple of it that divides {every}"
+        )
+    if hosts == 1:
+        devices = jax.local_devices()[: data * model]
+    else:
+        together = max(1, model // mine)  # processes of a worker
+        first = jax.process_index() // together * together
+        devices = [d for d in jax.devices() if first <= d.process_index < first + together]
+        devices.sort(key=lambda d: (d.process_index, d.id))
+    return Mesh(np.array(devices).reshape(-1, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def worker(mesh: Mesh) -> Worker:
+    """Which worker a mesh belongs to."""
+    hosts = sorted({device.process_index for device in mesh.devices.flat})
+    here = jax.process_index() == hosts[0]
+    return Worker(hosts[0] // len(hosts), max(1, jax.process_count() // len(hosts)), here)
+
+
+def of(params: Params) -> Mesh:
+    """The mesh that parameters lie on; of those that were not laid on one, a mesh of their one device."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        return typing.cast(Mesh, sharding.mesh)
+    (device,) = sharding.device_set
+    return Mesh(np.array([[device]]), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def parameter(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the parameter of a path such as "layers/attn/out/kernel" lies."""
+    return NamedSharding(mesh, _spec(name, shape, mesh.shape[MODEL]))
+
+
+def _spec(name: str, shape: tuple[int, ...], model: int) -> Spec:
+    return split(shape, next((axes for pattern, axes in SPLIT.items() if re.fullmatch(pattern, name)), ()), model)
+
+
+def split(shape: tuple[int, ...], axes: tuple[int, ...], model: int, first: str | None = None) -> Spec:
+    """`shape` split over `model` along the first of `axes` that it divides, and over `first` along its first axis."""
+    names: list[str | None] = [first, *[None] * (len(shape) - 1)]
+    axis = next((axis for axis in axes if shape[axis] % model == 0), None)
+    if axis is not None:
+        names[axis] = MODEL
+    return Spec(*names)
+
+
+def bytes_a_device(config: ModelConfig, model: int) -> int:
+    """Of a model's parameters, on each of the `model` devices that share it."""
+    parts = 0
+    for name, like in flat(layout(config).weights).items():
+        shared = MODEL in _spec(name, like.shape, model)
+        parts += math.prod(like.shape) * like.dtype.itemsize // (model if shared else 1)
+    return parts
+
+
+def over_data(mesh: Mesh) -> NamedSharding:
+    """Where what belongs to P prompts lies: along the data axis, whole along the model axis."""
+    return NamedSharding(mesh, Spec(DATA))
+
+
+def put(mesh: Mesh, array: Any, spec: Spec) -> jax.Array:
+    """An array of this host on a mesh; of several processes, each gives its devices their part."""
+    sharding = NamedSharding(mesh, spec)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda place: array[place])
+
+
+def lay_one(mesh: Mesh, name: str, array: Any) -> jax.Array:
+    """A parameter where it belongs."""
+    return put(mesh, array, parameter(mesh, name, array.shape).spec)
+
+
+def lay(mesh: Mesh, params: Params) -> Params:
+    """A model where it belongs."""
+    laid = {name: lay_one(mesh, name, array) for name, array in flat(params.weights).items()}
+    return params.replace(weights=traverse_util.unflatten_dict(laid, sep="/"))
+
+
+def stack(mesh: Mesh, name: str, like: jax.ShapeDtypeStruct, layers: Iterable[np.ndarray]) -> jax.Array:
+    """A parameter of all layers where it belongs, from one layer after another: no host holds all of it."""
+    sharding = parameter(mesh, name, like.shape)
+    whole = jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=sharding)()
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def write(whole: jax.Array, layer: jax.Array, place: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, layer, place, 0)
+
+    for place, layer in enumerate(layers):
+        whole = write(whole, put(mesh, layer, Spec(*sharding.spec[1:])), np.int32(place))
+    return whole
+
+
+def spread(mesh: Mesh, run: Callable[..., Any], whole: tuple[int, ...], out: Any = None) -> jax.stages.Wrapped:
+    """A jitted function of P prompts, on a mesh: each device of the data axis runs it on its own prompts.
+
+    Nothing passes between them. Along the model axis, products are split as their operands are.
+
+    Args:
+      mesh: the mesh.
+      run: a function of arrays whose first axis is P, and of others.
+      whole: places of the arguments that are others.
+      out: shardings of the results; without, they are whole along the model axis.
+    """
+
+    @functools.partial(jax.jit, out_shardings=out or over_data(mesh))
+    def everywhere(*arguments: Any) -> Any:
+        specs = tuple(Spec() if place in whole else Spec(DATA) for place in range(len(arguments)))
+        # Of replicated and split values the compiler is told by the specs: checking them wants casts inside.
+        each = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Spec(DATA), axis_names={DATA}, check_vma=False)
+        return each(*arguments)
+
+    return everywhere
+
+
+def clean_runs(mesh: Mesh, like: Clean) -> Clean:
+    """Where P clean runs lie; `like` has their shapes."""
+
+    def lie(name: str) -> Any:
+        return NamedSharding(mesh, split(getattr(like, name).shape, CACHE_SPLIT.get(name, ()), mesh.shape[MODEL], DATA))
+
+    return Clean(**{field.name: lie(field.name) for field in dataclasses.fields(Clean)})

@@ -1,0 +1,55 @@
+"""What takes a write's place in a batch of ablations: other prompts' values, on the devices that want them."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from hydra_jax import mesh as meshes
+from hydra_jax.memory import free_bytes
+from hydra_jax.plan import Plan
+
+RESIDENT_SHARE = 0.1
+"""Of a device's free memory that all values may take, to be kept there."""
+
+
+class Sources:
+    """Replacements' values, by prompt and component.
+
+    Where all of the bank fits on the devices beside the rest, it is put there once, in the model's dtype and
+    split over the model axis, and a batch is gathered there; else each batch is read from the bank and sent,
+    while the one before is computed.
+
+    Args:
+      plan: the sweep.
+      resident: whether they stay on the devices; None to decide it here. A CPU's memory is the bank's own.
+    """
+
+    def __init__(self, plan: Plan, resident: bool | None = None):
+        self._plan, self._mesh = plan, meshes.of(plan.model.params)
+        self._values: jax.Array | None = None
+        if plan.ablation.kind != "resample":
+            return
+        self._where = plan.bank.where(plan.bank_ids)
+        shape = len(plan.bank_ids), len(plan.components), plan.values_size
+        device = self._mesh.local_devices[0]
+        item = np.dtype(plan.model.config.dtype).itemsize
+        if resident is None:
+            fits = np.prod(shape) * item / self._mesh.shape[meshes.MODEL] < RESIDENT_SHARE * free_bytes(device)
+            resident = device.platform != "cpu" and bool(fits)
+        if resident:
+            split = meshes.split(shape, (2,), self._mesh.shape[meshes.MODEL])
+            self._values = meshes.put(self._mesh, plan.bank.take(*self._where), split)
+            self._gather = meshes.spread(self._mesh, lambda values, of, places: values[places, of], (0, 1))
+
+    def __call__(self, prompts: np.ndarray, of: int) -> jax.Array:
+        """[N, R, E], values of the `of`-th ablated component for N of the plan's prompts; zeros where none are read."""
+        plan = self._plan
+        shape = len(prompts), plan.ablation.draws, plan.values_size
+        if plan.ablation.kind != "resample":
+            return meshes.put(self._mesh, np.zeros(shape, np.float32), meshes.Spec(meshes.DATA))
+        places = plan.sources[prompts]
+        if self._values is not None:
+            return self._gather(self._values, np.int32(of), meshes.put(self._mesh, places, meshes.Spec(meshes.DATA)))
+        parts, rows = (each[places.reshape(-1)] for each in self._where)
+        return meshes.put(self._mesh, plan.bank.take(parts, rows, of).reshape(shape), meshes.Spec(meshes.DATA))
