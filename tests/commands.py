@@ -1,6 +1,7 @@
 """The project's commands, run as processes."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ def finish(process):
     """Wait for a process; what it said is in its attributes `out` and `err`."""
     process.out, process.err = process.communicate(timeout=300)
     return process
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def kept(directory):

@@ -1,13 +1,110 @@
-"""Meshes of eight CPU devices, in a process of its own: pytest's has four."""
+"""Sweeps over meshes: of the four devices here, and as commands on eight or by two processes."""
 
+import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from tests import builders, commands
-from tests.commands import finish
+from hydra_jax import kernels, mesh, store
+from hydra_jax.edits import WriteStatistics
+from hydra_jax.errors import UserError
+from hydra_jax.mesh import DATA, MODEL, MeshConfig
+from hydra_jax.models.transformer import flat
+from tests import builders, commands, toys
+from tests.commands import finish, free_port
 
-MESHES = {"one device": (1, 1, 1), "data 8": (8, 8, 1), "data 4, model 2": (8, 4, 2), "model 8": (8, 1, 8)}
 PROMPTS = 22
+COLLECTIVES = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(.*")
+SHAPES = {"data 4": (0, 1), "data 2, model 2": (2, 2), "model 4": (1, 4)}
+
+
+def laid(block, data, model):
+    made = mesh.make(MeshConfig(data, model))
+    return mesh.lay(made, toys.block(block))
+
+
+def batch(params, prompts=8, length=6, draws=3):
+    """Arguments of the kernels, on whatever mesh the parameters lie on."""
+    c, on = params.config, mesh.of(params)
+    over = lambda array: mesh.put(on, array, mesh.Spec(DATA))  # noqa: E731
+    tokens = np.stack([np.asarray(toys.tokens(length, seed)) for seed in range(prompts)])
+    clean = kernels.prefill_batch(params, *map(over, (tokens, np.full(prompts, length), np.full(prompts, -1))))
+    sources = np.random.default_rng(0).normal(size=(prompts, draws, c.width)).astype(np.float32)
+    nothing = WriteStatistics(jnp.zeros(c.width), jnp.zeros(c.width))
+    where = jnp.int32(1), jnp.int32(0), None
+    keys = mesh.put(on, jax.random.split(jax.random.key(0), prompts), mesh.Spec(DATA))
+    return clean, where, over(sources), nothing, keys
+
+
+def ablated(params):
+    found = kernels.ablate_batch(params, *batch(params), kind="resample", edges=True)
+    return jax.device_get(kernels.summarise(params, *found))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", toys.BLOCKS)
+def test_every_family_is_ablated_alike_on_every_mesh(block, shape):
+    expected = ablated(toys.block(block))
+    found = ablated(laid(block, *SHAPES[shape]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+    assert np.abs(expected.compensation).max() > 1e-2
+
+
+def test_parameters_of_a_device_fall_as_the_model_is_shared():
+    params = toys.params(width=64, heads=8, kv_heads=8, head_dim=8, mlp_width=128, vocab_size=64)
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    norms = sum(leaf.nbytes for name, leaf in flat(params.weights).items() if "norm" in name)
+    for model in (1, 2, 4):
+        shared = mesh.lay(mesh.make(MeshConfig(0, model)), params)
+        held = [sum(leaf.addressable_shards[d].data.nbytes for leaf in jax.tree.leaves(shared)) for d in range(4)]
+        assert held == [(whole - norms) // model + norms] * 4
+        assert held[0] == mesh.bytes_a_device(params.config, model)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_passes_between_devices_that_take_other_prompts(shape):
+    """In the compiled programs: on the model axis two sums a layer, on the data axis nothing."""
+    params = laid("mistral", *SHAPES[shape])
+    clean, where, *others = batch(params)
+    on = mesh.of(params)
+    programs = [
+        kernels.prefilling(params).lower(
+            params, *(mesh.put(on, np.ones(s, np.int32), mesh.Spec(DATA)) for s in ((8, 6), (8,), (8,)))
+        ),
+        kernels.ablating(params, "resample", edges=False).lower(params, clean, where, *others),
+    ]
+    for program in programs:
+        found = [line.group() for line in COLLECTIVES.finditer(program.compile().as_text())]
+        assert bool(found) == (on.shape[MODEL] > 1)
+        for line in found:
+            assert groups(line) <= {frozenset(row) for row in np.arange(4).reshape(-1, on.shape[MODEL]).tolist()}
+    # Attention's and the MLP's writes, in the loop, and the MLP's in the edited layer.
+    assert len(found) == (3 if on.shape[MODEL] == 2 else len(found))
+
+
+def groups(line):
+    """Which devices a collective joins: listed, or as [groups, of]<=[devices]."""
+    if listed := re.search(r"replica_groups=\{(.*?)\}(?:,|$)", line):
+        return {frozenset(map(int, group.split(","))) for group in re.findall(r"\{?([\d,]+)\}?", listed[1])}
+    count, size = map(int, re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[\d+\]", line).groups())
+    return {frozenset(row) for row in np.arange(count * size).reshape(count, size).tolist()}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (dict(data=3, model=2), "data 3 and model 2 do not go with 4 devices"),
+        (dict(model=8), "do not go with 4 devices"),
+        (dict(model=3), "each process has 4 devices"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(config, words):
+    with pytest.raises(UserError, match=words):
+        mesh.make(MeshConfig(**config))
+    with pytest.raises(UserError, match="give 1 or more"):
+        MeshConfig(model=0)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +116,7 @@ def inputs(tmp_path_factory):
     return directory
 
 
-def start(inputs, workdir, *arguments, devices=8, **variables):
+def start(inputs, workdir, *arguments, devices=8):
     """A sweep of the tiny model; every compiled program is kept for the next."""
     settings = [
         f"--config.model={inputs}/tiny.gguf",
@@ -30,10 +127,49 @@ def start(inputs, workdir, *arguments, devices=8, **variables):
         f"--workdir={workdir}",
     ]
     kept = commands.kept(inputs / "compiled")
-    return commands.start("launch.sweep", *settings, *arguments, devices=devices, **kept, **variables)
+    return commands.start("launch.sweep", *settings, *arguments, devices=devices, **kept)
 
 
-def sweep(*arguments, **options):
-    done = finish(start(*arguments, **options))
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory):
+    """The sweep by one device."""
+    workdir = tmp_path_factory.mktemp("alone")
+    done = finish(start(inputs, workdir, devices=1))
     assert done.returncode == 0, done.err
-    return done
+    return store.open_effects(workdir).load()
+
+
+def assert_same(workdir, expected):
+    found = store.open_effects(workdir)
+    assert found.attrs["protocol"] == expected.attrs["protocol"]
+    assert found["finished"].values.all()
+    for name in (*found.coords, "source"):
+        np.testing.assert_array_equal(found[name], expected[name])
+    for name in store.DIMS:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("mesh.data=8", "rows=3"),
+        ("mesh.data=4", "mesh.model=2", "rows=6"),
+        ("mesh.model=8", "rows=15"),
+    ],
+)
+def test_eight_devices_make_the_store_of_one(inputs, alone, tmp_path, settings):
+    done = finish(start(inputs, tmp_path, *(f"--config.{setting}" for setting in settings)))
+    assert done.returncode == 0, done.err
+    assert_same(tmp_path, alone)
+
+
+@pytest.mark.parametrize("model", [1, 8])
+def test_two_processes_of_four_devices_make_it_too(inputs, alone, tmp_path, model):
+    """Each by itself on its own chunks; or both together, where one cannot hold the model."""
+    where = f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", f"--config.mesh.model={model}"
+    both = [start(inputs, tmp_path, *where, f"--process={number}", devices=4) for number in range(2)]
+    for process in map(finish, both):
+        assert process.returncode == 0, process.err
+    assert "the page to open" in both[0].out
+    assert not [line for line in both[1].out.splitlines() if not line.startswith("[Gloo]")]
+    assert_same(tmp_path, alone)

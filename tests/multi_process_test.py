@@ -1,7 +1,6 @@
 """Runs of several processes, all on this machine."""
 
 import json
-import socket
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from hydra_jax.training import checkpoint, workdir
 from hydra_jax.training.loop import train
 from hydra_jax.training.step import initial
 from tests import commands, training_toys
-from tests.commands import finish
+from tests.commands import finish, free_port
 
 CONFIG = training_toys.config(dropout=dict(attn=0.1))
 SETTINGS = {
@@ -31,12 +30,6 @@ SETTINGS = {
 def start(*arguments, **variables):
     settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
     return commands.start("launch.train", *settings, *arguments, devices=2, **variables)
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def test_two_processes_train_the_model_of_one(tmp_path):
@@ -63,7 +56,7 @@ def test_two_processes_train_the_model_of_one(tmp_path):
 
 
 def test_a_command_for_one_process_is_not_run_by_several(tmp_path):
-    done = finish(commands.start("launch.sweep", f"--workdir={tmp_path}/run", SLURM_STEP_NUM_TASKS="2"))
+    done = finish(commands.start("launch.report", f"--workdir={tmp_path}/run", SLURM_STEP_NUM_TASKS="2"))
     assert done.returncode == 1
     assert done.err.startswith("error: this command runs as one process, 2 were started")
 
@@ -75,6 +68,9 @@ def test_a_command_for_one_process_is_not_run_by_several(tmp_path):
         (["--coordinator=127.0.0.1:1", "--processes=2", "--process=2"], {}, "--process: is 2, of --processes=2"),
         ([], {"SLURM_STEP_NUM_TASKS": "2"}, "the 2 processes did not find each other"),
         ([], {"OMPI_COMM_WORLD_SIZE": "two"}, "OMPI_COMM_WORLD_SIZE: is 'two'"),
+        ([], {"JOB_COMPLETION_INDEX": "0"}, "JOB_COMPLETION_INDEX: is set"),
+        ([], {"TPU_WORKER_HOSTNAMES": "a,b"}, "the 2 processes did not find each other"),
+        (["--coordinator=auto"], {}, "--coordinator: the processes did not find each other"),
     ],
 )
 def test_a_misconfigured_cluster_is_no_run_by_itself(tmp_path, arguments, variables, named):
