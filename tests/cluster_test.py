@@ -36,7 +36,7 @@ tasks = [
     for k in range(count)
 ]
 open(os.environ["FAKES"] + "/tasks", "w").write(" ".join(str(task.pid) for task in tasks))
-while any(task.poll() is None for task in tasks):
+while None in [task.poll() for task in tasks]:
     if any(task.returncode for task in tasks):
         for task in tasks:
             if task.poll() is None:
@@ -66,7 +66,7 @@ sys.exit(max(subprocess.run(command, env=os.environ | {"SLURM_PROCID": str(k)}).
 """
 # In place of the project's command: notes how it was called, and ends as ENDINGS has it for this process.
 PYTHON = """
-import json, os, signal, sys, time
+import glob, json, os, signal, sys, time
 if "pip" in sys.argv:
     sys.exit()
 number = int(os.environ["SLURM_PROCID"])
@@ -75,6 +75,8 @@ seen = {k: v for k, v in os.environ.items() if k.startswith(("SLURM_", "JAX_"))}
 part = f"{os.environ['FAKES']}/called-{number}.part"
 open(part, "w").write(json.dumps(dict(arguments=sys.argv[1:], variables=seen)))
 os.rename(part, part.removesuffix(".part"))
+while len(glob.glob(os.environ["FAKES"] + "/called-?")) < int(os.environ["TASKS"]):
+    time.sleep(0.02)
 ending = os.environ["ENDINGS"].split()[number]
 time.sleep(60 if ending == "waits" else 0)
 sys.exit(int(ending))
@@ -106,7 +108,7 @@ def start(repository, path, *arguments, **variables):
     return subprocess.Popen(
         ["bash", str(path), *arguments],
         cwd=repository,
-        env=kept | {"PATH": f"{fakes}:{os.environ['PATH']}", "FAKES": str(fakes), "TASKS": "2"} | variables,
+        env=kept | {"PATH": f"{fakes}:{os.environ['PATH']}", "FAKES": str(fakes), "TASKS": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -114,7 +116,8 @@ def start(repository, path, *arguments, **variables):
 
 
 def slurm(repository, endings, *arguments, **variables):
-    return start(repository, SLURM, *arguments or ["--workdir=run"], SLURM_JOB_ID=JOB, ENDINGS=endings, **variables)
+    variables = dict(SLURM_JOB_ID=JOB, TASKS="2", ENDINGS=endings) | variables
+    return start(repository, SLURM, *arguments or ["--workdir=run"], **variables)
 
 
 def finish(process):
@@ -268,15 +271,15 @@ def test_slurm_finds_out_that_nodes_do_not_share_the_directory(repository):
     srun = repository.parent / "fakes" / "srun"
     srun.write_text(srun.read_text().replace("count =", "os.rename('run', 'away'); count ="))
     done = finish(slurm(repository, "0 0"))
-    assert done.returncode == 1
+    assert done.returncode == 255
     assert "does not see run of the first node" in done.err
     assert requeued(repository) is None
 
 
 def test_two_slurm_tasks_train_one_model(repository):
     script(repository / ".venv/bin/python", "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
-    settings = [f"--config.{name}={value}" for name, value in (SETTINGS | {"steps": 4}).items()]
-    variables = dict(COMMAND="launch.train", JAX_COORDINATOR_PORT=str(free_port()), JAX_PLATFORMS="cpu")
+    settings = [f"--config.{name}={value}" for name, value in (SETTINGS | {"steps": 1}).items()]
+    variables = dict(COMMAND="launch.train", JAX_COORDINATOR_PORT=str(free_port()), JAX_PLATFORMS="cpu", XLA_FLAGS="")
     done = finish(slurm(repository, "", *settings, "--workdir=run", **variables))
     assert done.returncode == 0, done.err
     assert done.out.count("trained:") == 1

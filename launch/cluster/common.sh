@@ -17,13 +17,13 @@ workdir_of() {
   done
 }
 
-# await PID: its status. A trapped signal ends bash's `wait`, not the process: traps set `interrupted` to wait again.
+# await PID: its status. A trapped signal ends bash's `wait`, not the process.
 await() {
-  local status
-  while :; do
-    interrupted=
+  local status=0
+  wait "$1" || status=$?
+  while kill -0 "$1" 2>/dev/null; do
     status=0
     wait "$1" || status=$?
-    if [ -z "$interrupted" ]; then return "$status"; fi
   done
+  return "$status"
 }

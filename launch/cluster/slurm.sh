@@ -16,9 +16,9 @@
 # Those after it are launch.sweep's; with COMMAND=launch.train before sbatch, launch.train's.
 #
 # Assumed: sbatch is called from the repository's root. That, --workdir and the model's cache (HYDRA_JAX_CACHE, by
-# default in the home directory) are on file systems that all nodes share. .venv is made (by launch/environment.sh,
-# as launch/demo.sh has it), with JAX for the GPUs installed in it. Where nodes have no internet, the model is fetched
-# before: python -m launch.fetch --model=MODEL.
+# default in the home directory) are on file systems that all nodes share. .venv is made, with JAX for the GPUs in it:
+# bash -c 'source launch/environment.sh && environment' && .venv/bin/pip install 'jax[cuda12]'. Where nodes have no
+# internet, the model is fetched before: .venv/bin/python -m launch.fetch --model=MODEL.
 #
 # Three minutes before the time limit, and when a job of higher priority takes the nodes, the processes get SIGTERM and
 # the job is put back into the queue; it goes on from the finished chunks. A sweep that fails is not started again, nor
@@ -40,16 +40,15 @@ process() {
   shift
   if [ ! -d "$mark" ]; then
     echo "error: --workdir: $(hostname) does not see ${mark%/*} of the first node; give a directory that all share" >&2
-    return 1
+    return 255
   fi
   if [ -z "${JAX_LOCAL_DEVICE_IDS:-}" ] && [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then
     # Of several processes under SLURM, JAX gives each one GPU, unless it is told which.
     JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
     export JAX_LOCAL_DEVICE_IDS
   fi
-  "$@" &
-  trap interrupted=1 TERM # SLURM sends it to the command too; its status is awaited
-  await $! || status=$?
+  trap : TERM # SLURM sends it to the command too, whose status is waited for
+  "$@" || status=$?
   # The first that ends badly says why. The others are ended along with it, and SLURM may do that by SIGTERM: their 143
   # would look like a preemption.
   if [ "$status" -ne 0 ]; then (set -o noclobber && echo "$status" >"$mark/status") 2>/dev/null || true; fi
@@ -62,10 +61,7 @@ mkdir -p "$mark"
 trap 'rm -rf "$mark"; rmdir "$workdir" 2>/dev/null || true' EXIT
 
 # srun would answer SIGTERM by killing the processes; scancel hands it on to them.
-hand_on() {
-  interrupted=1
-  scancel --signal=TERM "$SLURM_JOB_ID" || true
-}
+hand_on() { scancel --signal=TERM "$SLURM_JOB_ID" || true; }
 cancelled=
 trap hand_on USR1
 trap 'cancelled=1; hand_on' TERM
@@ -74,9 +70,10 @@ echo "== job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) on ${SLURM_
 status=0
 # --wait=0: process 0 may write tables and figures long after the others are done.
 srun --kill-on-bad-exit=1 --wait=0 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
-  bash -c "$(declare -f await process); process \"\$@\"" process "$mark" python -m "${COMMAND:-launch.sweep}" "$@" &
+  bash -c "$(declare -f process); process \"\$@\"" process "$mark" python -m "${COMMAND:-launch.sweep}" "$@" &
 await $! || status=$?
-if [ -f "$mark/status" ]; then status=$(<"$mark/status"); fi
+# Above 143, which is SIGTERM's, it is no process's own: out of memory, or the directory is not shared.
+if [ "$status" -le 143 ] && [ -f "$mark/status" ]; then status=$(<"$mark/status"); fi
 
 if [ "$status" -eq 143 ] && [ -z "$cancelled" ]; then
   echo "== stopped; back into the queue"

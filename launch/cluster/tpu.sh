@@ -69,11 +69,7 @@ stop() {
   if [ -f /tmp/hydra_jax.pid ]; then kill -TERM "$(cat /tmp/hydra_jax.pid)"; fi
 }
 
-stop_all() {
-  interrupted=1
-  function_on all stop || true
-}
-trap stop_all INT TERM
+trap 'function_on all stop || true' INT TERM
 
 start=$(date +%s)-$$
 function_on 0 claim "$workdir" "$start" || fail "worker 0 of $TPU cannot be reached, or cannot write to $workdir"
