@@ -75,7 +75,8 @@ seen = {k: v for k, v in os.environ.items() if k.startswith(("SLURM_", "JAX_"))}
 part = f"{os.environ['FAKES']}/called-{number}.part"
 open(part, "w").write(json.dumps(dict(arguments=sys.argv[1:], variables=seen)))
 os.rename(part, part.removesuffix(".part"))
-while len(glob.glob(os.environ["FAKES"] + "/called-?")) < int(os.environ["TASKS"]):
+deadline = time.monotonic() + 60
+while len(glob.glob(os.environ["FAKES"] + "/called-?")) < int(os.environ["TASKS"]) and time.monotonic() < deadline:
     time.sleep(0.02)
 ending = os.environ["ENDINGS"].split()[number]
 time.sleep(60 if ending == "waits" else 0)
@@ -135,9 +136,10 @@ def called(repository, number):
 
 
 def wait_until_called(repository, count):
-    for number in range(count):
-        while not (repository.parent / "fakes" / f"called-{number}").exists():
-            time.sleep(0.05)
+    deadline = time.monotonic() + 60
+    while not all((repository.parent / "fakes" / f"called-{number}").exists() for number in range(count)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -29,7 +29,7 @@ set -euo pipefail
 [ -f launch/cluster/common.sh ] || { echo "error: $PWD is not the repository's root; call sbatch there" >&2 && exit 1; }
 # shellcheck source=launch/cluster/common.sh
 source launch/cluster/common.sh
-[ -x .venv/bin/python ] || fail "there is no .venv; make it first, with launch/environment.sh, and install JAX for the GPUs"
+[ -x .venv/bin/python ] || fail "there is no .venv; make it first, as this script's top says"
 workdir=$(workdir_of "$@")
 [ -n "$workdir" ] || fail "--workdir: is missing; give a directory that all nodes share"
 PATH="$PWD/.venv/bin:$PATH"

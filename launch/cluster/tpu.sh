@@ -29,7 +29,8 @@ workdir=$(workdir_of "$@")
 on() {
   local workers=$1
   shift
-  gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker="$workers" --batch-size=all --command="$(printf '%q ' "$@")"
+  gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker="$workers" --batch-size=all \
+    --command="$(printf '%q ' "$@")"
 }
 
 # function_on WORKERS NAME ARGUMENT...: runs a function of this script on them.
@@ -73,6 +74,6 @@ trap 'function_on all stop || true' INT TERM
 
 start=$(date +%s)-$$
 function_on 0 claim "$workdir" "$start" || fail "worker 0 of $TPU cannot be reached, or cannot write to $workdir"
-function_on all process "$workdir" "$start" "${DIRECTORY:-hydra_jax}" "${PYTHON:-python3}" "${COMMAND:-launch.sweep}" "$@" \
-  </dev/null &
+function_on all process "$workdir" "$start" "${DIRECTORY:-hydra_jax}" "${PYTHON:-python3}" \
+  "${COMMAND:-launch.sweep}" "$@" </dev/null &
 await $!
