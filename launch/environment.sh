@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv and puts it first on PATH.
 
 say() { printf '\n== %s\n' "$*"; }
