@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ def only(monkeypatch, name):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_a_peer_of_the_same_weights_has_the_same_total_effects(monkeypatch, name, package, tied):
     pytest.importorskip("torch", reason="tests/parity/requirements.txt is not installed")
-    found = pytest.importorskip(package, reason=f"{package} is not installed")
-    if name == HOOKED and int(found.__version__.split(".")[0]) > 3:
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    if name == HOOKED and int(metadata.version(package).partition(".")[0]) > 3:
         pytest.skip("transformer_lens has no HookedTransformer since version 4")
     only(monkeypatch, name)
     params = toys.params(tied=tied, rope_base=500.0, norm_eps=1e-3)
