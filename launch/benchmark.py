@@ -7,6 +7,9 @@ python -m launch.benchmark --config=configs/benchmark.py:random-1b --config.dtyp
 python -m launch.benchmark --peers
 python -m launch.benchmark --training=tiny
 python -m launch.benchmark --loading
+
+--peers wants a machine that does nothing else: by default PyTorch's threads spin while they wait for one another, which
+made peers ten times slower on two busy cores. With OMP_WAIT_POLICY=PASSIVE in the environment they sleep instead.
 """
 
 import dataclasses
