@@ -17,6 +17,7 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
         dtype="float32",
         precision="highest",
         lengths=(12, 64, 256),  # tokens of a prompt
+        peer_lengths=(12, 64),  # the same of --peers, which take long
         rows=0,  # edits at once; 0: the sweep's default for the device
         draws=15,  # replacements a prompt
         step=1,  # measure every step-th component

@@ -10,6 +10,7 @@ from hydra_jax.edits import SITES
 from hydra_jax.models.load import load
 from hydra_jax.models.tokenizer import encode
 from hydra_jax.models.transformer import forward
+from hydra_jax.peers import llama
 
 torch = pytest.importorskip("torch", reason="tests/parity/requirements.txt is not installed")
 transformers = pytest.importorskip("transformers", reason="tests/parity/requirements.txt is not installed")
@@ -21,56 +22,9 @@ PROMPTS = (
 )
 
 
-def to_hugging_face(model):
-    """A LlamaForCausalLM with the weights of one of our models."""
-    c, weights = model.config, model.params.weights
-    rope = {"rope_type": "default", "rope_theta": c.rope_base}
-    hf = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.width,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads,
-            head_dim=c.head_dim,
-            intermediate_size=c.mlp_width,
-            max_position_embeddings=c.context,
-            rope_parameters=rope,
-            rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=c.tied,
-            attn_implementation="eager",
-        )
-    ).eval()
-
-    def copy(parameter, array):
-        with torch.no_grad():
-            assert parameter.shape == array.shape
-            parameter.copy_(torch.from_numpy(np.array(array)))
-
-    copy(hf.model.embed_tokens.weight, weights["embedding"])
-    copy(hf.model.norm.weight, weights["final_norm"]["scale"])
-    if not c.tied:
-        copy(hf.lm_head.weight, weights["unembedding"].T)
-    stack = weights["layers"]
-    for number, layer in enumerate(hf.model.layers):
-        copy(layer.input_layernorm.weight, stack["attn_norm"]["scale"][number])
-        copy(layer.post_attention_layernorm.weight, stack["mlp_norm"]["scale"][number])
-        attn, mlp = layer.self_attn, layer.mlp
-        for ours, theirs in (
-            ("query", attn.q_proj),
-            ("key", attn.k_proj),
-            ("value", attn.v_proj),
-            ("out", attn.o_proj),
-        ):
-            copy(theirs.weight, stack["attn"][ours]["kernel"][number].T)
-        for ours, theirs in (("gate", mlp.gate_proj), ("up", mlp.up_proj), ("down", mlp.down_proj)):
-            copy(theirs.weight, stack["mlp"][ours]["kernel"][number].T)
-    return hf
-
-
 @pytest.fixture(scope="session")
 def hugging_face(smollm2):
-    return to_hugging_face(smollm2)
+    return llama(smollm2.params)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -1,0 +1,397 @@
+"""How fast interventions are elsewhere: in TransformerLens, and by PyTorch forward hooks on `transformers`' Llama.
+
+A peer does what its users do. For each prompt and component, a batch of copies of the prompt runs whole, with a hook
+that replaces what the component writes at the last token. The model, prompts and replacements are ours, and what is
+measured must be the same: a peer whose total effects differ is an error.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from hydra_jax.ablations import ablate_batch
+from hydra_jax.edits import ATTN, SITES, Component, WriteStatistics, all_components
+from hydra_jax.errors import UserError, reason
+from hydra_jax.models import families
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.transformer import Params
+from hydra_jax.plan import prefill_batch
+from hydra_jax.prefill import MOST_LIKELY
+
+ROUNDS = 3
+"""How often each component is timed; the fastest counts, which others who use the machine disturb least."""
+
+PAIRS = 3
+"""How many pairs of component and prompt a peer is timed on in a round: what it takes depends on neither."""
+
+TOLERANCE = 1e-3
+"""In logits: how far a peer's total effects may be from ours."""
+
+Run = Callable[[np.ndarray, Component, np.ndarray], np.ndarray]
+"""Tokens [R, T], a component, and what it writes instead at the last token [R, D] -> logits [R, V] of that token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """Another implementation, with the weights of one of our models.
+
+    Attributes:
+      name: as PEERS has it.
+      versions: of its packages.
+      run: whole forward passes with an edit.
+    """
+
+    name: str
+    versions: str
+    run: Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """One peer at one prompt length; rates are per second.
+
+    Attributes:
+      length: tokens of a prompt.
+      draws: replacements of a prompt, which a peer runs as one batch.
+      peer: its name.
+      versions: of its packages.
+      peer_interventions: by the fastest of all pairs; clean runs are not counted.
+      interventions: ours, over all components, each by its fastest round; the prompts' clean runs are counted.
+      ratio: of ours to the peer's.
+      difference: of total effects at most, in logits.
+      total_effect: the largest of the same, for scale.
+    """
+
+    length: int
+    draws: int
+    peer: str
+    versions: str
+    peer_interventions: float
+    interventions: float
+    ratio: float
+    difference: float
+    total_effect: float
+
+
+def llama(params: Params, attention: str = "sdpa") -> Any:
+    """The same model as `transformers` has it, a LlamaForCausalLM in float32 on the CPU.
+
+    Args:
+      params: of a model that `check_comparable` takes.
+      attention: its implementation.
+    """
+    import torch
+    import transformers
+
+    c = params.config
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.width,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            intermediate_size=c.mlp_width,
+            max_position_embeddings=c.context,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=c.tied,
+            attn_implementation=attention,
+        )
+    ).eval()
+    named = {}
+    for path, stacked in traverse_util.flatten_dict(params.weights, sep="/").items():
+        name = f"{families.LLAMA[path.rpartition('/')[0] or path][0]}.weight"
+        flipped = path.endswith("/kernel") or path == "unembedding"
+        for layer, weight in enumerate(stacked if path.startswith("layers/") else [stacked]):
+            named[name.format(layer)] = torch.from_numpy(np.array(weight.T if flipped else weight))
+    if c.tied:
+        named["lm_head.weight"] = named["model.embed_tokens.weight"]
+    model.load_state_dict(named)
+    return model
+
+
+def check_comparable(config: ModelConfig) -> None:
+    """Refuse what peers cannot be given as it is.
+
+    Raises:
+      UserError: if the model is not a float32 Llama without rotary scaling, or JAX does not run on the CPU.
+    """
+    c = config
+    plain = ModelConfig(
+        c.vocab_size,
+        c.width,
+        c.layers,
+        c.heads,
+        c.kv_heads,
+        c.head_dim,
+        c.mlp_width,
+        c.context,
+        rope_base=c.rope_base,
+        norm_eps=c.norm_eps,
+        tied=c.tied,
+        precision=c.precision,
+    )
+    other = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) != getattr(plain, f.name)]
+    if other:
+        raise UserError(
+            f"--peers: takes a Llama without rotary scaling, in float32; this model has another {', '.join(other)};"
+            " give another config.model or config.dtype"
+        )
+    if jax.default_backend() != "cpu":
+        raise UserError(f"--peers: compares on the CPU, JAX runs on the {jax.default_backend()}; set JAX_PLATFORMS=cpu")
+
+
+def installed(params: Params, context: int) -> tuple[list[Peer], list[str]]:
+    """The peers that are here, with the model's weights, and a line on each that is not.
+
+    Args:
+      params: of a model that `check_comparable` takes.
+      context: the longest prompt that they will be given, in tokens.
+
+    Raises:
+      UserError: if none is.
+    """
+    peers, missing = [], []
+    for name, (make, packages) in PEERS.items():
+        try:
+            peers.append(Peer(name, *make(params, context)))
+        except ImportError as error:
+            missing.append(f"{name}: is left out ({reason(error)}); pip install {packages}")
+    if not peers:
+        raise UserError(f"--peers: none is installed; pip install {_HOOKED_PACKAGES} torch transformers")
+    return peers, missing
+
+
+def _forward_hooks(params: Params, context: int) -> tuple[str, Run]:
+    del context
+    import torch
+
+    model = llama(params)
+
+    def run(tokens: np.ndarray, component: Component, values: np.ndarray) -> np.ndarray:
+        layer, new = model.model.layers[component.layer], torch.from_numpy(values)
+
+        def replace(module: Any, arguments: Any, output: Any) -> None:
+            del module, arguments
+            write = output[0] if isinstance(output, tuple) else output
+            write[:, -1] = new
+
+        module = layer.self_attn if component.site == ATTN else layer.mlp
+        with module.register_forward_hook(replace), torch.inference_mode():
+            return model(torch.from_numpy(tokens), use_cache=False, logits_to_keep=1).logits[:, -1].numpy()
+
+    return _versions("transformers", "torch"), run
+
+
+def _hooked_transformer(params: Params, context: int) -> tuple[str, Run]:
+    import torch
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+
+    c = params.config
+    config = HookedTransformerConfig(
+        n_layers=c.layers,
+        d_model=c.width,
+        d_head=c.head_dim,
+        n_heads=c.heads,
+        n_key_value_heads=c.kv_heads if c.kv_heads < c.heads else None,
+        d_mlp=c.mlp_width,
+        d_vocab=c.vocab_size,
+        n_ctx=context,
+        eps=c.norm_eps,
+        act_fn="silu",
+        gated_mlp=True,
+        normalization_type="RMS",
+        final_rms=True,
+        positional_embedding_type="rotary",
+        rotary_dim=c.head_dim,
+        rotary_base=c.rope_base,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    model = HookedTransformer(config)
+    # Folded and centred as its from_pretrained does by default, but for what it does to LayerNorms alone.
+    model.load_and_process_state_dict(convert_llama_weights(llama(params), config), center_writing_weights=False)
+    return _versions("transformer_lens", "torch"), _with_hooks(model)
+
+
+def _transformer_bridge(params: Params, context: int) -> tuple[str, Run]:
+    del context
+    import torch
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    # The attention that it chooses itself: with others its hooks see no pattern.
+    model = llama(params, attention="eager")
+    bridge = build_bridge_from_module(
+        model, "LlamaForCausalLM", hf_config=model.config, dtype=torch.float32, device="cpu"
+    )
+    return _versions("transformer_lens", "transformers", "torch"), _with_hooks(bridge, logits_to_keep=1)
+
+
+def _with_hooks(model: Any, **options: Any) -> Run:
+    """Of either of TransformerLens's models, whose hooks have the same names."""
+    import torch
+
+    def run(tokens: np.ndarray, component: Component, values: np.ndarray) -> np.ndarray:
+        new = torch.from_numpy(values)
+
+        def replace(write: Any, hook: Any) -> Any:
+            del hook
+            write[:, -1] = new
+            return write
+
+        hooks = [(f"blocks.{component.layer}.hook_{SITES[component.site]}_out", replace)]
+        with torch.inference_mode():
+            logits = model.run_with_hooks(torch.from_numpy(tokens), return_type="logits", fwd_hooks=hooks, **options)
+        return logits[:, -1].numpy()
+
+    return run
+
+
+def _versions(*packages: str) -> str:
+    return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+
+
+_HOOKED_PACKAGES = '"transformer_lens<4"'
+PEERS: dict[str, tuple[Callable[[Params, int], tuple[str, Run]], str]] = {
+    "HookedTransformer": (_hooked_transformer, _HOOKED_PACKAGES),
+    "TransformerBridge": (_transformer_bridge, '"transformer_lens>=3"'),
+    "forward hooks": (_forward_hooks, "torch transformers"),
+}
+"""By name, what makes it of a model, and what to install: TransformerLens has the first up to its version 3, and the
+second, which hooks `transformers`' modules, since."""
+
+
+def measure(
+    params: Params, peers: Sequence[Peer], length: int, rows: int, draws: int, step: int, seed: int = 0
+) -> list[Compared]:
+    """Measure our kernel and every peer in turns, at one prompt length.
+
+    Args:
+      params: the model.
+      peers: which have its weights.
+      length: tokens of a prompt.
+      rows: edits that our kernel replays at once.
+      draws: replacements a prompt, R.
+      step: our kernel is timed on one of so many components, spread over all.
+      seed: of the tokens.
+
+    Raises:
+      UserError: if a peer's total effects are not ours.
+    """
+    prompts = max(1, rows // draws)
+    tokens = jax.random.randint(jax.random.key(seed), (prompts, length), 0, params.config.vocab_size, jnp.int32)
+    prefill = functools.partial(
+        prefill_batch, params, tokens, jnp.full(prompts, length), jnp.full(prompts, MOST_LIKELY)
+    )
+    clean = prefill()
+    # Each prompt's replacements are other prompts' writes, as in a sweep.
+    sources = jnp.stack([jnp.roll(clean.writes, draw + 1, axis=0) for draw in range(draws)], axis=1)
+    nothing = WriteStatistics(jnp.zeros(params.config.width), jnp.zeros(params.config.width))
+    keys = jax.random.split(jax.random.key(seed), prompts)
+
+    def kernel(component: Component) -> jax.Array:
+        where = jnp.int32(component.layer), jnp.int32(component.site), None
+        new = sources[:, :, component.layer, component.site]
+        return ablate_batch(params, clean, where, "resample", new, nothing, keys)[0].total_effect
+
+    every = all_components(params.config.layers)
+    components = _spread(every, -(-len(every) // step))
+    shared = _spread(components, PAIRS)
+    times: dict[Component | str, list[float]] = collections.defaultdict(list)
+    differences, largest = dict.fromkeys((peer.name for peer in peers), 0.0), 0.0
+    for turn, component in itertools.product(range(ROUNDS), components):
+        spent, effects = _timed(functools.partial(kernel, component))
+        times[component].append(spent)
+        if component not in shared:
+            continue
+        times["prefill"].append(_timed(prefill)[0])
+        prompt, (layer, site, _) = (turn * PAIRS + shared.index(component)) % prompts, component
+        ids, target = np.array(tokens[prompt], np.int64), int(clean.target[prompt])
+        old, new = np.array(clean.writes[prompt, layer, site]), np.array(sources[prompt, :, layer, site])
+        ours = np.asarray(effects[prompt])
+        largest = max(largest, float(np.abs(ours).max()))
+        for peer in peers:
+            spent, theirs = _total_effects(peer, ids, target, component, old, new)
+            times[peer.name].append(spent)
+            differences[peer.name] = max(differences[peer.name], _difference(peer, component, theirs, ours))
+    of_component = statistics.fmean(min(times[component]) for component in components)
+    interventions = prompts * draws / (of_component + min(times["prefill"]) / len(every))
+    return [
+        Compared(
+            length=length,
+            draws=draws,
+            peer=peer.name,
+            versions=peer.versions,
+            peer_interventions=draws / min(times[peer.name]),
+            interventions=interventions,
+            ratio=interventions * min(times[peer.name]) / draws,
+            difference=differences[peer.name],
+            total_effect=largest,
+        )
+        for peer in peers
+    ]
+
+
+def _total_effects(
+    peer: Peer, ids: np.ndarray, target: int, component: Component, old: np.ndarray, new: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """The seconds that one pair takes, and its effects [R], of ids [T], the clean write [D] and replacements [R, D]."""
+    # A clean run is an edit that changes nothing.
+    clean = peer.run(ids[None], component, old[None])
+    spent, ablated = _timed(functools.partial(peer.run, np.repeat(ids[None], len(new), axis=0), component, new))
+    return spent, _centred(clean, target) - _centred(ablated, target)
+
+
+def _difference(peer: Peer, component: Component, theirs: np.ndarray, ours: np.ndarray) -> float:
+    worst = float(np.abs(theirs - ours).max())
+    if not worst <= TOLERANCE:  # NaN is wrong too
+        raise UserError(
+            f"{peer.name}, {component}: total effects differ from ours by {worst:.2g} logits, more than {TOLERANCE:g},"
+            f" so rates would be of different things; try other versions than {peer.versions}"
+        )
+    return worst
+
+
+def table(rows: Sequence[Compared]) -> str:
+    """The figures, a line a length and peer."""
+    lines = [
+        f"{'tokens':>6} {'peer':18} {'interventions/s':>16} {'hydra_jax':>10} {'ratio':>6} {'difference':>11}  versions"
+    ]
+    lines += [
+        f"{m.length:6} {m.peer:18} {m.peer_interventions:16,.1f} {m.interventions:10,.0f} {m.ratio:5,.0f}x"
+        f" {m.difference:11.1e}  {m.versions}"
+        for m in rows
+    ]
+    return "\n".join(lines)
+
+
+def _spread(components: Sequence[Component], count: int) -> list[Component]:
+    """`count` of them or all, the first and last among them, of both sites."""
+    places = np.linspace(0, len(components) - 1, min(count, len(components))).round().astype(int)
+    return [components[place] for place in places]
+
+
+def _centred(logits: np.ndarray, target: int) -> np.ndarray:
+    return logits[:, target] - logits.mean(axis=1)
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return time.perf_counter() - start, result
