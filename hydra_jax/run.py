@@ -18,7 +18,7 @@ from hydra_jax import prompts as prompt_sets
 from hydra_jax.ablations import ablate_one, fill, frame
 from hydra_jax.config import SweepConfig
 from hydra_jax.edits import ATTN, SITES, check_enough
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, shown
 from hydra_jax.models.load import Model, load
 from hydra_jax.plan import CleanRow, Plan, choose, clean_rows, evenly, facts_beside, itemise, prompts_at_once
 from hydra_jax.prompts import Prompt
@@ -139,7 +139,7 @@ def _check(config: SweepConfig, model: Model, prompts: Sequence[Prompt]) -> None
     if config.ablation.kind == "resample":
         check_enough(len(prompts), config.ablation.draws)
     if config.example and config.example not in {prompt.id for prompt in prompts}:
-        raise UserError(f"config.example: there is no prompt of id {config.example!r}; see prompts.csv of a sweep")
+        raise UserError(f"config.example: there is no prompt of id {shown(config.example)}; see prompts.csv of a sweep")
 
 
 def examined_table(model: Model, kept: Sequence[CleanRow], examined: Sequence[CleanRow]) -> pd.DataFrame:
@@ -178,7 +178,7 @@ def examples(plan: Plan, effects: xr.Dataset, prompt_id: str = "") -> xr.Dataset
       `ablations.ablate_one` of each, along the dimension `example`.
     """
     if prompt_id and prompt_id not in plan.ids:
-        raise UserError(f"config.example: {prompt_id!r} is not among the prompts swept; see prompts.csv")
+        raise UserError(f"config.example: {shown(prompt_id)} is not among the prompts swept; see prompts.csv")
     means = effects[["direct_effect", "total_effect"]].mean("replacement")
     attention = means["ablated_site"] == SITES[ATTN]
     direct = means["direct_effect"].where(attention if attention.any() else True, -np.inf).values

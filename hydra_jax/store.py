@@ -48,10 +48,16 @@ DIMS = dict.fromkeys(EFFECTS, ("prompt", "ablated", "replacement"))
 DIMS |= dict.fromkeys(BY_COMPONENT, ("prompt", "ablated", "component"))
 """Dimensions of what a chunk writes."""
 
+FILLED = (*DIMS, "finished")
+"""What is written chunk by chunk."""
+
 CHECKED = {"compressors": [ZstdCodec(), Crc32cCodec()]}
 """How chunks are stored: compressed, and with a checksum, so that a damaged one is found when it is read."""
 
-FORMAT = 2
+DIGEST = "files_sha256"
+"""The attribute that says what must not have changed: see `_digest`."""
+
+FORMAT = 3
 """Of the store; it changes whenever an older store could not be read as if it were new."""
 
 
@@ -142,15 +148,18 @@ def create(
         for name, variable in dataset.variables.items()
     }
     with files.undisturbed(), files.whole(workdir / NAME) as part:
-        dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
+        _write_whole(part, dataset, encoding, FILLED)
         for name, each in (beside or {}).items():
             files.write_whole(workdir / name, each)
 
 
 def has_examples(workdir: Path, prompt_id: str) -> bool:
     """Whether examples are there, among them the prompt that is asked for ("" asks for none in particular)."""
-    path = workdir / EXAMPLES
-    return path.is_dir() and (not prompt_id or prompt_id in open_examples(workdir)["prompt_id"].values)
+    try:
+        examples = open_examples(workdir)
+    except UserError:  # damaged ones are written anew
+        return False
+    return not prompt_id or prompt_id in examples["prompt_id"].values
 
 
 def open_examples(workdir: str | Path) -> xr.Dataset:
@@ -159,14 +168,37 @@ def open_examples(workdir: str | Path) -> xr.Dataset:
     Raises:
       UserError: if they are not there or cannot be read.
     """
-    return _open(Path(workdir) / EXAMPLES)
+    path = Path(workdir) / EXAMPLES
+    examples = _open(path)
+    _check_whole(path, examples)
+    return examples
 
 
 def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
     """Write the examples, or nothing at all."""
     encoding = dict.fromkeys(dataset.variables, CHECKED)
     with files.undisturbed(), files.whole(workdir / EXAMPLES) as part:
-        dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
+        _write_whole(part, dataset, encoding)
+
+
+def _write_whole(path: Path, dataset: xr.Dataset, encoding: Mapping[Any, Any], filled: Sequence[str] = ()) -> None:
+    dataset.to_zarr(path, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
+    group = zarr.open_group(path, mode="r+")
+    group.attrs[DIGEST] = _digest(path, group.attrs, filled)
+
+
+def _digest(path: Path, attributes: Mapping[str, Any], filled: Sequence[str]) -> str:
+    """SHA-256 (hex) of what nothing changes once it is written: all but chunks of the variables `filled`, and seals.
+
+    A chunk's checksum finds neither that it is gone nor that it is read as something else.
+    """
+    kept = {name: value for name, value in attributes.items() if name != DIGEST}
+    found = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for file in sorted(path.rglob("*")):
+        variable, *inner = file.relative_to(path).parts
+        if inner and file.is_file() and (inner == ["zarr.json"] or variable not in filled):
+            found.update(f"{variable}/{'/'.join(inner)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray], whole: bool = True) -> None:
@@ -226,6 +258,7 @@ def open_effects(workdir: str | Path) -> xr.Dataset:
         raise UserError(
             f"{path}: is of format {dataset.attrs['format']}, this version reads {FORMAT}; sweep into another --workdir"
         )
+    _check_whole(path, dataset, FILLED)
     return dataset
 
 
@@ -260,6 +293,15 @@ def _open(path: Path) -> xr.Dataset:
             return xr.open_zarr(path, consolidated=False, chunks=None)
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def _check_whole(path: Path, dataset: xr.Dataset, filled: Sequence[str] = ()) -> None:
+    try:
+        whole = dataset.attrs.get(DIGEST) == _digest(path, dataset.attrs, filled)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if not whole:
+        raise UserError(f"{path}: is damaged: not the files that were written; delete it and sweep again")
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

@@ -78,7 +78,7 @@ def _nested(depth):
     return tree
 
 
-NUMBERS = (0, 1, 2, 3, 5, 8, 64, -1, -2, 2**31, 2**32, 2**63, 2**64, 10**30, -(10**30))
+NUMBERS = (0, 1, 2, 3, 5, 8, 64, 5000, -1, -2, 2**31, 2**32, 2**63, 2**64, 10**30, -(10**30))
 FLOATS = (0.0, 0.5, 1.5, -1.5, 1e-300, 1e300, math.inf, -math.inf, math.nan)
 WORDS = ("", " ", "é", "\0", "\ud800", "x" * 10_000, "a\nb", "0", "-1", "1e9", "0-1", "0-99999999999", "9" * 5000)
 NAMES = ("zero", "mean", "noise", "heads", "attn", "mlp", "text", "answer", "all", "bfloat16", "auto", "float64", "int32")
@@ -102,7 +102,8 @@ def settings(random, tree, times=1):
         if not found:
             break
         where, key = pick(random, found)
-        value = copy.deepcopy(pick(random, VALUES))
+        alike = [value for value in VALUES if type(value) is type(where[key])]
+        value = copy.deepcopy(pick(random, alike if alike and random.integers(2) else VALUES))
         match int(random.integers(8)):
             case 0:
                 del where[key]

@@ -24,6 +24,7 @@ import hydra_jax
 from configs import sweep as sweep_file
 from hydra_jax import prompts, report, results, store
 from hydra_jax.config import sweep_config
+from hydra_jax.edits import RANDOM_KINDS
 from hydra_jax.errors import UserError
 from hydra_jax.run import run
 from tests import builders, damage
@@ -77,7 +78,7 @@ class Inputs:
         self.tree = sweep_file.get_config(str(self.gguf)).to_dict()
         self.tree["prompts"] |= dict(path=str(self.prompts / "plain.jsonl"), correct_only=False)
         self.tree["ablation"] |= dict(replacements=2, kind="resample")
-        self.tree["rows"] = 4
+        self.tree |= dict(rows=4, bootstrap=20)
         self.config = sweep_config(self.tree)
         self.finished, self.half = directory / "finished", directory / "half"
         run(self.config, self.finished, progress=False)
@@ -177,11 +178,14 @@ def assert_same(found, expected):
 
 def config_input(random, inputs, path):
     """Settings of wrong kinds, sizes and names."""
-    tree = damage.settings(random, inputs.tree, int(random.integers(1, 3)))
+    tree = inputs.tree | dict(ablation=inputs.tree["ablation"] | dict(kind=damage.pick(random, RANDOM_KINDS)))
+    tree = damage.settings(random, tree, int(random.integers(1, 4)))
     with contextlib.suppress(Exception):  # of ml_collections, which takes less than a mapping
         tree = config_dict.ConfigDict(tree)
     with bounded():
-        sweep_anew(tree, path / "run")
+        if sweep_anew(tree, path / "run"):
+            config = sweep_config(tree)
+            read_back(path / "run", config.bootstrap, config.seed)
 
 
 def prompts_input(random, inputs, path):
@@ -267,26 +271,27 @@ def spoil_store(random, inputs, workdir, path):
     chosen = damage.pick(random, sorted(path for path in workdir.rglob("*.zarr/**/*") if path.is_file()))
     damage.file(random, chosen, gone=True)
     with bounded():
-        read_back(inputs, workdir)
+        found = [read_back(workdir)]
         try:
             run(inputs.config, workdir, progress=False)
         except UserError as error:
             refused(error)
         else:
-            read_back(inputs, workdir)
+            found.append(read_back(workdir))
+    for effects in found:
+        if effects is not None:
+            assert_same(effects, inputs.effects)
     assert {path.name for path in workdir.iterdir()} <= {store.NAME, store.EXAMPLES, "prompts.csv"}
 
 
-def read_back(inputs, workdir):
-    """The report of a store that may be damaged: refused, or of the right values."""
+def read_back(workdir, samples=10, seed=0):
+    """The effects of a store that may be damaged, after a report of them was made; None if that is refused."""
     try:
-        found = results.load(workdir, samples=10)
-        payload = report.payload(found, (), None)
+        found = results.load(workdir, samples, seed)
+        json.dumps(report.payload(found, (), None), allow_nan=False)
     except UserError as error:
         return refused(error)
-    assert_same(found.effects, inputs.effects)
-    json.dumps(payload, allow_nan=False)
-    return None
+    return found.effects
 
 
 KINDS = {

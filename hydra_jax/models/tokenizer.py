@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, reason
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPLIT = (
@@ -61,7 +61,7 @@ def from_file(path: Path) -> Tokenizer:
     try:
         made = Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises bare Exception
-        raise UserError(f"{path}: is not a tokenizer ({error}); fetch the model again") from error
+        raise UserError(f"{path}: is not a tokenizer ({reason(error)}); fetch the model again") from error
     made.no_padding()
     made.no_truncation()
     return made
