@@ -27,6 +27,7 @@ from hydra_jax.version import __version__
 SINGLE = "prompt"
 """Id of the prompt of `config.prompts.text`."""
 
+EXAMINED = "prompts.csv"
 EXAMPLES = 4
 EXAMPLE_COORDINATES = (
     *("prompt_id", "text", "target_text", "clean_logit", "clean_probability"),
@@ -115,10 +116,15 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
         if not resumed:
             dataset = frame(plan).assign_attrs(store.protocol_attributes(asked))
             table = examined_table(model, kept, examined)
-            beside = {"prompts.csv": lambda part: table.to_csv(part, index=False)}
+            beside = {EXAMINED: lambda part: table.to_csv(part, index=False)}
             store.create(workdir, dataset, plan.chunks[0].stop, beside)
             finished = np.zeros(len(kept), bool)
-        fill(plan, finished, functools.partial(store.write, workdir), progress)
+        try:
+            fill(plan, finished, functools.partial(store.write, workdir), progress)
+        except UserError:
+            if not resumed and not store.open_effects(workdir)["finished"].values.any():
+                store.discard(workdir, [EXAMINED])
+            raise
         effects = store.open_effects(workdir)
         store.write_examples(workdir, examples(plan, effects, config.example))
         store.seal(workdir)

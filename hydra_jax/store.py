@@ -153,6 +153,13 @@ def create(
             files.write_whole(workdir / name, each)
 
 
+def discard(workdir: Path, beside: Sequence[str]) -> None:
+    """Remove a store of which nothing is finished, and the files beside it."""
+    with files.undisturbed():
+        for name in (*beside, NAME):
+            files.remove(workdir / name)
+
+
 def has_examples(workdir: Path, prompt_id: str) -> bool:
     """Whether examples are there, among them the prompt that is asked for ("" asks for none in particular)."""
     try:
