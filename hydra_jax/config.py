@@ -147,7 +147,8 @@ class SweepConfig:
         }
         for name, (value, least, most) in ranges.items():
             if not least <= value <= most:
-                raise UserError(f"config.{name}: is {shown(value)}; give {least} to {most}")
+                remedy = f"{least} or more" if value < least else f"{most} or less"
+                raise UserError(f"config.{name}: is {shown(value)}; give {remedy}")
         if not 0 < self.identity_tolerance < 1:
             raise UserError(f"config.identity_tolerance: is {self.identity_tolerance}; give one between 0 and 1")
 
@@ -217,6 +218,8 @@ def _layers(text: str, layers: int) -> set[int]:
             raise UserError(f"config.ablation.layers: {shown(part)} is not a layer; give 'all' or e.g. '0,5,10-14'")
         span = range(int(first), int(last or first) + 1)
         if not span or span[-1] >= layers:
-            raise UserError(f"config.ablation.layers: {shown(part)} is not within 0-{layers - 1}; name layers the model has")
+            raise UserError(
+                f"config.ablation.layers: {shown(part)} is not within 0-{layers - 1}; name layers the model has"
+            )
         chosen |= set(span)
     return chosen

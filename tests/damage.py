@@ -60,7 +60,18 @@ def _renumbered(random, data):
     return data[:start] + large.to_bytes(8, "little") + data[start + 8 :]
 
 
-STRAY = (b"\0", b"\0" * 100, b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", "\u2028é".encode(), b"\n", b'"', b"[" * 50_000, b"{}")
+STRAY = (
+    b"\0",
+    b"\0" * 100,
+    b"\xff\xfe",
+    b"\xc3",
+    b"\xed\xa0\x80",
+    "\u2028é".encode(),
+    b"\n",
+    b'"',
+    b"[" * 50_000,
+    b"{}",
+)
 BYTES = (_flipped, _flipped, _flipped, _overwritten, _cut, _hollowed, _repeated, _inserted, _renumbered)
 
 
@@ -81,7 +92,21 @@ def _nested(depth):
 NUMBERS = (0, 1, 2, 3, 5, 8, 64, 5000, -1, -2, 2**31, 2**32, 2**63, 2**64, 10**30, -(10**30))
 FLOATS = (0.0, 0.5, 1.5, -1.5, 1e-300, 1e300, math.inf, -math.inf, math.nan)
 WORDS = ("", " ", "é", "\0", "\ud800", "x" * 10_000, "a\nb", "0", "-1", "1e9", "0-1", "0-99999999999", "9" * 5000)
-NAMES = ("zero", "mean", "noise", "heads", "attn", "mlp", "text", "answer", "all", "bfloat16", "auto", "float64", "int32")
+NAMES = (
+    "zero",
+    "mean",
+    "noise",
+    "heads",
+    "attn",
+    "mlp",
+    "text",
+    "answer",
+    "all",
+    "bfloat16",
+    "auto",
+    "float64",
+    "int32",
+)
 TREES = ([], {}, [0], [None], {"a": 1}, {"": {}}, _nested(100), ["x"] * 50)
 VALUES = (None, True, False, *NUMBERS, *FLOATS, *WORDS, *NAMES, *TREES)
 

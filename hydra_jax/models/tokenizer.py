@@ -55,7 +55,7 @@ SPACE = "\u2581"
 
 @contextlib.contextmanager
 def _faults(what: str) -> Iterator[None]:
-    """What `tokenizers` raises: bare Exception, and where its own code fails a BaseException that it does not export."""
+    """What `tokenizers` raises: bare Exception and, where its own code fails, a BaseException without a public name."""
     try:
         yield
     except BaseException as error:
