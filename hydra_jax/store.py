@@ -20,7 +20,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hydra_jax import files
 from hydra_jax.edits import SITES, Component, all_components
-from hydra_jax.errors import UserError, reason
+from hydra_jax.errors import UserError, reason, shown
 
 NAME = "effects.zarr"
 EXAMPLES = "examples.zarr"
@@ -54,8 +54,8 @@ FILLED = (*DIMS, "finished")
 CHECKED = {"compressors": [ZstdCodec(), Crc32cCodec()]}
 """How chunks are stored: compressed, and with a checksum, so that a damaged one is found when it is read."""
 
-DIGEST = "files_sha256"
-"""The attribute that says what must not have changed: see `_digest`."""
+DIGESTS = "files_sha256"
+"""The attribute that says what must not have changed: see `_digests`."""
 
 FORMAT = 3
 """Of the store; it changes whenever an older store could not be read as if it were new."""
@@ -191,21 +191,22 @@ def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
 def _write_whole(path: Path, dataset: xr.Dataset, encoding: Mapping[Any, Any], filled: Sequence[str] = ()) -> None:
     dataset.to_zarr(path, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
     group = zarr.open_group(path, mode="r+")
-    group.attrs[DIGEST] = _digest(path, group.attrs, filled)
+    group.attrs[DIGESTS] = _digests(path, group.attrs, filled)
 
 
-def _digest(path: Path, attributes: Mapping[str, Any], filled: Sequence[str]) -> str:
-    """SHA-256 (hex) of what nothing changes once it is written: all but chunks of the variables `filled`, and seals.
+def _digests(path: Path, attributes: Mapping[str, Any], filled: Sequence[str]) -> str:
+    """SHA-256 of every variable's files and of the attributes, as JSON; of the variables `filled`, without the chunks.
 
     A chunk's checksum finds neither that it is gone nor that it is read as something else.
     """
-    kept = {name: value for name, value in attributes.items() if name != DIGEST}
-    found = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    kept = {name: value for name, value in attributes.items() if name != DIGESTS}
+    found = {"attributes": hashlib.sha256(json.dumps(kept, sort_keys=True).encode())}
     for file in sorted(path.rglob("*")):
         variable, *inner = file.relative_to(path).parts
         if inner and file.is_file() and (inner == ["zarr.json"] or variable not in filled):
-            found.update(f"{variable}/{'/'.join(inner)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return found.hexdigest()
+            line = f"{'/'.join(inner)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n"
+            found.setdefault(variable, hashlib.sha256()).update(line.encode())
+    return json.dumps({name: digest.hexdigest() for name, digest in found.items()})
 
 
 def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray], whole: bool = True) -> None:
@@ -304,11 +305,13 @@ def _open(path: Path) -> xr.Dataset:
 
 def _check_whole(path: Path, dataset: xr.Dataset, filled: Sequence[str] = ()) -> None:
     try:
-        whole = dataset.attrs.get(DIGEST) == _digest(path, dataset.attrs, filled)
+        written = json.loads(dataset.attrs[DIGESTS])
+        found = json.loads(_digests(path, dataset.attrs, filled))
+        wrong = sorted(name for name in written.keys() | found if written.get(name) != found.get(name))
     except Exception as error:
         raise _unreadable(path, error) from error
-    if not whole:
-        raise UserError(f"{path}: is damaged: not the files that were written; delete it and sweep again")
+    if wrong:
+        raise UserError(f"{path}: {shown(wrong[0])} is damaged or missing; delete the store and sweep again")
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
