@@ -10,12 +10,19 @@ from typing import Any
 
 from hydra_jax import prompts as prompt_sets
 from hydra_jax.edits import ATTN, KINDS, RANDOM_KINDS, SITES, Component
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, shown
 from hydra_jax.mesh import MeshConfig
 from hydra_jax.models.config import AS_STORED, DTYPES, LAST_STEP, PRECISIONS, ModelConfig
 
 HEADS = "heads"
 TARGETS = TOP, ANSWER = "top", "answer"
+
+MOST = 2**31 - 1
+MOST_REPLACEMENTS = 10_000
+MOST_BOOTSTRAP = 100_000
+"""What more of them would need is memory, and what they would change is nothing."""
+MOST_SEED = 2**32 - 1
+"""JAX takes 32 bits of a seed: a longer one would draw what another draws."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +88,7 @@ class AblationConfig:
         for name in ("sites", "layers"):
             if not isinstance(getattr(self, name), str):
                 raise UserError(
-                    f"config.ablation.{name}: {getattr(self, name)!r} is not a string, as in 'all'; give one"
+                    f"config.ablation.{name}: {shown(getattr(self, name))} is not a string, as in 'all'; give one"
                 )
         chosen = _layers(self.layers, model.layers)
         if self.by_head:
@@ -138,17 +145,18 @@ class SweepConfig:
             raise UserError("config.prompts.path: is empty; give a UTF-8 text file to cut prompts from")
         one_of("dtype", self.dtype, (*DTYPES, AS_STORED))
         one_of("precision", self.precision, PRECISIONS)
-        smallest = {
-            "ablation.replacements": (self.ablation.replacements, 1),
-            "prompts.limit": (self.prompts.limit, 0),
-            "seed": (self.seed, 0),
-            "model_step": (self.model_step, LAST_STEP),
-            "rows": (self.rows, 0),
-            "bootstrap": (self.bootstrap, 1),
+        ranges = {
+            "ablation.replacements": (self.ablation.replacements, 1, MOST_REPLACEMENTS),
+            "prompts.limit": (self.prompts.limit, 0, MOST),
+            "seed": (self.seed, 0, MOST_SEED),
+            "model_step": (self.model_step, LAST_STEP, MOST),
+            "rows": (self.rows, 0, MOST),
+            "bootstrap": (self.bootstrap, 1, MOST_BOOTSTRAP),
         }
-        for name, (value, least) in smallest.items():
-            if value < least:
-                raise UserError(f"config.{name}: is {value}; give {least} or more")
+        for name, (value, least, most) in ranges.items():
+            if not least <= value <= most:
+                remedy = f"{least} or more" if value < least else f"{most} or less"
+                raise UserError(f"config.{name}: is {shown(value)}; give {remedy}")
         for name, share in (("memory", self.memory), ("non_finite", self.non_finite)):
             if not 0 <= share < float("inf"):
                 raise UserError(f"config.{name}: is {share}; give 0 or more")
@@ -177,12 +185,12 @@ def parse(kind: type, given: Any, where: str) -> Any:
       UserError: if a key is unknown, or a value is of the wrong type or (says the dataclass) out of range.
     """
     if not isinstance(given, Mapping) and not hasattr(given, "items"):
-        raise UserError(f"{where}: is {given!r}; it has settings of its own, as in --{where}.KEY=VALUE")
+        raise UserError(f"{where}: is {shown(given)}; it has settings of its own, as in --{where}.KEY=VALUE")
     types = typing.get_type_hints(kind)
     values = {}
     for key, value in given.items():
         if key not in types:
-            raise UserError(f"{where}.{key}: is not a setting; {_suggest(key, list(types))}")
+            raise UserError(f"{where}.{key[:100]}: is not a setting; {_suggest(key, list(types))}")
         wanted = types[key]
         if dataclasses.is_dataclass(wanted):
             values[key] = parse(typing.cast(type, wanted), value, f"{where}.{key}")
@@ -191,7 +199,7 @@ def parse(kind: type, given: Any, where: str) -> Any:
         elif type(value) is wanted:
             values[key] = value
         else:
-            raise UserError(f"{where}.{key}: {value!r} is not of type {wanted.__name__}; give one that is")
+            raise UserError(f"{where}.{key}: {shown(value)} is not of type {wanted.__name__}; give one that is")
     return kind(**values)
 
 
@@ -202,7 +210,7 @@ def one_of(name: str, value: str, allowed: typing.Sequence[str]) -> str:
       UserError: if it is not, with what may have been meant.
     """
     if value not in allowed:
-        raise UserError(f"config.{name}: {value!r} is unknown; {_suggest(value, allowed)}")
+        raise UserError(f"config.{name}: {shown(value)} is unknown; {_suggest(value, allowed)}")
     return value
 
 
@@ -218,9 +226,11 @@ def _layers(text: str, layers: int) -> set[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"config.ablation.layers: {part!r} is not a layer; give 'all' or e.g. '0,5,10-14'")
+            raise UserError(f"config.ablation.layers: {shown(part)} is not a layer; give 'all' or e.g. '0,5,10-14'")
         span = range(int(first), int(last or first) + 1)
         if not span or span[-1] >= layers:
-            raise UserError(f"config.ablation.layers: {part!r} is not within 0-{layers - 1}; name layers the model has")
+            raise UserError(
+                f"config.ablation.layers: {shown(part)} is not within 0-{layers - 1}; name layers the model has"
+            )
         chosen |= set(span)
     return chosen

@@ -91,16 +91,17 @@ def undisturbed() -> Iterator[None]:
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` only once all is written."""
     part = path.with_name(f"{path.name}.part")
-    _remove(part)
+    remove(part)
     try:
         yield part
-        _remove(path)
+        remove(path)
         part.rename(path)
     finally:
-        _remove(part)
+        remove(part)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or directory, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -22,13 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from hydra_jax.ablations import ablate_batch
 from hydra_jax.edits import ATTN, SITES, Component, WriteStatistics, all_components
 from hydra_jax.errors import UserError, reason
+from hydra_jax.kernels import ablate_batch, prefill_batch
 from hydra_jax.models import families
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
-from hydra_jax.plan import prefill_batch
 from hydra_jax.prefill import MOST_LIKELY
 
 ROUNDS = 3
@@ -308,7 +307,7 @@ def measure(
     def kernel(component: Component) -> jax.Array:
         where = jnp.int32(component.layer), jnp.int32(component.site), None
         new = sources[:, :, component.layer, component.site]
-        return ablate_batch(params, clean, where, "resample", new, nothing, keys)[0].total_effect
+        return ablate_batch(params, clean, where, new, nothing, keys, kind="resample")[0].total_effect
 
     every = all_components(params.config.layers)
     components = _spread(every, -(-len(every) // step))

@@ -96,7 +96,7 @@ def evenly(count: int, most: int) -> list[slice]:
 def facts_beside(text: str, replacements: int, seed: int) -> list[Prompt]:
     """Built-in facts that replacements for a prompt of one's own come from, drawn by seed."""
     facts = [fact for fact in prompt_sets.builtin() if fact.text != text]
-    drawn = np.random.default_rng(seed).choice(len(facts), max(POOL, replacements + 1), replace=False)
+    drawn = np.random.default_rng(seed).choice(len(facts), min(len(facts), max(POOL, replacements + 1)), replace=False)
     return [facts[place] for place in drawn]
 
 

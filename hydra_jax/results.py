@@ -123,7 +123,7 @@ def load(workdir: Path, samples: int = 1000, seed: int = 0) -> Results:
       UserError: if there is no sweep, or it cannot be read.
     """
     effects = store.load_effects(workdir)
-    examples = store.open_examples(workdir).load() if store.has_examples(workdir, "") else None
+    examples = store.open_examples(workdir).load() if (workdir / store.EXAMPLES).is_dir() else None
     return Results(effects, examples, samples, seed)
 
 

@@ -25,7 +25,7 @@ from hydra_jax.clean import CleanPass, choose
 from hydra_jax.cluster import Cluster
 from hydra_jax.config import SweepConfig
 from hydra_jax.edits import ATTN, SITES, check_enough
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, shown
 from hydra_jax.memory import Fit
 from hydra_jax.models import hub
 from hydra_jax.models.load import Model, load, read_config
@@ -39,6 +39,7 @@ BLOCK = 256
 SINGLE = "prompt"
 """Id of the prompt of `config.prompts.text`."""
 
+EXAMINED = "prompts.csv"
 EXAMPLES = 4
 EXAMPLE_COORDINATES = (
     *("prompt_id", "text", "target_text", "clean_logit", "clean_probability"),
@@ -143,7 +144,13 @@ class _Sweep:
             raise
         if left is None:
             left = store.chunks(self.workdir)
-        fill(plan, self.worker.share(left), self._write, self.progress)
+        try:
+            fill(plan, self.worker.share(left), self._write, self.progress)
+        except UserError:
+            if self.cluster.count == 1 and not store.open_effects(self.workdir)["finished"].values.any():
+                store.discard(self.workdir, [EXAMINED])
+                self.bank.remove()
+            raise
         self.cluster.wait()
         if self.cluster.first or self.worker.number == 0:
             made = examples(plan, store.open_effects(self.workdir), self.config.example)
@@ -216,7 +223,7 @@ class _Sweep:
         if not self.cluster.first:
             return
         table = examined_table(plan, examined)
-        beside = {"prompts.csv": lambda part: table.to_csv(part, index=False)}
+        beside = {EXAMINED: lambda part: table.to_csv(part, index=False)}
         # As many as fill a worker's devices, but so that every worker has some.
         most = min(self.fit.wanted, -(-len(plan.items) // self.worker.count))
         chunk = evenly(len(plan.items), most)[0].stop
@@ -246,7 +253,7 @@ def _check(config: SweepConfig, model: Model, prompts: Sequence[Prompt]) -> None
     if config.ablation.kind == "resample":
         check_enough(len(prompts), config.ablation.draws)
     if config.example and config.example not in {prompt.id for prompt in prompts}:
-        raise UserError(f"config.example: there is no prompt of id {config.example!r}; see prompts.csv of a sweep")
+        raise UserError(f"config.example: there is no prompt of id {shown(config.example)}; see prompts.csv of a sweep")
 
 
 def examined_table(plan: Plan, examined: Sequence[Item]) -> pd.DataFrame:
@@ -286,7 +293,7 @@ def examples(plan: Plan, effects: xr.Dataset, prompt_id: str = "") -> xr.Dataset
       `ablations.ablate_one` of each, along the dimension `example`.
     """
     if prompt_id and prompt_id not in plan.ids:
-        raise UserError(f"config.example: {prompt_id!r} is not among the prompts swept; see prompts.csv")
+        raise UserError(f"config.example: {shown(prompt_id)} is not among the prompts swept; see prompts.csv")
     strongest, repaired = _strongest(effects)
     asked = [plan.ids.index(prompt_id)] if prompt_id else []
     order = np.argsort(-repaired)[: np.isfinite(repaired).sum()]

@@ -20,7 +20,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hydra_jax import files
 from hydra_jax.edits import SITES, Component, all_components
-from hydra_jax.errors import UserError, reason
+from hydra_jax.errors import UserError, reason, shown
 
 NAME = "effects.zarr"
 EXAMPLES = "examples.zarr"
@@ -63,9 +63,14 @@ DIMS[NON_FINITE] = ("prompt", "ablated")
 
 MEANINGS = {name: meaning for name, (meaning, _) in CLEAN.items()} | EFFECTS | BY_COMPONENT
 MEANINGS[NON_FINITE] = "replacements whose values are not finite, and left out"
+FILLED = (*DIMS, "finished")
+"""What is written chunk by chunk."""
 
 CHECKED = {"compressors": [ZstdCodec(), Crc32cCodec()]}
 """How chunks are stored: compressed, and with a checksum, so that a damaged one is found when it is read."""
+
+DIGESTS = "files_sha256"
+"""The attribute that says what must not have changed: see `_digests`."""
 
 FORMAT = 3
 """Of the store; it changes whenever an older store could not be read as if it were new."""
@@ -176,6 +181,7 @@ def create(
                 attributes=attributes(name),
                 compressors=CHECKED["compressors"],
             )
+        _sum_up(part, FILLED)
         for name, each in (beside or {}).items():
             files.write_whole(workdir / name, each)
 
@@ -191,10 +197,20 @@ def chunks(workdir: Path) -> list[slice]:
     return [slice(start, min(start + size, len(finished))) for start in range(0, len(finished), size)]
 
 
+def discard(workdir: Path, beside: Sequence[str]) -> None:
+    """Remove a store of which nothing is finished, and the files beside it."""
+    with files.undisturbed():
+        for name in (*beside, NAME):
+            files.remove(workdir / name)
+
+
 def has_examples(workdir: Path, prompt_id: str) -> bool:
     """Whether examples are there, among them the prompt that is asked for ("" asks for none in particular)."""
-    path = workdir / EXAMPLES
-    return path.is_dir() and (not prompt_id or prompt_id in open_examples(workdir)["prompt_id"].values)
+    try:
+        examples = open_examples(workdir)
+    except UserError:  # damaged ones are written anew
+        return False
+    return not prompt_id or prompt_id in examples["prompt_id"].values
 
 
 def open_examples(workdir: str | Path) -> xr.Dataset:
@@ -203,7 +219,10 @@ def open_examples(workdir: str | Path) -> xr.Dataset:
     Raises:
       UserError: if they are not there or cannot be read.
     """
-    return _open(Path(workdir) / EXAMPLES)
+    path = Path(workdir) / EXAMPLES
+    examples = _open(path)
+    _check_whole(path, examples)
+    return examples
 
 
 def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
@@ -211,6 +230,30 @@ def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
     encoding = dict.fromkeys(dataset.variables, CHECKED)
     with files.undisturbed(), files.whole(workdir / EXAMPLES) as part:
         dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
+        _sum_up(part)
+
+
+def _sum_up(path: Path, filled: Sequence[str] = ()) -> None:
+    group = zarr.open_group(path, mode="r+")
+    group.attrs[DIGESTS] = _digests(path, group.attrs, filled)
+
+
+def _digests(path: Path, attributes: Mapping[str, Any], filled: Sequence[str]) -> str:
+    """SHA-256 of every variable's files and of the attributes, as JSON; of the variables `filled`, without the chunks.
+
+    A chunk's checksum finds neither that it is gone nor that it is read as something else.
+    """
+    kept = {name: value for name, value in attributes.items() if name != DIGESTS}
+    found = {"attributes": hashlib.sha256(json.dumps(kept, sort_keys=True).encode())}
+    for variable in filter(Path.is_dir, path.iterdir()):
+        every = [variable / "zarr.json"] if variable.name in filled else sorted(variable.rglob("*"))
+        lines = [
+            f"{file.relative_to(variable).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n"
+            for file in every
+            if file.is_file()
+        ]
+        found[variable.name] = hashlib.sha256("".join(lines).encode())
+    return json.dumps({name: digest.hexdigest() for name, digest in found.items()})
 
 
 def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None:
@@ -281,6 +324,7 @@ def open_effects(workdir: str | Path) -> xr.Dataset:
         raise UserError(
             f"{path}: is of format {dataset.attrs['format']}, this version reads {FORMAT}; sweep into another --workdir"
         )
+    _check_whole(path, dataset, FILLED)
     return dataset
 
 
@@ -331,6 +375,17 @@ def _open(path: Path) -> xr.Dataset:
             return xr.open_zarr(path, consolidated=False, chunks=None)
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def _check_whole(path: Path, dataset: xr.Dataset, filled: Sequence[str] = ()) -> None:
+    try:
+        written = json.loads(dataset.attrs[DIGESTS])
+        found = json.loads(_digests(path, dataset.attrs, filled))
+        wrong = sorted(name for name in written.keys() | found if written.get(name) != found.get(name))
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if wrong:
+        raise UserError(f"{path}: {shown(wrong[0])} is damaged or missing; delete the store and sweep again")
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

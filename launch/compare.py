@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from hydra_jax import compare, files, report_arms, results, runtime, tables
+from hydra_jax.config import MOST_BOOTSTRAP, MOST_SEED
 from hydra_jax.errors import UserError
 
 WORKDIRS = flags.DEFINE_list(
@@ -24,8 +25,8 @@ STEPS = flags.DEFINE_list("steps", [], "of training, the last is where arms are 
 LIMIT = flags.DEFINE_integer("prompts", 128, "prompts of a sweep; 0 for all that every model knows", lower_bound=0)
 FROM_LAYER = flags.DEFINE_integer("from_layer", 0, "leave ablated layers before it out of the measures", lower_bound=0)
 REPLACEMENTS = flags.DEFINE_integer("replacements", 15, "replacements of an ablation", lower_bound=1)
-BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "resamples behind each interval", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "of replacements and resamples", lower_bound=0)
+BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "resamples behind each interval", 1, MOST_BOOTSTRAP)
+SEED = flags.DEFINE_integer("seed", 0, "of replacements and resamples", 0, MOST_SEED)
 
 
 def main() -> None:

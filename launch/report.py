@@ -16,12 +16,13 @@ from pathlib import Path
 from absl import flags
 
 from hydra_jax import files, report, report_arms, results, runtime, tables
+from hydra_jax.config import MOST_BOOTSTRAP, MOST_SEED
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep; the report goes into it", required=True)
 ALSO = flags.DEFINE_list("also", [], "directories of sweeps of other kinds, or of heads, on the same prompts")
 COMPARISON = flags.DEFINE_string("comparison", None, "directory of a launch.compare, whose section joins the page")
-BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "resamples behind each interval", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "of the resamples", lower_bound=0)
+BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "resamples behind each interval", 1, MOST_BOOTSTRAP)
+SEED = flags.DEFINE_integer("seed", 0, "of the resamples", 0, MOST_SEED)
 
 
 def main() -> None:

@@ -95,6 +95,10 @@ def test_a_value_of_the_wrong_type_is_refused(mapping, place, reason):
         ({"ablation": {"kind": "resampel"}}, "config.ablation.kind", "'resample'"),
         ({"dtype": "float16"}, "config.dtype", "'bfloat16'"),
         ({"precision": "exact"}, "config.precision", "highest"),
+        (dict(seed=2**32), "config.seed", "4294967295"),
+        (dict(bootstrap=10**9), "config.bootstrap", "100000"),
+        (dict(rows=10**30), "config.rows", "2147483647"),
+        (dict(ablation=dict(replacements=10**9)), "config.ablation.replacements", "10000"),
     ],
 )
 def test_a_value_out_of_range_is_refused(mapping, place, reason):

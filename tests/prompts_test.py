@@ -259,3 +259,14 @@ def test_a_text_that_is_too_short_is_refused(tmp_path):
     with pytest.raises(UserError, match="3 words") as raised:
         prompts.read(str(path), "text", 5)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["huge.jsonl", "huge.jsonl.gz"])
+def test_more_than_can_be_prompts_is_refused_before_it_fills_memory(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(prompts, "MOST_BYTES", 1 << 20)
+    assert "more than 1 MiB" in refusal(builders.text_file(tmp_path / name, "x" * (1 << 20 | 1)))
+
+
+@pytest.mark.parametrize("name", ["\0", "\ud800", "a\nb"])
+def test_what_is_no_path_is_refused(name):
+    refusal(name)

@@ -1,5 +1,5 @@
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from hydra_jax.errors import UserError
 from hydra_jax.models.tokenizer import (
@@ -141,3 +141,19 @@ def test_other_kinds_are_refused():
     for metadata in (byte_level("chameleon"), {"tokenizer.ggml.model": "bert"}, {}):
         with pytest.raises(UserError, match=r"x\.gguf: tokenizer .* not supported"):
             from_gguf(metadata, "x.gguf")
+
+
+def test_a_tokenizer_that_fails_at_work_is_refused(written):
+    made = builders.tokenizer()
+    made.decoder = decoders.Strip("t", 3, 3)
+    with pytest.raises(UserError, match="is not a tokenizer"):
+        written(made)
+
+
+def test_a_prompt_that_a_tokenizer_fails_on_is_named():
+    made = Tokenizer(models.Unigram([("a", -1.0)]))  # without a token for what it does not know
+    with pytest.raises(UserError, match="prompt 'b'"):
+        encode(made, "b")
+    made.normalizer = normalizers.Sequence([normalizers.Replace("b", ""), normalizers.Strip()])
+    with pytest.raises(UserError, match="answer 'b'"):
+        answer_token(made, "a", "b")

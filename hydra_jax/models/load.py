@@ -23,7 +23,7 @@ from flax import traverse_util
 from tokenizers import Tokenizer
 
 from hydra_jax import mesh as meshes
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, reason
 from hydra_jax.models import families, hub, tokenizer, transformer
 from hydra_jax.models.check import check
 from hydra_jax.models.config import AS_STORED, LAST_STEP, ModelConfig
@@ -145,8 +145,7 @@ def _faults_of(path: Path) -> Iterator[None]:
     except MemoryError:
         raise UserError(f"{path}: does not fit into memory; use a smaller model or a larger machine") from None
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: truncated or damaged ({reason}); fetch it again") from error
+        raise UserError(f"{path}: truncated or damaged ({reason(error)}); fetch it again") from error
 
 
 class _Reader(gguf.GGUFReader):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, reason, shown
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPLIT = (
@@ -52,16 +53,27 @@ SPACE = "\u2581"
 """What SentencePiece writes for a space."""
 
 
+@contextlib.contextmanager
+def _faults(what: str) -> Iterator[None]:
+    """What `tokenizers` raises: bare Exception and, where its own code fails, a BaseException without a public name."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({reason(error)}); fetch the model again") from error
+
+
 def from_file(path: Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, but for any padding and truncation that it was last used with.
 
     Raises:
       UserError: if the file is damaged.
     """
-    try:
+    with _faults(f"{path}: is not a tokenizer"):
         made = Tokenizer.from_file(str(path))
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise UserError(f"{path}: is not a tokenizer ({error}); fetch the model again") from error
+        for token in range(made.get_vocab_size()):  # every answer can be shown
+            made.decode([token])
     made.no_padding()
     made.no_truncation()
     return made
@@ -132,15 +144,27 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of a prompt, with what the tokenizer puts before one (a beginning-of-sequence token), not after it.
 
     What is read is the last token, which has to be the prompt's own.
+
+    Raises:
+      UserError: if the tokenizer is damaged.
     """
-    found = tokenizer.encode(text)
+    with _faults(f"prompt {shown(text)}: the model's tokenizer fails"):
+        found = tokenizer.encode(text)
     own = [place for place, put in enumerate(found.special_tokens_mask) if not put]
     return found.ids[: own[-1] + 1] if own else found.ids
 
 
 def answer_token(tokenizer: Tokenizer, text: str, answer: str) -> int:
-    """The first token of `answer` where it continues `text` after a space."""
+    """The first token of `answer` where it continues `text` after a space.
+
+    Raises:
+      UserError: if the tokenizer is damaged, or has no token for it.
+    """
     prompt, whole = encode(tokenizer, text), encode(tokenizer, f"{text} {answer}")
     if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
         return whole[len(prompt)]
-    return tokenizer.encode(f" {answer}", add_special_tokens=False).ids[0]
+    with _faults(f"answer {shown(answer)}: the model's tokenizer fails"):
+        alone = tokenizer.encode(f" {answer}", add_special_tokens=False).ids
+    if not alone:
+        raise UserError(f"answer {shown(answer)}: has no token in this model; reword or remove it")
+    return alone[0]
