@@ -2,7 +2,7 @@
 
     python -m launch.benchmark --config=configs/benchmark.py:smollm2-135m
 
-After the colon stands a model, or a name of hydra_jax.benchmark.SHAPES, such as random-1b or gpt2,
+After the colon stands a model, or a name of hydra_jax.models.shapes.SHAPES, such as random-1b or gpt2,
 for random weights of that shape; every family has one. With --config.step=2, about two and a half
 minutes on two CPU cores.
 """
@@ -21,5 +21,7 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
         rows=0,  # edits at once; 0: the sweep's default for the device
         draws=15,  # replacements a prompt
         step=1,  # measure every step-th component
+        mesh=dict(data=0, model=1),  # of --sweep; of --devices, how many share the model
+        strong=0,  # prompts that --devices spreads over them; 0: what fills the most of them
         layers=0,  # of a shape of random weights, its first so many alone, to fit it into memory; 0: all
     )

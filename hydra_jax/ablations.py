@@ -32,8 +32,8 @@ Write = Callable[[slice, dict[str, np.ndarray]], None]
 """Stores a chunk's variables."""
 
 
-class _Piece:
-    """As many prompts as go at once, on the devices.
+class Piece:
+    """As many prompts as go at once, on the devices: their clean runs are `clean`.
 
     Args:
       plan: the sweep.
@@ -57,8 +57,13 @@ class _Piece:
         """Its clean runs."""
         return self._host(read_batch(self.plan.model.params, self.clean))
 
-    def ablated(self, component: Component) -> tuple[Effects, jax.Array | None]:
-        """The effects of one component's ablations, still on the devices, and perhaps not yet there."""
+    def ablated(self, component: Component, sources: jax.Array | None = None) -> tuple[Effects, jax.Array | None]:
+        """The effects of one component's ablations, still on the devices, and perhaps not yet there.
+
+        Args:
+          component: which.
+          sources: its replacements' values, where they are at hand.
+        """
         plan = self.plan
         of = plan.components.index(component)
         statistics = WriteStatistics(*(jnp.asarray(each[of]) for each in plan.statistics))
@@ -67,7 +72,7 @@ class _Piece:
             plan.model.params,
             self.clean,
             (jnp.int32(component.layer), jnp.int32(component.site), head),
-            self._sources(self.places, of),
+            self._sources(self.places, of) if sources is None else sources,
             statistics,
             self._keys,
             kind=plan.ablation.kind,
@@ -142,7 +147,7 @@ def ablate_chunk(
     own_places = places(plan.components, c.heads)
     for part in parts:
         here = slice(chunk.start + part.start, chunk.start + part.stop)
-        piece = _Piece(plan, here, round_up(parts[0].stop, plan.fit.least), sources)
+        piece = Piece(plan, here, round_up(parts[0].stop, plan.fit.least), sources)
         read = piece.read()
         own = read.head_unembed if plan.ablation.by_head else read.delta_unembed
         for name in ("clean_logit", "clean_probability", "final_scale", "delta_unembed"):
@@ -239,7 +244,7 @@ def frame(plan: Plan) -> xr.Dataset:
 
 def ablate_one(plan: Plan, place: int, component: Component) -> xr.Dataset:
     """Everything about one ablation in one prompt: a dataset of (replacement, component)."""
-    piece = _Piece(plan, slice(place, place + 1), plan.fit.least, Sources(plan))
+    piece = Piece(plan, slice(place, place + 1), plan.fit.least, Sources(plan))
     read: Read = jax.tree.map(lambda array: array[0], piece.read())
     found: Effects = jax.tree.map(lambda array: array[0], jax.device_get(piece.ablated(component)[0]))
     compensation = found.compensation.reshape(len(found.compensation), -1)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hydra_jax import arms, files, run, stats, store
 from hydra_jax.arms import Key
-from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig
+from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig, differences
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import load
 from hydra_jax.prompts import Prompt, json_lines
@@ -126,7 +126,7 @@ def read_runs(workdirs: Sequence[Path], unfinished: bool = False) -> list[Traine
             of_first, of_each = (
                 {k: v for k, v in dataclasses.asdict(r.config).items() if k not in MAY_DIFFER} for r in (first, each)
             )
-            differing = store.differences(of_first, of_each) or ("" if each.corpus == first.corpus else "the text")
+            differing = differences(of_first, of_each) or ("" if each.corpus == first.corpus else "the text")
             if differing:
                 raise UserError(f"{workdir}: does not match {first.workdir} ({differing}); compare runs of one config")
         if kept[-1] < config.steps and not unfinished:

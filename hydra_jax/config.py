@@ -234,3 +234,20 @@ def _layers(text: str, layers: int) -> set[int]:
             )
         chosen |= set(span)
     return chosen
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """In words, where two trees of settings differ; "" where they do not."""
+    was, now = _flat(stored), _flat(asked)
+    return "; ".join(
+        f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -7,12 +7,12 @@ import math
 
 import jax
 
-from hydra_jax.benchmark import intervention_flops
 from hydra_jax.edits import SITES, all_components
 from hydra_jax.memory import default_rows, needs
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout
 from hydra_jax.plan import padded_length
+from hydra_jax.roofline import intervention_flops
 
 SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "context")
 

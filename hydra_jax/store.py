@@ -19,6 +19,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hydra_jax import files
+from hydra_jax.config import differences
 from hydra_jax.edits import SITES, Component, all_components
 from hydra_jax.errors import UserError, reason, shown
 
@@ -411,20 +412,3 @@ def check_protocol(dataset: xr.Dataset, protocol: Mapping[str, Any], where: Path
         raise UserError(
             f"{where}: holds results of another protocol ({differing}); give another --workdir, or delete this one"
         )
-
-
-def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """In words, where two trees of settings differ; "" where they do not."""
-    was, now = _flat(stored), _flat(asked)
-    return "; ".join(
-        f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key)
-    )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

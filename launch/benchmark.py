@@ -1,20 +1,25 @@
-"""Measure the kernels on this machine or beside other libraries, a step of training, or the memory of loading.
+"""Measure the kernels on this machine, or one of the other things below; print a table and write JSON.
 
-Prints a table and writes JSON.
+    python -m launch.benchmark
+    python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16
+    python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16 --sweep=1209 --sites=attn
+    python -m launch.benchmark --devices=1,2
+    python -m launch.benchmark --peers
+    python -m launch.benchmark --training=tiny
+    python -m launch.benchmark --loading
 
-python -m launch.benchmark
-python -m launch.benchmark --config=configs/benchmark.py:random-1b --config.dtype=bfloat16
-python -m launch.benchmark --peers
-python -m launch.benchmark --training=tiny
-python -m launch.benchmark --loading
-
+--sweep makes a whole sweep of so many prompts, of the first of config.lengths, and says where its time goes. --devices
+measures how rates grow with devices, and counts what passes between them; config.mesh.model of them share the model.
 --peers wants a machine that does nothing else: by default PyTorch's threads spin while they wait for one another, which
 made peers ten times slower on two busy cores. With OMP_WAIT_POLICY=PASSIVE in the environment they sleep instead.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,77 +28,138 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import train
-from hydra_jax import benchmark, load, loading, peers, runtime
+from hydra_jax import load, mesh, runtime
+from hydra_jax.benchmarks import devices, kernels, loading, peers, sweep
+from hydra_jax.benchmarks import training as steps
+from hydra_jax.config import AblationConfig
+from hydra_jax.errors import UserError
 from hydra_jax.memory import default_rows
+from hydra_jax.mesh import MeshConfig
+from hydra_jax.models.load import read_settings
+from hydra_jax.models.shapes import SHAPES, shape
 from hydra_jax.models.transformer import Params, init_params
-from hydra_jax.training import benchmark as steps
 from hydra_jax.training.config import train_config
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to measure: configs/benchmark.py:MODEL; see the file")
+SHAPE = flags.DEFINE_string("shape", None, f"a published shape, or a config.json: one of {', '.join(SHAPES)}")
+WEIGHTS = flags.DEFINE_enum("weights", "random", ["random"], "of a shape: speed does not depend on their values")
+SWEEP = flags.DEFINE_integer("sweep", None, "measure a whole sweep instead, of so many prompts", lower_bound=2)
+SITES = flags.DEFINE_string("sites", "attn,mlp", "of that sweep, as --config.ablation.sites of launch.sweep")
+TRACE = flags.DEFINE_string("trace", None, "directory for a profile of that sweep, for Perfetto or TensorBoard")
+DEVICES = flags.DEFINE_list("devices", None, "measure scaling over so many devices instead, as in 1,2,4")
 LOADING = flags.DEFINE_bool("loading", False, "measure the memory of loading instead: 3 GB on disk, 5 of memory")
 TRAINING = flags.DEFINE_enum("training", None, list(train.PRESETS), "measure a preset's step of training instead")
 PEERS = flags.DEFINE_bool("peers", False, "compare with TransformerLens and PyTorch forward hooks instead, on the CPU")
-OUTPUT = flags.DEFINE_string("output", None, "where to write figures: runs/{benchmark,training,loading,peers}.json")
+OUTPUT = flags.DEFINE_string("output", None, "where to write figures: runs/{benchmark,sweep,devices,...}.json")
 
 
 def main() -> None:
-    if LOADING.value:
-        measure_loading()
-    elif TRAINING.value:
-        measure_training()
-    elif PEERS.value:
-        measure_peers()
-    else:
-        measure_kernels()
+    asked: dict[str, tuple[Callable[[], None], Any]] = {
+        "--loading": (measure_loading, LOADING.value),
+        "--training": (measure_training, TRAINING.value),
+        "--peers": (measure_peers, PEERS.value),
+        "--sweep": (functools.partial(measure_sweep, SWEEP.value or 0), SWEEP.value),
+        "--devices": (functools.partial(measure_devices, DEVICES.value or []), DEVICES.value),
+    }
+    chosen = [name for name, (_, value) in asked.items() if value]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)}: are different things to measure; ask for one at a time")
+    (asked[chosen[0]][0] if chosen else measure_kernels)()
 
 
 def measure_kernels() -> None:
     config = CONFIG.value
-    params = model_params()
-    on = benchmark.machine()
-    print(f"{config.model}, {config.dtype}, {on['devices']} x {on['device']} ({on['backend']})", flush=True)
+    params, on = model_params(), start()
     rows = []
     for length in config.lengths:
         print(f"measuring {length} tokens ...", flush=True)
-        rows.append(benchmark.measure(params, length, config.rows or default_rows(), config.draws, config.step))
-    print(f"\n{benchmark.table(rows)}\n")
+        rows.append(kernels.measure(params, length, config.rows or default_rows(), config.draws, config.step))
+    print(f"\n{kernels.table(rows)}\n")
     print("ratio: kernel to GEMM; forwards/s: interventions by batched whole forward passes; speed-up over them")
-    write("runs/benchmark.json", {"machine": on, "config": config.to_dict(), "figures": as_dicts(rows)})
+    write("benchmark", {"machine": on, "config": config.to_dict(), "figures": as_dicts(rows)})
+
+
+def measure_sweep(prompts: int) -> None:
+    config = CONFIG.value
+    params, on = model_params(), start()
+    params = mesh.lay(mesh.make(MeshConfig(**config.mesh)), params)
+    ablation = AblationConfig(sites=SITES.value, replacements=config.draws, edges=False)
+    print(f"sweeping {prompts:,} prompts twice ...", flush=True)
+    with jax.profiler.trace(TRACE.value) if TRACE.value else contextlib.nullcontext():
+        swept = sweep.measure(params, prompts, config.lengths[0], ablation, config.rows)
+    print(f"\n{swept}\n")
+    write("sweep", {"machine": on, "config": config.to_dict(), "figures": dataclasses.asdict(swept)})
+
+
+def measure_devices(asked: list[str]) -> None:
+    config = CONFIG.value
+    counts = [int(count) if count.isdecimal() else 0 for count in asked]
+    if not all(counts):
+        raise UserError(f"--devices: {','.join(asked)} are not numbers of devices; give e.g. 1,2,4")
+    each = max(1, (config.rows or default_rows()) // config.draws)
+    strong = config.strong or each * max(counts)
+    if jax.default_backend() == "cpu" and counts != [jax.device_count()]:
+        print(f"measuring {','.join(asked)} CPU devices, each with a core of its own ...", flush=True)
+        found = [devices.apart([*sys.argv[1:], f"--config.strong={strong}"], count) for count in counts]
+    else:
+        params, length = model_params(), config.lengths[0]
+
+        def scaled(count: int, prompts: int) -> dict[str, Any]:
+            model = min(config.mesh.model, count)
+            measured = devices.measure(params, count, model, prompts, length, config.draws, config.step)
+            return dataclasses.asdict(measured)
+
+        found = [{"strong": scaled(count, strong), "weak": scaled(count, each * count)} for count in counts]
+    print(f"\n{devices.table(found)}\n")
+    print("on data, on model: places in the compiled programs of a chunk where anything passes along that axis")
+    write("devices", {"figures": found})
 
 
 def measure_peers() -> None:
-    config, on = CONFIG.value, benchmark.machine()
-    params = model_params()
+    config = CONFIG.value
+    params, on = model_params(), start()
     peers.check_comparable(params.config)
     found, missing = peers.installed(params, max(config.peer_lengths))
-    print("\n".join([f"{config.model}, {on['device']}", *missing]), flush=True)
+    print("\n".join(missing), flush=True)
     rows = []
     for length in config.peer_lengths:
         print(f"measuring {length} tokens ...", flush=True)
         rows += peers.measure(params, found, length, config.rows or default_rows(), config.draws, config.step)
     print(f"\n{peers.table(rows)}\n")
     print("hydra_jax: interventions/s with clean runs; ratio: to the peer's; difference: of total effects, in logits")
-    write("runs/peers.json", {"machine": on, "config": config.to_dict(), "figures": as_dicts(rows)})
+    write("peers", {"machine": on, "config": config.to_dict(), "figures": as_dicts(rows)})
+
+
+def start() -> dict[str, Any]:
+    """Say what is measured and where; a description of the machine."""
+    config, on = CONFIG.value, kernels.machine()
+    what = SHAPE.value or config.model
+    print(f"{what}, {config.dtype}, {on['devices']} x {on['device']} ({on['backend']})", flush=True)
+    return on
 
 
 def model_params() -> Params:
     config = CONFIG.value
     switches = {"dtype": config.dtype, "precision": config.precision}
-    if config.model not in benchmark.SHAPES:
-        return load(config.model, **switches).params
-    shape = dataclasses.replace(benchmark.shape(config.model, config.layers), **switches)
-    return jax.jit(init_params, static_argnums=0)(shape, jax.random.key(0))
+    asked = SHAPE.value or config.model
+    if SHAPE.value and Path(asked).is_file():
+        sizes = read_settings(Path(asked), **switches)
+    elif SHAPE.value or asked in SHAPES:
+        sizes = dataclasses.replace(shape(asked, config.layers), **switches)
+    else:
+        return load(asked, **switches).params
+    return jax.jit(init_params, static_argnums=0)(sizes, jax.random.key(0))
 
 
 def measure_training() -> None:
-    on, rows = benchmark.machine(), []
+    on, rows = kernels.machine(), []
     print(f"{TRAINING.value}, {on['devices']} x {on['device']} ({on['backend']})", flush=True)
     for arm in train.ARMS:
         print(f"measuring {arm} ...", flush=True)
         rows.append(steps.measure(train_config(train.get_config(f"{arm},{TRAINING.value}"))))
     print(f"\n{steps.table(rows)}\n")
     print("ratio: of a step's matrix products to bare ones")
-    write("runs/training.json", {"machine": on, "figures": as_dicts(rows)})
+    write("training", {"machine": on, "figures": as_dicts(rows)})
 
 
 def measure_loading() -> None:
@@ -103,15 +169,15 @@ def measure_loading() -> None:
     rows = list(loading.measure())
     fitted = loading.line(rows[0], rows[1])
     print(f"\n{loading.table(rows, fitted)}\n")
-    write("runs/loading.json", {"line": dataclasses.asdict(fitted), "figures": as_dicts(rows)})
+    write("loading", {"line": dataclasses.asdict(fitted), "figures": as_dicts(rows)})
 
 
 def as_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(row) for row in rows]
 
 
-def write(default: str, figures: dict[str, Any]) -> None:
-    output = Path(OUTPUT.value or default)
+def write(what: str, figures: dict[str, Any]) -> None:
+    output = Path(OUTPUT.value or f"runs/{what}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"written to {output}")

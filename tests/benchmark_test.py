@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydra_jax.benchmark import SHAPES, forward_batch, intervention_flops, layer_products, measure, shape, table
+from hydra_jax.benchmarks.kernels import forward_batch, layer_products, measure, table
 from hydra_jax.edits import SITES, all_components
 from hydra_jax.errors import UserError
+from hydra_jax.models.shapes import SHAPES, shape
 from hydra_jax.models.transformer import forward
+from hydra_jax.roofline import intervention_flops
 from tests import toys
 
 
@@ -53,4 +55,5 @@ def test_a_measurement_is_whole():
     assert measured.kernel_to_gemm == pytest.approx(measured.kernel_flops / measured.gemm_flops)
     assert measured.speedup == pytest.approx(measured.interventions / measured.forwards)
     assert measured.interventions > 0
-    assert len(table([measured]).splitlines()) == 2
+    assert len(table([measured]).splitlines()) == 4
+    assert "bound by" in str(measured.roofline)

@@ -5,9 +5,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from hydra_jax.benchmark import SHAPES
 from hydra_jax.describe import cost, describe, parameters
 from hydra_jax.models.load import load, read_config
+from hydra_jax.models.shapes import SHAPES
 from hydra_jax.models.transformer import forward
 from tests import builders, toys
 

@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 
-from hydra_jax import loading
+from hydra_jax.benchmarks import loading
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import load
 from tests import toys

@@ -1,13 +1,12 @@
 """Sweeps over meshes: of the four devices here, and as commands on eight or by two processes."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hydra_jax import kernels, mesh, store
+from hydra_jax.benchmarks.devices import collectives
 from hydra_jax.edits import WriteStatistics
 from hydra_jax.errors import UserError
 from hydra_jax.mesh import DATA, MODEL, MeshConfig
@@ -16,7 +15,6 @@ from tests import builders, commands, toys
 from tests.commands import finish, free_port
 
 PROMPTS = 22
-COLLECTIVES = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(.*")
 SHAPES = {"data 4": (0, 1), "data 2, model 2": (2, 2), "model 4": (1, 4)}
 
 
@@ -76,20 +74,25 @@ def test_nothing_passes_between_devices_that_take_other_prompts(shape):
         kernels.ablating(params, "resample", edges=False).lower(params, clean, where, *others),
     ]
     for program in programs:
-        found = [line.group() for line in COLLECTIVES.finditer(program.compile().as_text())]
-        assert bool(found) == (on.shape[MODEL] > 1)
-        for line in found:
-            assert groups(line) <= {frozenset(row) for row in np.arange(4).reshape(-1, on.shape[MODEL]).tolist()}
+        found = collectives(program.compile().as_text())
+        assert set().union(*(one.over(on) for one in found)) == ({MODEL} if on.shape[MODEL] > 1 else set())
     # Attention's and the MLP's writes, in the loop, and the MLP's in the edited layer.
     assert len(found) == (3 if on.shape[MODEL] == 2 else len(found))
 
 
-def groups(line):
-    """Which devices a collective joins: listed, or as [groups, of]<=[devices]."""
-    if listed := re.search(r"replica_groups=\{(.*?)\}(?:,|$)", line):
-        return {frozenset(map(int, group.split(","))) for group in re.findall(r"\{?([\d,]+)\}?", listed[1])}
-    count, size = map(int, re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[\d+\]", line).groups())
-    return {frozenset(row) for row in np.arange(count * size).reshape(count, size).tolist()}
+def test_collectives_are_read_however_they_are_written():
+    on = mesh.make(MeshConfig(2, 2))
+    lines = """
+      %a = f32[4,3]{1,0} all-reduce(%x), channel_id=1, replica_groups=[2,2]<=[4], use_global_device_ids=true
+      %b = (bf16[8]{0}, f32[]) all-gather-start(%x), replica_groups={{0,2},{1,3}}, dimensions={0}
+      %c = f32[2]{0} all-to-all(%x), replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
+      %d = f32[2]{0} all-gather(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, dimensions={2}
+      %e = f32[2]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+      %f = f32[2]{0} add(%x, %all-reduce)
+    """
+    found = collectives(lines)
+    assert [one.bytes for one in found] == [48, 20, 8, 8, 8]
+    assert [one.over(on) for one in found] == [{MODEL}, {DATA}, {DATA}, {MODEL}, {MODEL}]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-from hydra_jax.training import benchmark
+from hydra_jax.benchmarks import training
 from tests import training_toys
 
 
@@ -6,14 +6,14 @@ def test_arithmetic_of_a_step():
     # Of a layer of width 4: 4 x 16 of attention's weights, 3 x 4 x 6 of the MLP's, 2 x 4 x 8 products with 8 tokens.
     shape = dict(layers=3, width=4, heads=2, kv_heads=2, mlp_width=6, context=8)
     decoder = training_toys.config(model=shape).decoder(10)
-    assert benchmark.step_flops(decoder, 16) == 6 * 16 * (3 * (4 * 16 + 3 * 24 + 2 * 4 * 8) + 40)
+    assert training.step_flops(decoder, 16) == 6 * 16 * (3 * (4 * 16 + 3 * 24 + 2 * 4 * 8) + 40)
 
 
 def test_a_measurement():
     config = training_toys.config(dropout=dict(attn=0.1), accumulate=2)
-    found = benchmark.measure(config, turns=1)
+    found = training.measure(config, turns=1)
     assert found.step_to_gemm > 0  # of products so small, the calls' own time
     assert found.tokens > 0
-    expected = benchmark.step_flops(config.decoder(config.data.vocab_size), 48) / 48
+    expected = training.step_flops(config.decoder(config.data.vocab_size), 48) / 48
     assert abs(found.step_flops / found.tokens / expected - 1) < 1e-9
-    assert "%" in benchmark.table([found])
+    assert "%" in training.table([found])

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from flax import traverse_util
 from tokenizers import Tokenizer
 
 from hydra_jax import mesh as meshes
 from hydra_jax.errors import UserError, reason
 from hydra_jax.models import families, hub, tokenizer, transformer
+from hydra_jax.models.assemble import Source, assemble
 from hydra_jax.models.check import check
 from hydra_jax.models.config import AS_STORED, LAST_STEP, ModelConfig
-from hydra_jax.models.families import Family, Form
+from hydra_jax.models.families import Family
 from hydra_jax.models.settings import Settings, model_config
 from hydra_jax.models.transformer import Params
 from hydra_jax.training import workdir
@@ -197,15 +194,31 @@ def _read_gguf(path: Path, mesh: jax.sharding.Mesh | None, **switches: str) -> t
         return gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
 
     names = {name: name for name in file.tensors}
-    source = _Source(path, read, names, file.family.gguf_form, _GGUF, (r"rope_freqs\.weight",))
-    return _assemble(file.config, file.family, source, mesh), tokenizer.from_gguf(file.metadata, path)
+    source = Source(path, read, names, file.family.gguf_form, _GGUF, (r"rope_freqs\.weight",))
+    return assemble(file.config, file.family, source, mesh), tokenizer.from_gguf(file.metadata, path)
 
 
 def _directory_config(path: Path, **switches: str) -> tuple[str, Family, ModelConfig]:
     for needed in ("config.json", "tokenizer.json"):
         if not (path / needed).is_file():
             raise UserError(f"{path}: has no {needed}; a model directory needs it beside its *.safetensors")
-    described = path / "config.json"
+    return _stated_config(path / "config.json", **switches)
+
+
+def read_settings(path: Path, **switches: str) -> ModelConfig:
+    """The config of a Hugging Face `config.json` alone.
+
+    Args:
+      path: of the file.
+      switches: `dtype` and `precision`, as of `load`.
+
+    Raises:
+      UserError: as `load`.
+    """
+    return _stated_config(path, **switches)[2]
+
+
+def _stated_config(described: Path, **switches: str) -> tuple[str, Family, ModelConfig]:
     stated = _json_object(described)
     family = families.find(stated.get("model_type"), str(described))
     with _faults_of(described):
@@ -262,8 +275,8 @@ def _read_directory(path: Path, mesh: jax.sharding.Mesh | None, **switches: str)
                 raise UserError(f"{path}: tensor {name} holds {array.dtype}, not floats; use unquantised weights")
             return array.astype(np.float32)
 
-        source = _Source(path, read, names, family.form, _HUGGING_FACE, family.ignored)
-        return _assemble(config, family, source, mesh), tokenizer.from_file(path / "tokenizer.json")
+        source = Source(path, read, names, family.form, _HUGGING_FACE, family.ignored)
+        return assemble(config, family, source, mesh), tokenizer.from_file(path / "tokenizer.json")
 
 
 def _json_object(path: Path) -> Mapping[str, Any]:
@@ -295,105 +308,3 @@ def _shards(path: Path) -> list[Path]:
         if Path(name).name != name or not name.endswith(".safetensors") or not (path / name).is_file():
             raise UserError(f"{path}: has no {name}, which {INDEX} names; fetch the model again")
     return [path / name for name in sorted(set(shards.values()))]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """Where published tensors come from.
-
-    Attributes:
-      path: of the file or directory.
-      read: a published name -> the array.
-      names: names as a family's table has them -> as published.
-      form: of the arrays.
-      column: of the table's names.
-      ignored: patterns of the names that are not needed.
-    """
-
-    path: Path
-    read: Callable[[str], np.ndarray]
-    names: Mapping[str, str]
-    form: Form
-    column: int
-    ignored: tuple[str, ...]
-
-
-def _assemble(config: ModelConfig, family: Family, source: _Source, mesh: jax.sharding.Mesh | None) -> Params:
-    """Read every parameter that the config calls for, check it, and stack the layers."""
-    expected = transformer.flat(transformer.layout(config).weights)
-    table = {ours: row[source.column] for ours, row in family.names.items()}
-    order = list(table)
-    # In the table's order, which is that of fused parameters.
-    published = {path: _published(table, path) for path in sorted(expected, key=lambda p: order.index(_module(p)))}
-    used: set[str] = set()
-
-    def read(path: str, into: np.ndarray, layer: int) -> np.ndarray:
-        # Parameters of one name are fused: each has the rows after those of the ones before it.
-        sizes = {p: expected[p].shape[-1] for p, name in published.items() if name == published[path]}
-        name = published[path].format(layer)
-        if name not in source.names:
-            raise UserError(f"{source.path}: tensor {name} is missing; fetch the model again")
-        name = source.names[name]
-        used.add(name)
-        _fill(into, path, config, source, name, sizes)
-        return into
-
-    weights: dict[str, Any] = {}
-    for path, struct in expected.items():
-        stacked = path.startswith("layers/")
-        if mesh is not None and mesh.size > 1:
-            layers = [(layer, struct.shape[1:]) for layer in range(config.layers)] if stacked else [(0, struct.shape)]
-            # A buffer each, as devices may still be reading the one before.
-            parts = (read(path, np.empty(shape, struct.dtype), layer) for layer, shape in layers)
-            weights[path] = meshes.stack(mesh, path, struct, parts) if stacked else meshes.lay_one(mesh, path, *parts)
-            continue
-        whole = _aligned(struct.shape, struct.dtype)
-        for layer in range(config.layers if stacked else 1):
-            read(path, whole[layer] if stacked else whole, layer)
-        array = jax.device_put(whole, may_alias=True)
-        weights[path] = array if mesh is None else meshes.lay_one(mesh, path, array)
-    ignored = (*source.ignored, *([re.escape(_published(table, "unembedding"))] if config.tied else []))
-    for ours, name in source.names.items():
-        if name not in used and not any(re.fullmatch(pattern, ours) for pattern in ignored):
-            raise UserError(f"{source.path}: tensor {name} is more than this architecture has; fetch the model again")
-    return Params(weights=traverse_util.unflatten_dict(weights, sep="/"), config=config)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that JAX can take over as it is on a CPU, where it wants 64-byte alignment, and need not copy."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _published(table: Mapping[str, str], path: str) -> str:
-    """A parameter's name in the file, `{}` for the layer."""
-    return f"{table[_module(path)]}.{'bias' if path.endswith('/bias') else 'weight'}"
-
-
-def _module(path: str) -> str:
-    """What a table calls the owner of a parameter."""
-    return path.rpartition("/")[0] or path
-
-
-def _fill(
-    into: np.ndarray, path: str, config: ModelConfig, source: _Source, name: str, sizes: Mapping[str, int]
-) -> None:
-    """Read tensor `name`, or its part that is parameter `path` among those of `sizes`, into one layer's array."""
-    array = source.read(name)
-    with contextlib.suppress(ValueError):  # what cannot be reshaped has the wrong shape
-        array = source.form(path, array, config)
-    flipped = path.endswith("/kernel") or path == "unembedding"
-    wanted = into.shape[::-1] if flipped else into.shape
-    wanted = (sum(sizes.values()), *wanted[1:]) if len(sizes) > 1 else wanted
-    if array.shape != wanted:
-        raise UserError(
-            f"{source.path}: tensor {name} has shape {array.shape}, the config calls for {wanted}; fetch it again"
-        )
-    if not np.isfinite(array).all():
-        raise UserError(f"{source.path}: tensor {name} holds NaN or infinity; fetch it again")
-    if len(sizes) > 1:
-        starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
-        array = array[starts[path] :][: sizes[path]]
-    into[...] = array.T if flipped else array

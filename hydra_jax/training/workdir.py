@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import pandas as pd
 
-from hydra_jax import files, store
+from hydra_jax import files
+from hydra_jax.config import differences
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import AS_STORED, ModelConfig
 from hydra_jax.prompts import json_lines
@@ -67,7 +68,7 @@ def check_config(workdir: Path, config: TrainConfig) -> None:
             raise UserError(f"{workdir}: holds another model; give another --workdir")
         return
     old, _ = read_run(workdir)
-    differing = store.differences(dataclasses.asdict(old), dataclasses.asdict(config))
+    differing = differences(dataclasses.asdict(old), dataclasses.asdict(config))
     if differing:
         raise UserError(
             f"{workdir}: holds a run of another configuration ({differing}); give another --workdir, or delete this one"

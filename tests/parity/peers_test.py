@@ -7,9 +7,9 @@ from importlib import metadata
 import numpy as np
 import pytest
 
-from hydra_jax import peers
+from hydra_jax.benchmarks import peers
+from hydra_jax.benchmarks.peers import check_comparable, installed, measure, table
 from hydra_jax.errors import UserError
-from hydra_jax.peers import check_comparable, installed, measure, table
 from tests import toys
 
 HOOKED, BRIDGE, HOOKS = peers.PEERS

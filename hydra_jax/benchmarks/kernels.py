@@ -16,67 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hydra_jax.edits import ATTN, Component, WriteStatistics, all_components
-from hydra_jax.errors import UserError
+from hydra_jax.edits import Component, WriteStatistics, all_components
 from hydra_jax.kernels import ablating, prefilling
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.layers import product
 from hydra_jax.models.transformer import Edits, Params
 from hydra_jax.prefill import MOST_LIKELY
-
-
-def _shape(
-    vocab_size: int,
-    width: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    mlp_width: int,
-    context: int,
-    **switches: Any,
-) -> ModelConfig:
-    return ModelConfig(vocab_size, width, layers, heads, kv_heads, head_dim, mlp_width, context, **switches)
-
-
-_GPT = dict(norm="layer", gated=False, qkv_bias=True, out_bias=True, mlp_bias=True)
-_GEMMA = dict(post_norm=True, activation="gelu_tanh", tied=True)
-SHAPES = {
-    "random-1b": _shape(128_256, 2048, 16, 32, 8, 64, 8192, 8192, tied=True),
-    "gpt2": _shape(
-        50_257, 768, 12, 12, 12, 64, 3072, 1024, learned_positions=True, activation="gelu_tanh", tied=True, **_GPT
-    ),
-    "pythia-160m": _shape(50_304, 768, 12, 12, 12, 64, 3072, 2048, rotary_dim=16, parallel=True, **_GPT),
-    "opt-125m": _shape(
-        50_272, 768, 12, 12, 12, 64, 3072, 2048, learned_positions=True, activation="relu", tied=True, **_GPT
-    ),
-    "tinyllama-1.1b": _shape(32_000, 2048, 22, 32, 4, 64, 5632, 2048),
-    "mistral-7b": _shape(32_000, 4096, 32, 32, 8, 128, 14_336, 32_768, windows=(4096,) * 32),
-    "phi3-mini": _shape(32_064, 3072, 32, 32, 32, 96, 8192, 4096, windows=(2047,) * 32),
-    "qwen2.5-0.5b": _shape(151_936, 896, 24, 14, 2, 64, 4864, 32_768, qkv_bias=True, tied=True),
-    "qwen3-0.6b": _shape(151_936, 1024, 28, 16, 8, 128, 3072, 40_960, qk_norm="head", tied=True),
-    "gemma-2b": _shape(256_000, 2048, 18, 8, 1, 256, 16_384, 8192, activation="gelu_tanh", tied=True),
-    "gemma2-2b": _shape(256_000, 2304, 26, 8, 4, 256, 9216, 8192, attn_softcap=50.0, windows=(4096, 0) * 13, **_GEMMA),
-    "gemma3-270m": _shape(
-        262_144, 640, 18, 4, 1, 256, 2048, 32_768, windows=(*[512] * 5, 0) * 3, qk_norm="head", **_GEMMA
-    ),
-    "olmo2-1b": _shape(100_352, 2048, 16, 16, 16, 128, 8192, 4096, pre_norm=False, post_norm=True, qk_norm="width"),
-}
-"""What is measured with random weights, on whose values a speed does not depend: sizes and switches of each family."""
-
-
-def shape(name: str, layers: int = 0) -> ModelConfig:
-    """One of `SHAPES`, of its first `layers` layers alone where that is not 0: what a layer takes is the same.
-
-    Raises:
-      UserError: if it has fewer.
-    """
-    whole = SHAPES[name]
-    if not 0 <= layers <= whole.layers:
-        raise UserError(f"config.layers: is {layers}; {name} has {whole.layers}, give 1 to that, or 0 for all of them")
-    count = layers or whole.layers
-    return dataclasses.replace(whole, layers=count, windows=whole.windows[:count])
+from hydra_jax.roofline import Roofline, bandwidth, intervention_bytes, intervention_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +37,8 @@ class Measured:
       kernel_flops: useful arithmetic of the kernel, matrix products only.
       gemm_flops: bare matrix products of the shapes of one layer's weights, at as many rows.
       kernel_to_gemm: their ratio.
+      kernel_bytes: that the kernel moves at least.
+      bandwidth: bytes of a large copy.
       forwards: interventions by batched whole forward passes, each with its edit.
       speedup: interventions to forwards.
       prefill_prompts: clean runs.
@@ -103,21 +52,18 @@ class Measured:
     kernel_flops: float
     gemm_flops: float
     kernel_to_gemm: float
+    kernel_bytes: float
+    bandwidth: float
     forwards: float
     speedup: float
     prefill_prompts: float
     compile_seconds: float
     peak_gb: float
 
-
-def intervention_flops(config: ModelConfig, component: Component, length: int) -> int:
-    """Matrix-product operations of one edit: all layers downstream of it, for one token."""
-    c = config
-    mlp = (3 if c.gated else 2) * c.width * c.mlp_width
-    projections = 2 * c.width * (c.heads + c.kv_heads) * c.head_dim
-    attention = 2 * c.heads * c.head_dim * length
-    whole = (c.layers - 1 - component.layer) * (projections + attention + mlp)
-    return 2 * (whole + (mlp if component.site == ATTN and not c.parallel else 0))
+    @property
+    def roofline(self) -> Roofline:
+        """Of the kernel."""
+        return Roofline(self.kernel_flops, self.gemm_flops, self.kernel_bytes, self.bandwidth)
 
 
 def layer_products(config: ModelConfig, rows: int) -> tuple[Callable[[], Any], int]:
@@ -192,13 +138,14 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
     batch = max(1, rows // length)
     whole = tokens[jnp.arange(batch) % prompts], jnp.array([0, 0]), clean.writes[jnp.arange(batch) % prompts, 0, 0]
     kernel_seconds = gemm_seconds = forward_seconds = 0.0
-    gemms = kernel_operations = 0
+    gemms = kernel_operations = kernel_bytes = 0
     _seconds(gemm), _seconds(lambda: forward_batch(params, *whole))
     for component in components:
         arguments = jax.block_until_ready(edits(component))
         seconds = _seconds(functools.partial(kernel, *arguments))
         kernel_seconds += seconds
         kernel_operations += prompts * draws * intervention_flops(config, component, length)
+        kernel_bytes += intervention_bytes(config, component, length, prompts, draws)
         # About as long on bare products as on the kernel, so that both see the same machine.
         spent = 0.0
         while spent < seconds:
@@ -219,6 +166,8 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
         kernel_flops=kernel_flops,
         gemm_flops=gemm_flops,
         kernel_to_gemm=kernel_flops / gemm_flops,
+        kernel_bytes=kernel_bytes / kernel_seconds,
+        bandwidth=bandwidth(),
         forwards=forwards,
         speedup=interventions / forwards,
         prefill_prompts=prompts / prefill_seconds,
@@ -239,6 +188,7 @@ def table(rows: Sequence[Measured]) -> str:
         f" {m.compile_seconds:10.1f} {m.peak_gb:8.2f}"
         for m in rows
     ]
+    lines += ["", *(f"roofline, {m.length} tokens: {m.roofline}" for m in rows)]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hydra_jax.benchmark import layer_products
+from hydra_jax.benchmarks.kernels import layer_products
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.training.config import TrainConfig
 from hydra_jax.training.step import computing, initial, update

@@ -1,0 +1,1 @@
+"""What `python -m launch.benchmark` measures, each on its own."""

@@ -1,0 +1,125 @@
+"""A model's parameters from published tensors: each read, checked, put into our form, and laid on its devices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from hydra_jax import mesh as meshes
+from hydra_jax.errors import UserError
+from hydra_jax.models import transformer
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.families import Family, Form
+from hydra_jax.models.transformer import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where published tensors come from.
+
+    Attributes:
+      path: of the file or directory.
+      read: a published name -> the array.
+      names: names as a family's table has them -> as published.
+      form: of the arrays.
+      column: of the table's names.
+      ignored: patterns of the names that are not needed.
+    """
+
+    path: Path
+    read: Callable[[str], np.ndarray]
+    names: Mapping[str, str]
+    form: Form
+    column: int
+    ignored: tuple[str, ...]
+
+
+def assemble(config: ModelConfig, family: Family, source: Source, mesh: jax.sharding.Mesh | None) -> Params:
+    """Read every parameter that the config calls for, check it, and stack the layers."""
+    expected = transformer.flat(transformer.layout(config).weights)
+    table = {ours: row[source.column] for ours, row in family.names.items()}
+    order = list(table)
+    # In the table's order, which is that of fused parameters.
+    published = {path: _published(table, path) for path in sorted(expected, key=lambda p: order.index(_module(p)))}
+    used: set[str] = set()
+
+    def read(path: str, into: np.ndarray, layer: int) -> np.ndarray:
+        # Parameters of one name are fused: each has the rows after those of the ones before it.
+        sizes = {p: expected[p].shape[-1] for p, name in published.items() if name == published[path]}
+        name = published[path].format(layer)
+        if name not in source.names:
+            raise UserError(f"{source.path}: tensor {name} is missing; fetch the model again")
+        name = source.names[name]
+        used.add(name)
+        _fill(into, path, config, source, name, sizes)
+        return into
+
+    weights: dict[str, Any] = {}
+    for path, struct in expected.items():
+        stacked = path.startswith("layers/")
+        if mesh is not None and mesh.size > 1:
+            layers = [(layer, struct.shape[1:]) for layer in range(config.layers)] if stacked else [(0, struct.shape)]
+            # A buffer each, as devices may still be reading the one before.
+            parts = (read(path, np.empty(shape, struct.dtype), layer) for layer, shape in layers)
+            weights[path] = meshes.stack(mesh, path, struct, parts) if stacked else meshes.lay_one(mesh, path, *parts)
+            continue
+        whole = _aligned(struct.shape, struct.dtype)
+        for layer in range(config.layers if stacked else 1):
+            read(path, whole[layer] if stacked else whole, layer)
+        array = jax.device_put(whole, may_alias=True)
+        weights[path] = array if mesh is None else meshes.lay_one(mesh, path, array)
+    ignored = (*source.ignored, *([re.escape(_published(table, "unembedding"))] if config.tied else []))
+    for ours, name in source.names.items():
+        if name not in used and not any(re.fullmatch(pattern, ours) for pattern in ignored):
+            raise UserError(f"{source.path}: tensor {name} is more than this architecture has; fetch the model again")
+    return Params(weights=traverse_util.unflatten_dict(weights, sep="/"), config=config)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that JAX can take over as it is on a CPU, where it wants 64-byte alignment, and need not copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _published(table: Mapping[str, str], path: str) -> str:
+    """A parameter's name in the file, `{}` for the layer."""
+    return f"{table[_module(path)]}.{'bias' if path.endswith('/bias') else 'weight'}"
+
+
+def _module(path: str) -> str:
+    """What a table calls the owner of a parameter."""
+    return path.rpartition("/")[0] or path
+
+
+def _fill(
+    into: np.ndarray, path: str, config: ModelConfig, source: Source, name: str, sizes: Mapping[str, int]
+) -> None:
+    """Read tensor `name`, or its part that is parameter `path` among those of `sizes`, into one layer's array."""
+    array = source.read(name)
+    with contextlib.suppress(ValueError):  # what cannot be reshaped has the wrong shape
+        array = source.form(path, array, config)
+    flipped = path.endswith("/kernel") or path == "unembedding"
+    wanted = into.shape[::-1] if flipped else into.shape
+    wanted = (sum(sizes.values()), *wanted[1:]) if len(sizes) > 1 else wanted
+    if array.shape != wanted:
+        raise UserError(
+            f"{source.path}: tensor {name} has shape {array.shape}, the config calls for {wanted}; fetch it again"
+        )
+    if not np.isfinite(array).all():
+        raise UserError(f"{source.path}: tensor {name} holds NaN or infinity; fetch it again")
+    if len(sizes) > 1:
+        starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+        array = array[starts[path] :][: sizes[path]]
+    into[...] = array.T if flipped else array
