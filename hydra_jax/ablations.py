@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -186,7 +187,7 @@ def fill(plan: Plan, chunks: Sequence[slice], write: Write, progress: bool) -> N
         smoothing=0,
         disable=not progress,
     )
-    lost = 0
+    lost, say = 0, functools.partial(bar.write, file=sys.stderr)
     with bar, ThreadPoolExecutor(1) as writer:
         writing: Future | None = None
         for chunk in chunks:
@@ -198,8 +199,8 @@ def fill(plan: Plan, chunks: Sequence[slice], write: Write, progress: bool) -> N
 
             longest = padded_length(len(plan.items[chunk.stop - 1].tokens), plan.model.config.context)
             size = round_up(min(plan.fit.prompts(longest), chunk.stop - chunk.start), plan.fit.least)
-            columns = plan.fit.run(attempt, size, bar.write)
-            lost += _lost(plan, chunk, columns[store.NON_FINITE], bar.write)
+            columns = plan.fit.run(attempt, size, say)
+            lost += _lost(plan, chunk, columns[store.NON_FINITE], say)
             if lost > plan.non_finite * each * len(plan.items):
                 raise UserError(
                     f"{lost:,} of {each * len(plan.items):,} interventions are no numbers, more than"

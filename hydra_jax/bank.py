@@ -146,7 +146,8 @@ class Bank:
         assert self._directory is not None
         path = self._directory / name
         try:
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as archive:
+            # Opened here, as numpy leaves a damaged archive open.
+            with path.with_suffix(".npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 described = dict(archive)
             values = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
             whole = str(described["protocol"]) == self._protocol and len(values) == described["kept"].sum()

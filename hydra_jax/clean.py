@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 
 import jax
@@ -65,11 +66,11 @@ class CleanPass:
         worker = meshes.worker(meshes.of(self.model.params))
         size = self.fit.prompts(padded_length(len(missing[-1].tokens), self.model.config.context)) if missing else 1
         parts = evenly(len(missing), min(size, -(-len(missing) // worker.count)))
+        say = functools.partial(bar.write, file=sys.stderr)
         for part in worker.share(parts):
             chosen = missing[part]
-            columns, values = self.fit.run(
-                functools.partial(self._runs, chosen, target), round_up(parts[0].stop, self.fit.least), bar.write
-            )
+            runs = functools.partial(self._runs, chosen, target)
+            columns, values = self.fit.run(runs, round_up(parts[0].stop, self.fit.least), say)
             kept = np.array([keep(item, top) for item, top in zip(chosen, columns["top"].tolist(), strict=True)])
             if worker.leads:
                 self.bank.add([item.prompt.id for item in chosen], columns, kept, values[kept])

@@ -6,13 +6,15 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 
 from hydra_jax.edits import SITES, all_components
-from hydra_jax.memory import default_rows, needs
+from hydra_jax.memory import ACCELERATOR_ROWS, default_rows, needs
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout
 from hydra_jax.plan import padded_length
 from hydra_jax.roofline import intervention_flops
+from hydra_jax.store import EFFECTS
 
 SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "context")
 
@@ -22,12 +24,14 @@ class Cost:
     """Of a sweep of every component of a model.
 
     Attributes:
-      ablations: in all.
-      clean_operations: of matrix products, of the clean runs.
+      ablations: in all, direct edges aside.
+      clean_operations: of matrix products, of the clean runs: one for the bank, one before the ablations.
       ablation_operations: of the ablations.
-      weight_bytes: of the parameters.
-      work_bytes: of what is computed at once, of so many prompts.
+      weight_bytes: of the parameters, on each device.
+      work_bytes: of what a device computes at once, of so many prompts.
       prompts_at_once: how many those are.
+      bank_bytes: of every prompt's writes, which replacements are taken from.
+      store_bytes: of the results, before they are compressed.
     """
 
     ablations: int
@@ -36,6 +40,8 @@ class Cost:
     weight_bytes: int
     work_bytes: int
     prompts_at_once: int
+    bank_bytes: int
+    store_bytes: int
 
 
 def parameters(config: ModelConfig) -> int:
@@ -43,7 +49,7 @@ def parameters(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layout(config)))
 
 
-def cost(config: ModelConfig, prompts: int, length: int, draws: int) -> Cost:
+def cost(config: ModelConfig, prompts: int, length: int, draws: int, model: int = 1, rows: int = 0) -> Cost:
     """What a sweep computes and holds.
 
     Args:
@@ -51,28 +57,55 @@ def cost(config: ModelConfig, prompts: int, length: int, draws: int) -> Cost:
       prompts: how many.
       length: tokens of each.
       draws: replacements of each ablation.
+      model: devices that share the model.
+      rows: edits at once on a device; 0 for what this machine's are given.
     """
     params = layout(config)
     kernels = [leaf for leaf in jax.tree.leaves(params.weights["layers"]) if len(leaf.shape) == 3]
     attention = 2 * config.layers * config.heads * config.head_dim * length
     unembedding = config.vocab_size * config.width
     clean = 2 * (length * (sum(math.prod(leaf.shape) for leaf in kernels) + attention) + unembedding)
-    together = min(prompts, max(1, default_rows() // draws))
-    need = needs(config, padded_length(length, config.context), draws)
+    together = min(prompts, max(1, (rows or default_rows()) // draws))
+    need = needs(config, padded_length(length, config.context), draws, model)
+    item = jnp.dtype(config.dtype).itemsize
+    effects = len(EFFECTS) * draws + config.components
     once = sum(intervention_flops(config, component, length) for component in all_components(config.layers))
     return Cost(
         ablations=prompts * draws * config.components,
-        clean_operations=prompts * clean,
+        clean_operations=2 * prompts * clean,
         ablation_operations=prompts * draws * once,
-        weight_bytes=_bytes(params),
+        weight_bytes=need.parameters,
         work_bytes=need.fixed + together * need.prompt,
         prompts_at_once=together,
+        bank_bytes=prompts * config.components * config.width * item,
+        store_bytes=4 * prompts * config.components * effects,
     )
 
 
-def describe(architecture: str, config: ModelConfig, prompts: int, length: int, draws: int) -> str:
-    """A few lines on a model; arguments as of `cost`."""
-    c, of = config, cost(config, prompts, length, draws)
+def describe(
+    architecture: str,
+    config: ModelConfig,
+    prompts: int,
+    length: int,
+    draws: int,
+    model: int = 1,
+    devices: int = 1,
+    tflops: float = 0.0,
+) -> str:
+    """A few lines on a model.
+
+    Args:
+      architecture: as its file calls it.
+      config: the model's.
+      prompts: of the sweep.
+      length: tokens of each.
+      draws: replacements of each ablation.
+      model: devices that share the model.
+      devices: in all.
+      tflops: of matrix products that each does a second, in 10^12; 0 where that is not known.
+    """
+    c, of = config, cost(config, prompts, length, draws, model, ACCELERATOR_ROWS if tflops else 0)
+    operations = of.clean_operations + of.ablation_operations
     sizes = ", ".join(f"{name} {getattr(c, name):,}" for name in SIZES)
     plain = ModelConfig(**{name: getattr(c, name) for name in SIZES})
     switches = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in SIZES}
@@ -88,12 +121,21 @@ def describe(architecture: str, config: ModelConfig, prompts: int, length: int, 
             f"order       {_order(c)}",
             f"a sweep     of {prompts:,} prompts of {length:,} tokens, {draws} replacements each:"
             f" {of.ablations:,} ablations",
-            f"arithmetic  {(of.clean_operations + of.ablation_operations) / 1e12:,.3g} TFLOP of matrix products:"
+            f"arithmetic  {operations / 1e12:,.4g} TFLOP of matrix products:"
             f" clean runs {of.clean_operations / 1e12:,.3g}, ablations {of.ablation_operations / 1e12:,.3g}",
-            f"memory      weights {of.weight_bytes / 1e9:,.3g} GB in {c.dtype}; ablations of {of.prompts_at_once}"
-            f" prompts at once about {of.work_bytes / 1e9:,.3g} GB",
+            f"memory      of each device: weights {of.weight_bytes / 1e9:,.3g} GB in {c.dtype}"
+            + (f", shared by {model}" if model > 1 else "")
+            + f"; ablations of {of.prompts_at_once:,} prompts at once about {of.work_bytes / 1e9:,.3g} GB",
+            f"disk        {of.bank_bytes / 1e9:,.3g} GB while it runs; results at most {of.store_bytes / 1e9:,.3g} GB",
+            *([_time(operations, devices, tflops)] if tflops else []),
         ]
     )
+
+
+def _time(operations: float, devices: int, tflops: float) -> str:
+    seconds = operations / (devices * tflops * 1e12)
+    shown = f"{seconds:,.3g} s" if seconds < 600 else f"{seconds / 3600:,.3g} h"
+    return f"time        {shown} on {devices:,} devices of {tflops:,g} TFLOP/s each, besides start-up"
 
 
 def _order(config: ModelConfig) -> str:
@@ -106,7 +148,3 @@ def _short(name: str, value: object) -> str:
     if isinstance(value, tuple):
         return f"{name} ({', '.join(f'{each:g}' for each in value[:6])}{', ...' if len(value) > 6 else ''})"
     return name if value is True else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-
-
-def _bytes(tree: object) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -77,12 +77,14 @@ def needs(config: ModelConfig, length: int, draws: int, model: int = 1, edges: b
     kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(clean)) - cache + cache // shared
     # Of a token in a layer, in float32: the stream and what is read from it, heads, and the MLP.
     token = 4 * (6 * c.width + 4 * c.heads * c.head_dim + 3 * c.mlp_width // model)
+    # A layer's weights are cut out of the stack for its products.
+    layer = 4 * (2 * c.width * (c.heads + c.kv_heads) * c.head_dim + 3 * c.width * c.mlp_width) // model
     together = max(length, PREFILL_TOKENS)
     scores = 3 * 4 * c.heads * length
     edit = token + scores + item * c.width + (2 if edges else 1) * 3 * 4 * c.components
     return Needs(
         parameters=meshes.bytes_a_device(c, model),
-        fixed=together * (token + scores) + 2 * 4 * c.vocab_size * max(1, together // length),
+        fixed=layer + together * (token + scores) + 2 * 4 * c.vocab_size * max(1, together // length),
         prompt=2 * kept + draws * edit,
     )
 

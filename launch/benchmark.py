@@ -126,7 +126,10 @@ def measure_peers() -> None:
         print(f"measuring {length} tokens ...", flush=True)
         rows += peers.measure(params, found, length, config.rows or default_rows(), config.draws, config.step)
     print(f"\n{peers.table(rows)}\n")
-    print("hydra_jax: interventions/s with clean runs; ratio: to the peer's; difference: of total effects, in logits")
+    print(
+        "interventions/s: ours with clean runs, the peer's one a forward pass, and of a prompt's replacements at once;"
+    )
+    print("difference: of total effects, in logits")
     write("peers", {"machine": on, "config": config.to_dict(), "figures": as_dicts(rows)})
 
 

@@ -23,6 +23,7 @@ from hydra_jax.run import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to sweep: configs/sweep.py:MODEL; see the file itself")
 PROMPT = flags.DEFINE_string("prompt", None, "one prompt to sweep by itself: short for --config.prompts.text")
+REPORT = flags.DEFINE_bool("report", True, "end with tables, figures and the page; launch.report makes them later")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory for the results", required=True)
 
 
@@ -38,6 +39,9 @@ def main() -> None:
     if not Cluster.joined().first:
         return
     runtime.part()
+    if not REPORT.value:
+        print(f"results in {workdir}: {store.NAME} (xarray.open_zarr); python -m launch.report --workdir={workdir}")
+        return
     found = results.load(workdir, config.bootstrap, config.seed)
     if not config.prompts.text:
         print(tables.kept(pd.read_csv(workdir / "prompts.csv", keep_default_na=False)))

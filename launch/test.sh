@@ -15,4 +15,5 @@ done
 say "fetching the default model"
 python -m launch.fetch
 say "running the tests"
-exec python -m pytest "$@"
+# Most of a test's time is one compiler thread: two to four at once, each with a file at a time.
+exec python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"

@@ -11,8 +11,8 @@ import time
 import pytest
 import yaml
 
-from tests.commands import ROOT
-from tests.multi_process_test import SETTINGS, free_port
+from tests import commands, sweeps
+from tests.commands import ROOT, free_port
 
 SCRIPTS = [*ROOT.glob("launch/**/*.sh"), ROOT / ".ci" / "run"]
 MANIFESTS = sorted(ROOT.glob("launch/cluster/*.yaml"))
@@ -278,14 +278,30 @@ def test_slurm_finds_out_that_nodes_do_not_share_the_directory(repository):
     assert requeued(repository) is None
 
 
-def test_two_slurm_tasks_train_one_model(repository):
+def test_a_sweep_is_preempted_requeued_and_ended_under_slurm(repository):
+    """By two tasks, both real: ahead of the time limit they drop their chunks, and the next start goes on."""
     script(repository / ".venv/bin/python", "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
-    settings = [f"--config.{name}={value}" for name, value in (SETTINGS | {"steps": 1}).items()]
-    variables = dict(COMMAND="launch.train", JAX_COORDINATOR_PORT=str(free_port()), JAX_PLATFORMS="cpu", XLA_FLAGS="")
-    done = finish(slurm(repository, "", *settings, "--workdir=run", **variables))
-    assert done.returncode == 0, done.err
-    assert done.out.count("trained:") == 1
-    assert (repository / "run" / "metrics.jsonl").exists()
+    inputs, workdir = sweeps.inputs(repository, 20), repository / "run"
+    chunk = f"--config.rows={sweeps.REPLACEMENTS}"  # a prompt each
+    variables = commands.kept(inputs / "compiled") | dict(JAX_PLATFORMS="cpu", XLA_FLAGS="")
+
+    def begin():
+        return slurm(
+            repository, "", *sweeps.settings(inputs, workdir), chunk, JAX_COORDINATOR_PORT=str(free_port()), **variables
+        )
+
+    process = begin()
+    while not sweeps.written(workdir) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert finish(process).returncode == 143, process.err
+    assert requeued(repository) == f"requeue {JOB}"
+    before = sweeps.written(workdir)
+    assert 0 < len(before) < 20
+    again = finish(begin())
+    assert again.returncode == 0, again.err
+    assert before.items() <= sweeps.written(workdir).items()
+    assert again.out.count("results in") == 1
 
 
 def test_a_tpu_pod_runs_the_same_on_every_worker(repository, tmp_path):

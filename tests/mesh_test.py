@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from hydra_jax import kernels, mesh, store
+from hydra_jax.benchmarks import loading
 from hydra_jax.benchmarks.devices import collectives
 from hydra_jax.edits import WriteStatistics
 from hydra_jax.errors import UserError
 from hydra_jax.mesh import DATA, MODEL, MeshConfig
+from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import flat
-from tests import builders, commands, toys
-from tests.commands import finish, free_port
+from tests import sweeps, toys
+from tests.commands import finish
 
 PROMPTS = 22
 SHAPES = {"data 4": (0, 1), "data 2, model 2": (2, 2), "model 4": (1, 4)}
@@ -87,12 +89,13 @@ def test_collectives_are_read_however_they_are_written():
       %b = (bf16[8]{0}, f32[]) all-gather-start(%x), replica_groups={{0,2},{1,3}}, dimensions={0}
       %c = f32[2]{0} all-to-all(%x), replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
       %d = f32[2]{0} all-gather(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, dimensions={2}
+      %g = f32[2]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, dimensions={2}
       %e = f32[2]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
       %f = f32[2]{0} add(%x, %all-reduce)
     """
     found = collectives(lines)
-    assert [one.bytes for one in found] == [48, 20, 8, 8, 8]
-    assert [one.over(on) for one in found] == [{MODEL}, {DATA}, {DATA}, {MODEL}, {MODEL}]
+    assert [one.bytes for one in found] == [48, 20, 8, 8, 8, 8]
+    assert [one.over(on) for one in found] == [{MODEL}, {DATA}, {DATA}, {MODEL}, {DATA}, {MODEL}]
 
 
 @pytest.mark.parametrize(
@@ -112,33 +115,14 @@ def test_a_mesh_that_cannot_be_is_refused(config, words):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("inputs")
-    builders.gguf_file(directory / "tiny.gguf")
-    records = [{"id": f"p{i}", "prompt": f"the {i} of {'x' * (i % 9)} in"} for i in range(PROMPTS)]
-    builders.json_lines(directory / "prompts.jsonl", records)
-    return directory
-
-
-def start(inputs, workdir, *arguments, devices=8):
-    """A sweep of the tiny model; every compiled program is kept for the next."""
-    settings = [
-        f"--config.model={inputs}/tiny.gguf",
-        f"--config.prompts.path={inputs}/prompts.jsonl",
-        "--config.prompts.correct_only=False",
-        "--config.ablation.replacements=3",
-        "--config.bootstrap=5",
-        f"--workdir={workdir}",
-    ]
-    kept = commands.kept(inputs / "compiled")
-    return commands.start("launch.sweep", *settings, *arguments, devices=devices, **kept)
+    return sweeps.inputs(tmp_path_factory.mktemp("inputs"), PROMPTS)
 
 
 @pytest.fixture(scope="module")
 def alone(inputs, tmp_path_factory):
     """The sweep by one device."""
     workdir = tmp_path_factory.mktemp("alone")
-    done = finish(start(inputs, workdir, devices=1))
-    assert done.returncode == 0, done.err
+    sweeps.done(inputs, workdir)
     return store.open_effects(workdir).load()
 
 
@@ -161,18 +145,32 @@ def assert_same(workdir, expected):
     ],
 )
 def test_eight_devices_make_the_store_of_one(inputs, alone, tmp_path, settings):
-    done = finish(start(inputs, tmp_path, *(f"--config.{setting}" for setting in settings)))
-    assert done.returncode == 0, done.err
+    sweeps.done(inputs, tmp_path, *(f"--config.{setting}" for setting in settings), devices=8)
     assert_same(tmp_path, alone)
 
 
 @pytest.mark.parametrize("model", [1, 8])
 def test_two_processes_of_four_devices_make_it_too(inputs, alone, tmp_path, model):
     """Each by itself on its own chunks; or both together, where one cannot hold the model."""
-    where = f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", f"--config.mesh.model={model}"
-    both = [start(inputs, tmp_path, *where, f"--process={number}", devices=4) for number in range(2)]
-    for process in map(finish, both):
-        assert process.returncode == 0, process.err
-    assert "the page to open" in both[0].out
-    assert not [line for line in both[1].out.splitlines() if not line.startswith("[Gloo]")]
+    first, second = sweeps.done(inputs, tmp_path, f"--config.mesh.model={model}", processes=2, devices=4)
+    assert "results in" in first.out
+    assert not [line for line in second.out.splitlines() if not line.startswith("[Gloo]")]
     assert_same(tmp_path, alone)
+
+
+FEW_TOKENS = "from hydra_jax import kernels, memory; kernels.PREFILL_TOKENS = memory.PREFILL_TOKENS = 64"
+"""At once, so that a tiny model's parameters are more than what is computed."""
+
+
+def test_a_model_that_one_device_cannot_hold_runs_on_eight(inputs, tmp_path):
+    """Of 6.3 MB of parameters, where each device may use 4 MB."""
+    config = ModelConfig(2000, 128, 4, 8, 8, 16, 512, 64)
+    (tmp_path / "model").mkdir()
+    loading.write_checkpoint(tmp_path / "model", config)
+    asked = [f"--config.model={tmp_path}/model", "--config.memory=0.004", "--config.rows=3"]
+    (one,) = map(finish, sweeps.start(inputs, tmp_path / "run", *asked, devices=8, prelude=FEW_TOKENS))
+    assert one.returncode == 1
+    assert one.err.startswith("error: memory: the model's parameters take 0.00625 GB a device, 0.004 are there")
+    assert not (tmp_path / "run").exists()
+    sweeps.done(inputs, tmp_path / "run", *asked, "--config.mesh.model=8", devices=8, prelude=FEW_TOKENS)
+    assert store.open_effects(tmp_path / "run")["finished"].values.all()

@@ -6,7 +6,7 @@ import pytest
 import xarray as xr
 
 import hydra_jax
-from hydra_jax import ablations, mesh, plan
+from hydra_jax import ablations, mesh, plan, store
 from hydra_jax.bank import Bank
 from hydra_jax.clean import CleanPass, choose
 from hydra_jax.cluster import Cluster
@@ -95,6 +95,51 @@ def test_a_broken_identity_stops_the_sweep_and_names_the_prompt(model):
     with pytest.raises(UserError, match=r"prompt '.*', (attn|mlp) [01]: total effect") as raised:
         ablations.ablate_chunk(exact, slice(0, 8), Sources(exact), 8)
     assert "\n" not in str(raised.value)
+
+
+def overflowing(model):
+    """The model, but that what attention 1 writes is no number where the last token is "of"."""
+    spoilt = model.tokenizer.token_to_id("of")
+    weights = model.params.weights
+    embedding = weights["embedding"].at[spoilt].mul(1e20)
+    return dataclasses.replace(model, params=model.params.replace(weights=weights | {"embedding": embedding})), spoilt
+
+
+def test_values_that_are_no_numbers_are_recorded_and_left_out(model, tmp_path, capsys):
+    """One of the prompts overflows, and so do others where they take its writes."""
+    broken, token = overflowing(model)
+    spoilt = [text for text in TEXTS if token in encode(model.tokenizer, text)]
+    assert 0 < len(spoilt) < len(TEXTS)
+    items = sorted(plan.itemise(broken, [Prompt(text, text) for text in TEXTS]), key=plan.by_length)
+    made = planned(broken, items, AblationConfig(replacements=2), non_finite=1.0)
+    dataset = store.in_memory(ablations.frame(made), edges=True)
+
+    def write(chunk, arrays):
+        for name, array in arrays.items():
+            dataset[name][chunk] = array
+
+    ablations.fill(made, [slice(0, 8)], write, progress=True)
+    lost = dataset["non_finite"]
+    assert f"not finite, recorded and left out of averages: prompt {spoilt[0]!r}" in capsys.readouterr().err
+    assert (lost.sel(prompt=dataset["prompt_id"].isin(spoilt)) > 0).any()
+    assert (dataset["total_effect"].isnull().sum("replacement") == lost).all()
+    assert not store.holes(dataset)
+    part = dataset.where(lost < 2, drop=True)["compensation"]
+    assert part.notnull().all()  # of the replacements that are finite
+    dataset["finished"][:] = True
+    kept = store.finite(dataset, "here")
+    assert kept.sizes["prompt"] == 8 - kept.attrs["left_out"] < 8
+    assert np.isfinite(kept["total_effect"]).all()
+    with pytest.raises(UserError, match=r"interventions are no numbers, more than non_finite=0 allows"):
+        ablations.fill(dataclasses.replace(made, non_finite=0.0), [slice(0, 8)], write, progress=False)
+
+
+def test_values_on_the_devices_are_those_sent_to_them(model):
+    items = sorted(plan.itemise(model, [Prompt(text, text) for text in TEXTS]), key=plan.by_length)
+    made = planned(model, items, AblationConfig(replacements=2))
+    there, sent = Sources(made, resident=True), Sources(made, resident=False)
+    for of in (0, 3):
+        np.testing.assert_array_equal(there(np.array([2, 5, 5]), of), sent(np.array([2, 5, 5]), of))
 
 
 def test_ablate_is_one_entry_of_a_sweep(model):

@@ -81,19 +81,28 @@ def _groups(rest: str) -> frozenset[frozenset[int]]:
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", rest):
         return frozenset(frozenset(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1]))
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        groups, shape, order = ([int(n) for n in part.split(",")] if part else [] for part in found.groups())
-        places = np.arange(np.prod(shape)).reshape(shape)
-        rows = (places.transpose(order) if order else places).reshape(groups)
+        rows = _ordered(found[2], found[3]).reshape(_numbers(found[1]))
         return frozenset(frozenset(row) for row in rows.tolist())
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+    ordered = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    if found := re.search(rf"replica_groups=mesh\[(.*?)\]{ordered} \{{(.*?)\}}", rest):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        joined = set(re.findall(r"'(\w+)'", found[2]))
-        places = np.arange(np.prod(list(axes.values()))).reshape(list(axes.values()))
+        joined = set(re.findall(r"'(\w+)'", found[4]))
+        places = _ordered(found[2] or str(np.prod(list(axes.values()))), found[3]).reshape(list(axes.values()))
         apart = [axis for axis, name in enumerate(axes) if name not in joined]
         order = [*apart, *(axis for axis in range(len(axes)) if axis not in apart)]
         rows = places.transpose(order).reshape(int(np.prod([places.shape[axis] for axis in apart])), -1)
         return frozenset(frozenset(row) for row in rows.tolist())
     raise ValueError(f"devices of a collective are written in an unknown way: {rest}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _ordered(shape: str, order: str | None) -> np.ndarray:
+    """Devices by number in an array of a shape, its axes in another order where one is given."""
+    places = np.arange(np.prod(_numbers(shape))).reshape(_numbers(shape))
+    return places.transpose(_numbers(order)) if order else places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,13 +197,15 @@ def apart(arguments: Sequence[str], devices: int) -> dict[str, dict[str, Any]]:
         raise UserError(f"--devices: {devices} CPU devices want as many cores, there are {len(cores)}; give fewer")
     with tempfile.TemporaryDirectory(prefix="hydra_jax-") as temporary:
         output = Path(temporary) / "figures.json"
+        # Inherited: to set it between fork and exec is not safe beside JAX's threads.
+        os.sched_setaffinity(0, cores[:devices])
         done = subprocess.run(
             [sys.executable, "-m", "launch.benchmark", *arguments, f"--devices={devices}", f"--output={output}"],
             env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
-            preexec_fn=lambda: os.sched_setaffinity(0, cores[:devices]),
             stdout=subprocess.DEVNULL,
             check=False,
         )
+        os.sched_setaffinity(0, cores)
         if done.returncode:
             raise UserError(f"--devices: the run of {devices} devices ended with {done.returncode}; see what it says")
         return json.loads(output.read_text())["figures"][0]

@@ -68,8 +68,10 @@ class Compared:
       peer: its name.
       versions: of its packages.
       peer_interventions: by the fastest of all pairs; clean runs are not counted.
+      peer_one_by_one: the same where each intervention is a forward pass of its own, as in the libraries' tutorials.
       interventions: ours, over all components, each by its fastest round; the prompts' clean runs are counted.
-      ratio: of ours to the peer's.
+      ratio: of ours to the peer's batches.
+      ratio_one_by_one: to its single passes.
       difference: of total effects at most, in logits.
       total_effect: the largest of the same, for scale.
     """
@@ -79,8 +81,10 @@ class Compared:
     peer: str
     versions: str
     peer_interventions: float
+    peer_one_by_one: float
     interventions: float
     ratio: float
+    ratio_one_by_one: float
     difference: float
     total_effect: float
 
@@ -130,22 +134,12 @@ def check_comparable(config: ModelConfig) -> None:
     Raises:
       UserError: if the model is not a float32 Llama without rotary scaling, or JAX does not run on the CPU.
     """
-    c = config
-    plain = ModelConfig(
-        c.vocab_size,
-        c.width,
-        c.layers,
-        c.heads,
-        c.kv_heads,
-        c.head_dim,
-        c.mlp_width,
-        c.context,
-        rope_base=c.rope_base,
-        norm_eps=c.norm_eps,
-        tied=c.tied,
-        precision=c.precision,
-    )
-    other = [f.name for f in dataclasses.fields(c) if getattr(c, f.name) != getattr(plain, f.name)]
+    free = ("rope_base", "norm_eps", "tied", "precision")
+    other = [
+        f.name
+        for f in dataclasses.fields(config)
+        if f.default is not dataclasses.MISSING and f.name not in free and getattr(config, f.name) != f.default
+    ]
     if other:
         raise UserError(
             f"--peers: takes a Llama without rotary scaling, in float32; this model has another {', '.join(other)};"
@@ -326,8 +320,9 @@ def measure(
         ours = np.asarray(effects[prompt])
         largest = max(largest, float(np.abs(ours).max()))
         for peer in peers:
-            spent, theirs = _total_effects(peer, ids, target, component, old, new)
+            alone, spent, theirs = _total_effects(peer, ids, target, component, old, new)
             times[peer.name].append(spent)
+            times[f"{peer.name}, alone"].append(alone)
             differences[peer.name] = max(differences[peer.name], _difference(peer, component, theirs, ours))
     of_component = statistics.fmean(min(times[component]) for component in components)
     interventions = prompts * draws / (of_component + min(times["prefill"]) / len(every))
@@ -338,8 +333,10 @@ def measure(
             peer=peer.name,
             versions=peer.versions,
             peer_interventions=draws / min(times[peer.name]),
+            peer_one_by_one=1 / min(times[f"{peer.name}, alone"]),
             interventions=interventions,
             ratio=interventions * min(times[peer.name]) / draws,
+            ratio_one_by_one=interventions * min(times[f"{peer.name}, alone"]),
             difference=differences[peer.name],
             total_effect=largest,
         )
@@ -349,12 +346,12 @@ def measure(
 
 def _total_effects(
     peer: Peer, ids: np.ndarray, target: int, component: Component, old: np.ndarray, new: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """The seconds that one pair takes, and its effects [R], of ids [T], the clean write [D] and replacements [R, D]."""
+) -> tuple[float, float, np.ndarray]:
+    """Seconds of one edit and of R at once, and effects [R], of ids [T], the clean write [D], replacements [R, D]."""
     # A clean run is an edit that changes nothing.
-    clean = peer.run(ids[None], component, old[None])
+    alone, clean = _timed(functools.partial(peer.run, ids[None], component, old[None]))
     spent, ablated = _timed(functools.partial(peer.run, np.repeat(ids[None], len(new), axis=0), component, new))
-    return spent, _centred(clean, target) - _centred(ablated, target)
+    return alone, spent, _centred(clean, target) - _centred(ablated, target)
 
 
 def _difference(peer: Peer, component: Component, theirs: np.ndarray, ours: np.ndarray) -> float:
@@ -370,20 +367,20 @@ def _difference(peer: Peer, component: Component, theirs: np.ndarray, ours: np.n
 def table(rows: Sequence[Compared]) -> str:
     """The figures, a line a length and peer."""
     lines = [
-        f"{'tokens':>6} {'peer':18} {'interventions/s':>16} {'hydra_jax':>10} {'ratio':>6} {'difference':>11}  versions"
+        f"{'tokens':>6} {'peer':18} {'hydra_jax':>10} {'one by one':>11} {'ratio':>6} {'batched':>8} {'ratio':>6}"
+        f" {'difference':>11}  versions"
     ]
     lines += [
-        f"{m.length:6} {m.peer:18} {m.peer_interventions:16,.1f} {m.interventions:10,.0f} {m.ratio:5,.0f}x"
-        f" {m.difference:11.1e}  {m.versions}"
+        f"{m.length:6} {m.peer:18} {m.interventions:10,.0f} {m.peer_one_by_one:11,.1f} {m.ratio_one_by_one:5,.0f}x"
+        f" {m.peer_interventions:8,.1f} {m.ratio:5,.0f}x {m.difference:11.1e}  {m.versions}"
         for m in rows
     ]
     return "\n".join(lines)
 
 
-def _spread(components: Sequence[Component], count: int) -> list[Component]:
+def _spread(things: Sequence[Component], count: int) -> list[Component]:
     """`count` of them or all, the first and last among them, of both sites."""
-    places = np.linspace(0, len(components) - 1, min(count, len(components))).round().astype(int)
-    return [components[place] for place in places]
+    return [things[p] for p in np.linspace(0, len(things) - 1, min(count, len(things))).round().astype(int)]
 
 
 def _centred(logits: np.ndarray, target: int) -> np.ndarray:

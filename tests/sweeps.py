@@ -1,0 +1,51 @@
+"""Sweeps of a tiny model as commands, by one process or several."""
+
+from hydra_jax import store
+from tests import builders, commands
+from tests.commands import finish, free_port
+
+REPLACEMENTS = 3
+
+
+def inputs(directory, prompts):
+    """A directory with a model and so many prompts."""
+    builders.gguf_file(directory / "tiny.gguf")
+    records = [{"id": f"p{i}", "prompt": f"the {i} of {'x' * (i % 9)} in"} for i in range(prompts)]
+    builders.json_lines(directory / "prompts.jsonl", records)
+    return directory
+
+
+def settings(inputs, workdir):
+    """Arguments of `launch.sweep`."""
+    return [
+        f"--config.model={inputs}/tiny.gguf",
+        f"--config.prompts.path={inputs}/prompts.jsonl",
+        "--config.prompts.correct_only=False",
+        f"--config.ablation.replacements={REPLACEMENTS}",
+        "--noreport",
+        f"--workdir={workdir}",
+    ]
+
+
+def start(inputs, workdir, *arguments, processes=1, devices=1, prelude=""):
+    """The sweep, begun: its processes. Every compiled program is kept for the next."""
+    where = [[]]
+    if processes > 1:
+        shared = f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"
+        where = [[*shared, f"--process={number}"] for number in range(processes)]
+    every, kept = [*settings(inputs, workdir), *arguments], commands.kept(inputs / "compiled")
+    return [commands.start("launch.sweep", *every, *each, devices=devices, prelude=prelude, **kept) for each in where]
+
+
+def done(inputs, workdir, *arguments, **options):
+    """The sweep, ended well: its processes."""
+    processes = list(map(finish, start(inputs, workdir, *arguments, **options)))
+    for process in processes:
+        assert process.returncode == 0, process.err
+    return processes
+
+
+def written(workdir):
+    """When each chunk's flag was written, which comes last."""
+    chunks = (workdir / store.NAME / "finished" / "c").glob("[0-9]*")
+    return {path.name: path.stat().st_mtime_ns for path in chunks}
