@@ -121,8 +121,8 @@ def describe(
             f"order       {_order(c)}",
             f"a sweep     of {prompts:,} prompts of {length:,} tokens, {draws} replacements each:"
             f" {of.ablations:,} ablations",
-            f"arithmetic  {operations / 1e12:,.4g} TFLOP of matrix products:"
-            f" clean runs {of.clean_operations / 1e12:,.3g}, ablations {of.ablation_operations / 1e12:,.3g}",
+            f"arithmetic  {_amount(operations / 1e12)} TFLOP of matrix products:"
+            f" clean runs {_amount(of.clean_operations / 1e12)}, ablations {_amount(of.ablation_operations / 1e12)}",
             f"memory      of each device: weights {of.weight_bytes / 1e9:,.3g} GB in {c.dtype}"
             + (f", shared by {model}" if model > 1 else "")
             + f"; ablations of {of.prompts_at_once:,} prompts at once about {of.work_bytes / 1e9:,.3g} GB",
@@ -130,6 +130,10 @@ def describe(
             *([_time(operations, devices, tflops)] if tflops else []),
         ]
     )
+
+
+def _amount(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _time(operations: float, devices: int, tflops: float) -> str:
