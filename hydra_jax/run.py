@@ -134,6 +134,7 @@ class _Sweep:
         """Whatever is left to do."""
         left = self._left() if self.resumed else None
         if left == [] and store.has_examples(self.workdir, self.config.example):
+            self._forget_bank()
             return store.open_effects(self.workdir)
         self.bank.refresh(self.cluster)
         try:
@@ -152,14 +153,18 @@ class _Sweep:
                 self.bank.remove()
             raise
         self.cluster.wait()
-        if self.cluster.first or self.worker.number == 0:
+        if self.worker.number == 0:
             made = examples(plan, store.open_effects(self.workdir), self.config.example)
             if self.cluster.first:
                 store.write_examples(self.workdir, made)
                 store.seal(self.workdir)
-                self.bank.remove()
-        self.cluster.wait()
+        self._forget_bank()
         return store.open_effects(self.workdir)
+
+    def _forget_bank(self) -> None:
+        self.cluster.wait()
+        if self.cluster.first:
+            self.bank.remove()
 
     def _write(self, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None:
         if self.worker.leads:

@@ -18,10 +18,10 @@ import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from hydra_jax import files
+from hydra_jax import digests, files
 from hydra_jax.config import differences
 from hydra_jax.edits import SITES, Component, all_components
-from hydra_jax.errors import UserError, reason, shown
+from hydra_jax.errors import UserError
 
 NAME = "effects.zarr"
 EXAMPLES = "examples.zarr"
@@ -69,9 +69,6 @@ FILLED = (*DIMS, "finished")
 
 CHECKED = {"compressors": [ZstdCodec(), Crc32cCodec()]}
 """How chunks are stored: compressed, and with a checksum, so that a damaged one is found when it is read."""
-
-DIGESTS = "files_sha256"
-"""The attribute that says what must not have changed: see `_digests`."""
 
 FORMAT = 3
 """Of the store; it changes whenever an older store could not be read as if it were new."""
@@ -182,7 +179,7 @@ def create(
                 attributes=attributes(name),
                 compressors=CHECKED["compressors"],
             )
-        _sum_up(part, FILLED)
+        digests.write(part, FILLED)
         for name, each in (beside or {}).items():
             files.write_whole(workdir / name, each)
 
@@ -222,7 +219,7 @@ def open_examples(workdir: str | Path) -> xr.Dataset:
     """
     path = Path(workdir) / EXAMPLES
     examples = _open(path)
-    _check_whole(path, examples)
+    digests.check(path, examples)
     return examples
 
 
@@ -231,31 +228,7 @@ def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
     encoding = dict.fromkeys(dataset.variables, CHECKED)
     with files.undisturbed(), files.whole(workdir / EXAMPLES) as part:
         dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
-        _sum_up(part)
-
-
-def _sum_up(path: Path, filled: Sequence[str] = ()) -> None:
-    group = zarr.open_group(path, mode="r+")
-    group.attrs[DIGESTS] = _digests(path, group.attrs, filled)
-
-
-def _digests(path: Path, attributes: Mapping[str, Any], filled: Sequence[str]) -> str:
-    """SHA-256 of every variable's files and of the attributes, as JSON; of the variables `filled`, without the chunks.
-
-    A chunk's checksum finds neither that it is gone nor that it is read as something else.
-    """
-    # xarray keeps "coordinates" to itself.
-    kept = {name: value for name, value in attributes.items() if name not in (DIGESTS, "coordinates")}
-    found = {"attributes": hashlib.sha256(json.dumps(kept, sort_keys=True).encode())}
-    for variable in filter(Path.is_dir, path.iterdir()):
-        every = [variable / "zarr.json"] if variable.name in filled else sorted(variable.rglob("*"))
-        lines = [
-            f"{file.relative_to(variable).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n"
-            for file in every
-            if file.is_file()
-        ]
-        found[variable.name] = hashlib.sha256("".join(lines).encode())
-    return json.dumps({name: digest.hexdigest() for name, digest in found.items()})
+        digests.write(part)
 
 
 def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None:
@@ -326,7 +299,7 @@ def open_effects(workdir: str | Path) -> xr.Dataset:
         raise UserError(
             f"{path}: is of format {dataset.attrs['format']}, this version reads {FORMAT}; sweep into another --workdir"
         )
-    _check_whole(path, dataset, FILLED)
+    digests.check(path, dataset, FILLED)
     return dataset
 
 
@@ -348,7 +321,7 @@ def load_effects(workdir: str | Path) -> xr.Dataset:
             effects = effects.isel(prompt=finished).load()
             missing = holes(effects)
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise digests.unreadable(path, error) from error
     if not finished.size:
         raise UserError(f"{path}: none of its prompts is finished; go on with the sweep first")
     if missing:
@@ -376,23 +349,7 @@ def _open(path: Path) -> xr.Dataset:
         with files.undisturbed():
             return xr.open_zarr(path, consolidated=False, chunks=None)
     except Exception as error:
-        raise _unreadable(path, error) from error
-
-
-def _check_whole(path: Path, dataset: xr.Dataset, filled: Sequence[str] = ()) -> None:
-    try:
-        written = json.loads(dataset.attrs[DIGESTS])
-        found = json.loads(_digests(path, dataset.attrs, filled))
-        wrong = sorted(name for name in written.keys() | found if written.get(name) != found.get(name))
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    if wrong:
-        raise UserError(f"{path}: {shown(wrong[0])} is damaged or missing; delete the store and sweep again")
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    """Whatever zarr and its codecs raise of a damaged store, in one line."""
-    return UserError(f"{path}: cannot be read ({reason(error)}); delete it and sweep again")
+        raise digests.unreadable(path, error) from error
 
 
 def protocol_attributes(protocol: Mapping[str, Any]) -> dict[str, Any]:

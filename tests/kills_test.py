@@ -13,7 +13,7 @@ from tests import sweeps
 from tests.commands import finish
 
 KILLS = int(os.environ.get("HYDRA_JAX_KILLS", "2"))
-PROMPTS = 20
+PROMPTS = 20 if KILLS < 10 else 120  # of many kills, some are to come between chunks
 
 
 A_CHUNK_A_PROMPT = f"--config.rows={sweeps.REPLACEMENTS}"
