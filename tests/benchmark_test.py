@@ -1,17 +1,22 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hydra_jax.benchmarks import devices as scaling
+from hydra_jax.benchmarks import sweep
 from hydra_jax.benchmarks.kernels import forward_batch, layer_products, measure, table
+from hydra_jax.config import AblationConfig
 from hydra_jax.edits import SITES, all_components
 from hydra_jax.errors import UserError
 from hydra_jax.models.shapes import SHAPES, shape
 from hydra_jax.models.transformer import forward
-from hydra_jax.roofline import intervention_flops
-from tests import toys
+from hydra_jax.roofline import Roofline, intervention_flops
+from tests import builders, commands, toys
+from tests.commands import finish
 
 
 @pytest.mark.parametrize("block", ["llama 3", "gpt-2", "pythia"])
@@ -57,3 +62,45 @@ def test_a_measurement_is_whole():
     assert measured.interventions > 0
     assert len(table([measured]).splitlines()) == 4
     assert "bound by" in str(measured.roofline)
+
+
+def test_a_whole_sweep_is_measured_by_the_code_that_sweeps():
+    swept = sweep.measure(toys.params(), prompts=6, length=5, ablation=AblationConfig(replacements=3), rows=9)
+    assert (swept.prompts, swept.at_once, swept.interventions) == (6, 3, 6 * 3 * 8)
+    once = sum(intervention_flops(toys.config(), component, 5) for component in all_components(4))
+    assert swept.flops * swept.kernel_seconds == pytest.approx(6 * 3 * once)
+    assert "of bare products" in str(swept)
+
+
+@pytest.mark.parametrize(("devices", "model"), [(1, 1), (4, 2)])
+def test_devices_are_measured_with_what_passes_between_them(devices, model):
+    found = scaling.measure(toys.params(), devices, model, prompts=5, length=6, draws=3, step=3)
+    assert found.prompts == -(-5 // (devices // model)) * (devices // model)
+    assert found.data_collectives == 0
+    assert (found.model_collectives > 0) == (model > 1)
+    assert found.parameter_bytes <= sum(leaf.nbytes for leaf in jax.tree.leaves(toys.params())) / model * 1.2
+
+
+def test_the_commands_measure_a_shape_that_is_a_config_alone(tmp_path):
+    described = builders.hugging_face_directory(tmp_path / "tiny") / "config.json"
+    asked = [f"--shape={described}", "--config.lengths=(6,)", "--config.rows=6", "--config.draws=3"]
+    scaled = finish(commands.start("launch.benchmark", *asked, "--devices=1,2", f"--output={tmp_path}/devices.json"))
+    assert scaled.returncode == 0, scaled.err
+    rates = [line.split()[:2] for line in scaled.out.splitlines() if line.startswith(("strong", "weak"))]
+    assert rates == [["strong", "1"], ["strong", "2"], ["weak", "1"], ["weak", "2"]]
+    swept = finish(commands.start("launch.benchmark", *asked, "--sweep=4", f"--output={tmp_path}/sweep.json"))
+    assert swept.returncode == 0, swept.err
+    assert json.loads((tmp_path / "sweep.json").read_text())["figures"]["interventions"] == 4 * 3 * 4
+    for wrong, words in (
+        (["--devices=two"], "--devices: two are not numbers"),
+        (["--sweep=4", "--loading"], "--loading and --sweep: are different things"),
+        (["--shape=llama-8b"], "--shape: 'llama-8b' is unknown"),
+    ):
+        refused = finish(commands.start("launch.benchmark", *wrong))
+        assert refused.returncode == 1
+        assert refused.err.startswith(f"error: {words}")
+
+
+@pytest.mark.parametrize(("flops", "bound"), [(80e9, "arithmetic"), (1e9, "memory")])
+def test_what_takes_longest_is_the_bound(flops, bound):
+    assert Roofline(flops, gemm_flops=100e9, bytes=5e9, bandwidth=10e9).bound == bound
