@@ -128,7 +128,7 @@ def ablate_chunk(
       plan: the sweep.
       chunk: which of its prompts.
       sources: of replacements.
-      size: prompts at once.
+      size: prompts at once, a multiple of the data axis; fewer are filled up.
       progress: told of how many more interventions are done.
 
     Raises:
@@ -148,7 +148,7 @@ def ablate_chunk(
     own_places = places(plan.components, c.heads)
     for part in parts:
         here = slice(chunk.start + part.start, chunk.start + part.stop)
-        piece = Piece(plan, here, round_up(parts[0].stop, plan.fit.least), sources)
+        piece = Piece(plan, here, size, sources)
         read = piece.read()
         own = read.head_unembed if plan.ablation.by_head else read.delta_unembed
         for name in ("clean_logit", "clean_probability", "final_scale", "delta_unembed"):
@@ -159,10 +159,27 @@ def ablate_chunk(
             for name in columns.keys() - store.CLEAN.keys():
                 columns[name][part, turn] = getattr(found, name)
             progress((part.stop - part.start) * draws)
+    _leave_out(columns, draws)
     return columns
 
 
-def fill(plan: Plan, chunks: Sequence[slice], write: Write, progress: bool) -> None:
+def _leave_out(columns: dict[str, np.ndarray], draws: int) -> None:
+    """Count everything of a prompt as lost whose clean run is not finite."""
+    clean = [columns[name].reshape(len(columns[name]), -1) for name in store.CLEAN]
+    broken = ~np.isfinite(np.concatenate(clean, axis=1)).all(axis=1)
+    for name in columns.keys() - store.CLEAN.keys() - {store.NON_FINITE}:
+        columns[name][broken] = np.nan
+    columns[store.NON_FINITE][broken] = draws
+
+
+def fill(
+    plan: Plan,
+    chunks: Sequence[slice],
+    write: Write,
+    progress: bool,
+    finished: Sequence[slice] = (),
+    lost: int = 0,
+) -> None:
     """Compute chunks of prompts, handing each one's variables to `write`.
 
     Chunks are written by a thread while the next is computed, one at a time. Where a device's memory is
@@ -173,11 +190,14 @@ def fill(plan: Plan, chunks: Sequence[slice], write: Write, progress: bool) -> N
       chunks: which of its prompts are left to this worker.
       write: stores a chunk.
       progress: whether to show a bar.
+      finished: chunks that are computed already.
+      lost: interventions in them whose values are not finite.
 
     Raises:
       UserError: as `ablate_chunk`, and if too many values are not finite.
     """
     each = len(plan.components) * plan.ablation.draws
+    every = each * sum(chunk.stop - chunk.start for chunk in (*chunks, *finished))
     sources = Sources(plan)
     bar = tqdm(
         total=each * sum(chunk.stop - chunk.start for chunk in chunks),
@@ -187,7 +207,8 @@ def fill(plan: Plan, chunks: Sequence[slice], write: Write, progress: bool) -> N
         smoothing=0,
         disable=not progress,
     )
-    lost, say = 0, functools.partial(bar.write, file=sys.stderr)
+    say = functools.partial(bar.write, file=sys.stderr)
+    largest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     with bar, ThreadPoolExecutor(1) as writer:
         writing: Future | None = None
         for chunk in chunks:
@@ -198,12 +219,14 @@ def fill(plan: Plan, chunks: Sequence[slice], write: Write, progress: bool) -> N
                 return ablate_chunk(plan, chunk, sources, size, bar.update)
 
             longest = padded_length(len(plan.items[chunk.stop - 1].tokens), plan.model.config.context)
-            size = round_up(min(plan.fit.prompts(longest), chunk.stop - chunk.start), plan.fit.least)
+            # The same for all chunks, the last and smaller one too, so that they share a compilation.
+            parts = evenly(largest, plan.fit.prompts(longest))
+            size = round_up(parts[0].stop, plan.fit.least)
             columns = plan.fit.run(attempt, size, say)
             lost += _lost(plan, chunk, columns[store.NON_FINITE], say)
-            if lost > plan.non_finite * each * len(plan.items):
+            if lost > plan.non_finite * every:
                 raise UserError(
-                    f"{lost:,} of {each * len(plan.items):,} interventions are no numbers, more than"
+                    f"{lost:,} of {every:,} interventions are no numbers, more than"
                     f" non_finite={plan.non_finite:g} allows; sweep in float32, or leave out what overflows"
                 )
             if writing:
@@ -245,7 +268,7 @@ def frame(plan: Plan) -> xr.Dataset:
 
 def ablate_one(plan: Plan, place: int, component: Component) -> xr.Dataset:
     """Everything about one ablation in one prompt: a dataset of (replacement, component)."""
-    piece = Piece(plan, slice(place, place + 1), plan.fit.least, Sources(plan))
+    piece = Piece(plan, slice(place, place + 1), plan.fit.least, Sources(plan, resident=False))
     read: Read = jax.tree.map(lambda array: array[0], piece.read())
     found: Effects = jax.tree.map(lambda array: array[0], jax.device_get(piece.ablated(component)[0]))
     compensation = found.compensation.reshape(len(found.compensation), -1)

@@ -21,7 +21,7 @@ from hydra_jax import files
 from hydra_jax.cluster import Cluster
 
 DIRECTORY = "bank"
-COLUMNS = {"top": np.int64, "target": np.int64, "logit": np.float32, "probability": np.float32}
+COLUMNS = {"top": np.int64, "target": np.int64, "probability": np.float32}
 BLOCK = 1 << 24
 """Bytes of a file that are summed at once."""
 
@@ -33,7 +33,6 @@ class Row:
     Attributes:
       top: the most likely next token.
       target: the token that is read.
-      logit: its centred logit.
       probability: its probability.
       part: the bank's part that has its values; -1 where they are not kept.
       place: in that part.
@@ -41,7 +40,6 @@ class Row:
 
     top: int
     target: int
-    logit: float
     probability: float
     part: int = -1
     place: int = -1
@@ -92,13 +90,18 @@ class Bank:
         """Read the parts that all processes have written by now; damaged ones are removed."""
         if self._directory is None:
             return
-        cluster.wait()
-        here = sorted(path.stem for path in self._directory.glob("*.npz") if path.stem not in self._names)
+        # Each says what it sees, as on a shared file system not all see the same yet.
+        seen = cluster.gather([path.stem for path in self._directory.glob("*.npz") if path.stem not in self._names])
+        here = sorted(set().union(*seen))
+        for name in here:
+            files.await_path((self._directory / name).with_suffix(".npz"))
         sound = {name: self._described(name) for name in cluster.share(here)}
-        for name in (name for name, described in sound.items() if described is None):
+        damaged = [name for name, described in sound.items() if described is None]
+        bad = set().union(*cluster.gather(damaged))
+        for name in damaged:
             for suffix in (".npz", ".npy"):
                 (self._directory / name).with_suffix(suffix).unlink(missing_ok=True)
-        bad = set().union(*cluster.gather([name for name, described in sound.items() if described is None]))
+        cluster.wait()
         for name in here:
             if name in bad:
                 continue

@@ -19,6 +19,7 @@ from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
 from hydra_jax.errors import UserError
 from hydra_jax.kernels import PREFILL_TOKENS, ablatable_batch, prefill_batch, read_batch
 from hydra_jax.memory import Fit, round_up
+from hydra_jax.mesh import Worker
 from hydra_jax.models.load import Model
 from hydra_jax.plan import Item, batch_of, by_length, evenly, fill_up, padded_length, places
 from hydra_jax.prefill import MOST_LIKELY
@@ -63,8 +64,10 @@ class CleanPass:
         end = bar.n + len(items)
         missing = sorted((item for item in items if item.prompt.id not in self.bank.rows), key=by_length)
         bar.update(len(items) - len(missing))
-        worker = meshes.worker(meshes.of(self.model.params))
+        alone = self.cluster.count == 1
+        worker = Worker(0, 1, True) if alone else meshes.worker(meshes.of(self.model.params))
         size = self.fit.prompts(padded_length(len(missing[-1].tokens), self.model.config.context)) if missing else 1
+        size = min(self.cluster.gather(size))  # one of them may have run out of memory before
         parts = evenly(len(missing), min(size, -(-len(missing) // worker.count)))
         say = functools.partial(bar.write, file=sys.stderr)
         for part in worker.share(parts):
@@ -98,7 +101,7 @@ class CleanPass:
                 if len(of)
                 else np.empty((count, 0, 1), np.float32)
             )
-            columns = dict(top=read.top, target=read.target, logit=read.clean_logit, probability=read.clean_probability)
+            columns = dict(top=read.top, target=read.target, probability=read.clean_probability)
             found.append(({name: columns[name][:count].astype(kind) for name, kind in COLUMNS.items()}, values))
         joined = {name: np.concatenate([columns[name] for columns, _ in found]) for name in COLUMNS}
         return joined, np.concatenate([values for _, values in found])

@@ -17,8 +17,8 @@ from jax._src import distributed  # what jax.distributed is made of has no publi
 
 from hydra_jax.errors import UserError
 
-WAIT_SECONDS = 7 * 24 * 3600
-"""For processes that work longer; lost ones are noticed in far less."""
+POLL_SECONDS = 1
+"""A wait in one piece would not hear of Ctrl-C or SIGTERM."""
 
 _calls = itertools.count()  # every exchange needs a name of its own, the same in all processes
 
@@ -56,7 +56,7 @@ class Cluster:
         client, call = _client(), next(_calls)
         client.key_value_set(f"hydra_jax/{call}/{self.process}", json.dumps(said))
         keys = (f"hydra_jax/{call}/{process}" for process in range(self.count))
-        return [json.loads(client.blocking_key_value_get(key, WAIT_SECONDS * 1000)) for key in keys]
+        return [json.loads(_heard(client, key)) for key in keys]
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -80,6 +80,21 @@ class Cluster:
             raise UserError("another process of this run cannot go on; see what it says")
         if len(set(said_by_all)) > 1:
             raise UserError(f"the processes of this run have {what}; give all of them the same")
+
+
+def _heard(client: Any, key: str) -> str:
+    """What another process says under a key, however long it works before; a lost one is noticed by the service."""
+    while True:
+        try:
+            return client.blocking_key_value_get(key, POLL_SECONDS * 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def is_broken(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether an error says that a process, or what carries its words, is not there any more."""
+    return any(word in str(error) for word in ("UNAVAILABLE", "heartbeat", "Barrier failed", "CANCELLED"))
 
 
 def _client() -> Any:

@@ -248,7 +248,10 @@ def _sweep(each: TrainedRun, step: int, into: Path, prompts: Path, replacements:
         seed=seed,
     )
     run.run(config, into, progress=False)
-    return store.load_effects(into).sortby("prompt_id")
+    effects = store.load_effects(into)
+    if left_out := effects.attrs.get("left_out"):
+        raise UserError(f"{into}: values of {left_out} prompts are not finite; leave this run or step out")
+    return effects.sortby("prompt_id")
 
 
 def _recall(runs: Sequence[TrainedRun], steps: Sequence[int]) -> pd.DataFrame:

@@ -157,9 +157,10 @@ class SweepConfig:
             if not least <= value <= most:
                 remedy = f"{least} or more" if value < least else f"{most} or less"
                 raise UserError(f"config.{name}: is {shown(value)}; give {remedy}")
-        for name, share in (("memory", self.memory), ("non_finite", self.non_finite)):
-            if not 0 <= share < float("inf"):
-                raise UserError(f"config.{name}: is {share}; give 0 or more")
+        if not 0 <= self.memory < float("inf"):
+            raise UserError(f"config.memory: is {self.memory}; give 0 or more GB")
+        if not 0 <= self.non_finite <= 1:
+            raise UserError(f"config.non_finite: is {self.non_finite}; give a share, from 0 to 1")
         if not 0 < self.identity_tolerance < 1:
             raise UserError(f"config.identity_tolerance: is {self.identity_tolerance}; give one between 0 and 1")
 

@@ -24,9 +24,9 @@ class Cost:
     """Of a sweep of every component of a model.
 
     Attributes:
-      ablations: in all, direct edges aside.
+      ablations: in all.
       clean_operations: of matrix products, of the clean runs: one for the bank, one before the ablations.
-      ablation_operations: of the ablations.
+      ablation_operations: of the ablations, and their direct edges.
       weight_bytes: of the parameters, on each device.
       work_bytes: of what a device computes at once, of so many prompts.
       prompts_at_once: how many those are.
@@ -49,7 +49,9 @@ def parameters(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layout(config)))
 
 
-def cost(config: ModelConfig, prompts: int, length: int, draws: int, model: int = 1, rows: int = 0) -> Cost:
+def cost(
+    config: ModelConfig, prompts: int, length: int, draws: int, model: int = 1, rows: int = 0, edges: bool = False
+) -> Cost:
     """What a sweep computes and holds.
 
     Args:
@@ -59,6 +61,7 @@ def cost(config: ModelConfig, prompts: int, length: int, draws: int, model: int 
       draws: replacements of each ablation.
       model: devices that share the model.
       rows: edits at once on a device; 0 for what this machine's are given.
+      edges: whether direct edges are computed.
     """
     params = layout(config)
     kernels = [leaf for leaf in jax.tree.leaves(params.weights["layers"]) if len(leaf.shape) == 3]
@@ -66,14 +69,14 @@ def cost(config: ModelConfig, prompts: int, length: int, draws: int, model: int 
     unembedding = config.vocab_size * config.width
     clean = 2 * (length * (sum(math.prod(leaf.shape) for leaf in kernels) + attention) + unembedding)
     together = min(prompts, max(1, (rows or default_rows()) // draws))
-    need = needs(config, padded_length(length, config.context), draws, model)
+    need = needs(config, padded_length(length, config.context), draws, model, edges)
     item = jnp.dtype(config.dtype).itemsize
     effects = len(EFFECTS) * draws + config.components
     once = sum(intervention_flops(config, component, length) for component in all_components(config.layers))
     return Cost(
         ablations=prompts * draws * config.components,
         clean_operations=2 * prompts * clean,
-        ablation_operations=prompts * draws * once,
+        ablation_operations=prompts * draws * once * (2 if edges else 1),
         weight_bytes=need.parameters,
         work_bytes=need.fixed + together * need.prompt,
         prompts_at_once=together,
@@ -91,6 +94,7 @@ def describe(
     model: int = 1,
     devices: int = 1,
     tflops: float = 0.0,
+    edges: bool = False,
 ) -> str:
     """A few lines on a model.
 
@@ -103,8 +107,9 @@ def describe(
       model: devices that share the model.
       devices: in all.
       tflops: of matrix products that each does a second, in 10^12; 0 where that is not known.
+      edges: whether direct edges are computed.
     """
-    c, of = config, cost(config, prompts, length, draws, model, ACCELERATOR_ROWS if tflops else 0)
+    c, of = config, cost(config, prompts, length, draws, model, ACCELERATOR_ROWS if tflops else 0, edges)
     operations = of.clean_operations + of.ablation_operations
     sizes = ", ".join(f"{name} {getattr(c, name):,}" for name in SIZES)
     plain = ModelConfig(**{name: getattr(c, name) for name in SIZES})
@@ -120,14 +125,14 @@ def describe(
             f" {c.layers * c.heads:,} attention heads",
             f"order       {_order(c)}",
             f"a sweep     of {prompts:,} prompts of {length:,} tokens, {draws} replacements each:"
-            f" {of.ablations:,} ablations",
+            f" {of.ablations:,} ablations" + (", with direct edges" if edges else ""),
             f"arithmetic  {_amount(operations / 1e12)} TFLOP of matrix products:"
             f" clean runs {_amount(of.clean_operations / 1e12)}, ablations {_amount(of.ablation_operations / 1e12)}",
             f"memory      of each device: weights {of.weight_bytes / 1e9:,.3g} GB in {c.dtype}"
             + (f", shared by {model}" if model > 1 else "")
             + f"; ablations of {of.prompts_at_once:,} prompts at once about {of.work_bytes / 1e9:,.3g} GB",
             f"disk        {of.bank_bytes / 1e9:,.3g} GB while it runs; results at most {of.store_bytes / 1e9:,.3g} GB",
-            *([_time(operations, devices, tflops)] if tflops else []),
+            *([_time(operations, devices, tflops, c.dtype)] if tflops else []),
         ]
     )
 
@@ -136,10 +141,10 @@ def _amount(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _time(operations: float, devices: int, tflops: float) -> str:
+def _time(operations: float, devices: int, tflops: float, dtype: str) -> str:
     seconds = operations / (devices * tflops * 1e12)
     shown = f"{seconds:,.3g} s" if seconds < 600 else f"{seconds / 3600:,.3g} h"
-    return f"time        {shown} on {devices:,} devices of {tflops:,g} TFLOP/s each, besides start-up"
+    return f"time        {shown} on {devices:,} devices of {tflops:,g} TFLOP/s each in {dtype}, besides start-up"
 
 
 def _order(config: ModelConfig) -> str:

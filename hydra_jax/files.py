@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from hydra_jax.errors import UserError
 
 LOCK = ".lock"
 """In a directory that a run is working in."""
+
+SEEN_SECONDS = 90
+"""In which hosts see what others write to a shared file system, which they may look at once a minute."""
 
 
 @contextlib.contextmanager
@@ -65,6 +69,19 @@ def alone(workdir: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def await_path(path: Path, seconds: float = SEEN_SECONDS) -> None:
+    """Wait until what another host has written to a shared file system is seen on this one.
+
+    Raises:
+      UserError: if it is not in time.
+    """
+    until = time.monotonic() + seconds
+    while path.name not in os.listdir(path.parent):  # which asks anew, where a name that was not there is remembered
+        if time.monotonic() > until:
+            raise UserError(f"{path}: another process has written it, and it is not seen here; share --workdir")
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -29,8 +29,10 @@ ACCELERATOR_ROWS = 16_384
 SHARE = 0.8
 """Of the free memory that is planned with: what a program takes is estimated, and memory is in pieces."""
 
-CGROUP = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-"""What a container may use, and does."""
+CGROUP = tuple(Path("/sys/fs/cgroup") / f"memory.{what}" for what in ("max", "current", "stat"))
+"""What a container may use, what it does, and for what."""
+
+CACHED = ("active_file", "inactive_file")
 
 T = TypeVar("T")
 
@@ -113,8 +115,10 @@ def host_bytes() -> float:
     except (OSError, StopIteration):  # not Linux
         return math.inf
     try:
-        limit, used = (path.read_text().strip() for path in CGROUP)
-        return free if limit == "max" else min(free, int(limit) - int(used))
+        limit, used, parts = (path.read_text().strip() for path in CGROUP)
+        # Of what is used, the system takes back cached files.
+        cached = sum(int(line.split()[1]) for line in parts.splitlines() if line.split()[0] in CACHED)
+        return free if limit == "max" else max(1, min(free, int(limit) - int(used) + cached))
     except (OSError, ValueError):
         return free
 
@@ -147,8 +151,10 @@ class Fit:
 
     def __init__(self, config: ModelConfig, mesh: Mesh, draws: int, edges: bool, rows: int, free: float):
         self._needs = functools.cache(lambda length: needs(config, length, draws, mesh.shape[meshes.MODEL], edges))
+        self._draws = draws
         self._wanted, self._free = max(1, (rows or default_rows()) // draws), free
         self.least = mesh.shape[meshes.DATA]
+        self._several = len({device.process_index for device in mesh.devices.flat}) > 1
         self._most = self._wanted * self.least
 
     @property
@@ -190,6 +196,11 @@ class Fit:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 size = min(size, self._most)
+                if self._several:
+                    raise UserError(
+                        f"memory: {size} prompts at once do not fit on the devices, and those of other processes go on"
+                        f" with as many; start again with --config.rows={max(1, self._wanted // 2) * self._draws}"
+                    ) from error
                 if size == self.least:
                     raise UserError(
                         "memory: not even one prompt a device fits; set --config.mesh.model to share the model among"

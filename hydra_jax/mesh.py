@@ -185,7 +185,7 @@ def stack(mesh: Mesh, name: str, like: jax.ShapeDtypeStruct, layers: Iterable[np
     sharding = parameter(mesh, name, like.shape)
     whole = jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=sharding)()
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
     def write(whole: jax.Array, layer: jax.Array, place: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(whole, layer, place, 0)
 

@@ -23,8 +23,8 @@ from hydra_jax.prompts import Prompt
 POOL = 64
 """Built-in facts that replacements for a single prompt come from."""
 
-BLOCK = 256
-"""Prompts whose values are summed at once for means and deviations."""
+BLOCK_BYTES = 2**28
+"""Of the values that are summed at once for means and deviations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +170,9 @@ class Plan:
         shape = len(self.components), self.values_size
         if self.ablation.kind not in ("mean", "noise"):
             return WriteStatistics(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
-        count = sum(len(block) for block in self._blocks())
-        mean = sum(block.sum(axis=0) for block in self._blocks()) / count
+        sums = [(len(block), block.sum(axis=0)) for block in self._blocks()]
+        count = sum(length for length, _ in sums)
+        mean = sum(total for _, total in sums) / count
         deviation = np.sqrt(sum(np.square(block - mean).sum(axis=0) for block in self._blocks()) / count)
         return WriteStatistics(mean.astype(np.float32), deviation.astype(np.float32))
 
@@ -181,8 +182,9 @@ class Plan:
         They come in order of id always, so that the order of prompts changes nothing.
         """
         ids = sorted(self.bank_ids)
-        for start in range(0, len(ids), BLOCK):
-            values = self.bank.values(ids[start : start + BLOCK]).astype(np.float64)
+        step = max(1, BLOCK_BYTES // (8 * len(self.components) * self.values_size))
+        for start in range(0, len(ids), step):
+            values = self.bank.values(ids[start : start + step]).astype(np.float64)
             yield values[np.isfinite(values).all(axis=(1, 2))]
 
 

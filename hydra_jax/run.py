@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
+import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from hydra_jax.errors import UserError, shown
 from hydra_jax.memory import Fit
 from hydra_jax.models import hub
 from hydra_jax.models.load import Model, load, read_config
-from hydra_jax.plan import Item, Plan, by_length, evenly, facts_beside, itemise
+from hydra_jax.plan import Item, Plan, evenly, facts_beside, itemise
 from hydra_jax.prompts import Prompt
 from hydra_jax.version import __version__
 
@@ -100,7 +100,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
             sweep = _Sweep(config, workdir, cluster, progress and cluster.first)
         except UserError as error:
             failure = error
-        cluster.agree(failure, sweep.digest if sweep else "", "other models, prompts or settings")
+        cluster.agree(failure, sweep.agreed if sweep else "", "other models, prompts or settings")
         assert sweep is not None
         return sweep.go()
 
@@ -110,12 +110,9 @@ class _Sweep:
 
     def __init__(self, config: SweepConfig, workdir: Path, cluster: Cluster, progress: bool):
         self.workdir, self.cluster, self.progress = workdir, cluster, progress
-        mesh = meshes.make(config.mesh)
-        with ThreadPoolExecutor(1) as other:
-            # Reading weights waits for the disk: prompts are read meanwhile.
-            loading = other.submit(_load, config, mesh)
-            prompts = _prompts(config)
-            self.model: Model = loading.result()
+        self.mesh = mesh = meshes.make(config.mesh)
+        prompts = _prompts(config)  # before the weights, as mistakes are found in a moment
+        self.model: Model = _load(config, mesh)
         self.config = config = dataclasses.replace(config, dtype=self.model.config.dtype)
         _check(config, self.model, prompts)
         self.protocol = protocol(config, self.model, prompts)
@@ -125,17 +122,29 @@ class _Sweep:
         if self.resumed:
             store.check_protocol(store.open_effects(workdir), self.protocol, workdir)
         self.bank = Bank(self.model.config.dtype, workdir / DIRECTORY, self.digest)
-        draws, edges = config.ablation.draws, config.ablation.edges
-        free = memory.left(config.memory, self.model.config, mesh)
-        self.fit = Fit(self.model.config, mesh, draws, edges, config.rows, free)
         self.worker = meshes.worker(mesh)
+
+    def _fit(self) -> Fit:
+        """How many prompts go at once, the same in all processes: they divide the work by it."""
+        config = self.config
+        free = min(self.cluster.gather(memory.left(config.memory, self.model.config, self.mesh)))
+        return Fit(self.model.config, self.mesh, config.ablation.draws, config.ablation.edges, config.rows, free)
+
+    @property
+    def agreed(self) -> str:
+        """What has to be the same in all processes."""
+        config = self.config
+        return json.dumps([self.digest, vars(config.mesh), config.rows, config.memory, config.example])
 
     def go(self) -> xr.Dataset:
         """Whatever is left to do."""
         left = self._left() if self.resumed else None
         if left == [] and store.has_examples(self.workdir, self.config.example):
-            self._forget_bank()
+            self._end()
             return store.open_effects(self.workdir)
+        self.fit = self._fit()
+        if self.progress:
+            print(self._layout(), flush=True)
         self.bank.refresh(self.cluster)
         try:
             plan = self._plan()
@@ -143,10 +152,13 @@ class _Sweep:
             if self.cluster.first and not self.resumed:
                 self.bank.remove()  # nothing half-written
             raise
-        if left is None:
-            left = store.chunks(self.workdir)
+        files.await_path(self.workdir / store.NAME)
+        every = store.chunks(self.workdir)
+        left = every if left is None else left
+        finished = [chunk for chunk in every if chunk not in left]
+        lost = store.lost(self.workdir, finished)
         try:
-            fill(plan, self.worker.share(left), self._write, self.progress)
+            fill(plan, self.worker.share(left), self._write, self.progress, finished, lost)
         except UserError:
             if self.cluster.count == 1 and not store.open_effects(self.workdir)["finished"].values.any():
                 store.discard(self.workdir, [EXAMINED])
@@ -157,14 +169,25 @@ class _Sweep:
             made = examples(plan, store.open_effects(self.workdir), self.config.example)
             if self.cluster.first:
                 store.write_examples(self.workdir, made)
-                store.seal(self.workdir)
-        self._forget_bank()
+        self._end()
         return store.open_effects(self.workdir)
 
-    def _forget_bank(self) -> None:
+    def _layout(self) -> str:
+        """On what it runs, in words."""
+        shape, c = self.mesh.shape, self.model.config
+        several = f"process {self.cluster.process} of {self.cluster.count}: " if self.cluster.count > 1 else ""
+        return (
+            f"{several}{self.mesh.size} {self.mesh.devices.flat[0].platform} devices, data {shape[meshes.DATA]} x model"
+            f" {shape[meshes.MODEL]}, {c.dtype}; up to {self.fit.wanted:,} prompts at once"
+        )
+
+    def _end(self) -> None:
+        """All is written: what was only for the work goes."""
         self.cluster.wait()
         if self.cluster.first:
             self.bank.remove()
+            store.seal(self.workdir)
+        self.cluster.wait()
 
     def _write(self, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None:
         if self.worker.leads:
@@ -195,7 +218,7 @@ class _Sweep:
         elif config.prompts.text:
             with clean.bar(len(self.items)) as bar:
                 clean.run(self.items, bar)
-            pool = sorted(self.items, key=by_length)
+            pool = self.items
             kept = examined = [item for item in self.items if item.prompt.id == SINGLE]
         else:
             kept, examined = choose(clean, self.items, config.prompts, config.seed)
@@ -214,6 +237,8 @@ class _Sweep:
             tolerance=config.identity_tolerance,
             non_finite=config.non_finite,
         )
+        if config.example and config.example not in plan.ids:
+            raise UserError(f"config.example: {shown(config.example)} is not among the prompts swept; choose another")
         if not self.resumed:
             failure = None
             try:
@@ -302,6 +327,8 @@ def examples(plan: Plan, effects: xr.Dataset, prompt_id: str = "") -> xr.Dataset
     strongest, repaired = _strongest(effects)
     asked = [plan.ids.index(prompt_id)] if prompt_id else []
     order = np.argsort(-repaired)[: np.isfinite(repaired).sum()]
+    if not len(order):
+        raise UserError("prompts: no prompt's values are all finite; sweep in float32, into another --workdir")
     spread = order[np.linspace(0, len(order) - 1, EXAMPLES).round().astype(int)]
     places = list(dict.fromkeys([*asked, *spread.tolist()]))[:EXAMPLES]
     found = []

@@ -99,10 +99,12 @@ def main(
             _stop(f"error: {error}", 1)
         except KeyboardInterrupt as stop:
             _stop(f"\n{on_interrupt}", TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
-        except Exception:
+        except Exception as error:
             if not jax.distributed.is_initialized():
                 raise
-            _stop(traceback.format_exc(), 1)
+            gone = isinstance(error, jax.errors.JaxRuntimeError) and cluster.is_broken(error)
+            lost = f"error: another process of this run is gone ({_one_line(error)[:200]}); start all of them again"
+            _stop(lost if gone else traceback.format_exc(), 1)
 
     app.run(run, flags_parser=parse)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import numpy as np
 
@@ -28,6 +30,7 @@ class Sources:
     def __init__(self, plan: Plan, resident: bool | None = None):
         self._plan, self._mesh = plan, meshes.of(plan.model.params)
         self._values: jax.Array | None = None
+        self._nothing: jax.Array | None = None
         if plan.ablation.kind != "resample":
             return
         self._where = plan.bank.where(plan.bank_ids)
@@ -39,7 +42,8 @@ class Sources:
             resident = device.platform != "cpu" and bool(fits)
         if resident:
             split = meshes.split(shape, (2,), self._mesh.shape[meshes.MODEL])
-            self._values = meshes.put(self._mesh, plan.bank.take(*self._where), split)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # there was less room after all
+                self._values = jax.block_until_ready(meshes.put(self._mesh, plan.bank.take(*self._where), split))
             self._gather = meshes.spread(self._mesh, lambda values, of, places: values[places, of], (0, 1))
 
     def __call__(self, prompts: np.ndarray, of: int) -> jax.Array:
@@ -47,7 +51,9 @@ class Sources:
         plan = self._plan
         shape = len(prompts), plan.ablation.draws, plan.values_size
         if plan.ablation.kind != "resample":
-            return meshes.put(self._mesh, np.zeros(shape, np.float32), meshes.Spec(meshes.DATA))
+            if self._nothing is None or self._nothing.shape != shape:
+                self._nothing = meshes.put(self._mesh, np.zeros(shape, np.float32), meshes.Spec(meshes.DATA))
+            return self._nothing
         places = plan.sources[prompts]
         if self._values is not None:
             return self._gather(self._values, np.int32(of), meshes.put(self._mesh, places, meshes.Spec(meshes.DATA)))

@@ -266,6 +266,19 @@ def holes(effects: xr.Dataset) -> list[str]:
     return sorted(missing)
 
 
+def lost(workdir: Path, chunks: Sequence[slice]) -> int:
+    """How many interventions' values are not finite in some chunks.
+
+    Raises:
+      UserError: if they cannot be read.
+    """
+    counts = open_effects(workdir)[NON_FINITE]
+    try:
+        return sum(int(counts[chunk].sum()) for chunk in chunks)
+    except Exception as error:
+        raise digests.unreadable(workdir / NAME, error) from error
+
+
 def forget(workdir: Path, chunk: slice) -> None:
     """Mark a chunk as not finished, whatever is in its place, so that it is computed again.
 

@@ -24,7 +24,10 @@ REPLACEMENTS = flags.DEFINE_integer("replacements", 15, "replacements of an abla
 SHAPE = flags.DEFINE_enum("shape", None, list(SHAPES), "instead of a model, a published one's sizes")
 SHARE = flags.DEFINE_integer("share", 1, "devices that share a copy of the model: config.mesh.model", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices", 1, "accelerators in all", lower_bound=1)
-TFLOPS = flags.DEFINE_float("tflops", None, "10^12 operations a second that each does, for a time", lower_bound=1e-6)
+TFLOPS = flags.DEFINE_float(
+    "tflops", None, "10^12 operations a second that each does in this dtype, for a time", lower_bound=1e-6
+)
+EDGES = flags.DEFINE_bool("edges", True, "also direct edges, as a sweep does: about twice the work")
 DTYPE = flags.DEFINE_enum("dtype", DTYPES[0], [*DTYPES, AS_STORED], "of weights, keys and values")
 
 
@@ -37,7 +40,11 @@ def main() -> None:
     if LENGTH.value > config.context:
         raise UserError(f"--length: {LENGTH.value:,} tokens, {architecture} takes at most {config.context:,}")
     sweep = PROMPTS.value, LENGTH.value, REPLACEMENTS.value
-    print(describe(architecture, config, *sweep, SHARE.value, DEVICES.value, TFLOPS.value or 0.0))
+    if DEVICES.value % SHARE.value and TFLOPS.value:
+        raise UserError(
+            f"--share: is {SHARE.value}, which does not divide --devices={DEVICES.value}; give one that does"
+        )
+    print(describe(architecture, config, *sweep, SHARE.value, DEVICES.value, TFLOPS.value or 0.0, EDGES.value))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from hydra_jax.cluster import Cluster
 
 ALONE = Cluster(0, 1)
 COLUMNS = {"top": np.array([3, 4, 5]), "target": np.array([3, 4, 5])}
-COLUMNS |= {"logit": np.array([0.5, 1.5, 2.5], np.float32), "probability": np.array([0.1, 0.2, 0.3], np.float32)}
+COLUMNS |= {"probability": np.array([0.1, 0.2, 0.3], np.float32)}
 KEPT = np.array([True, False, True])
 VALUES = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
 

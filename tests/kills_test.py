@@ -32,11 +32,13 @@ def test_a_sweep_that_is_killed_again_and_again_is_the_undisturbed_one(inputs, t
     whole = time.monotonic() - began
 
     draw, known, interrupted = random.Random(processes), {}, 0
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         running = sweeps.start(inputs, killed, A_CHUNK_A_PROMPT, processes=processes)
         until = time.monotonic() + draw.uniform(0, whole)
         while time.monotonic() < until and running[0].poll() is None:
             time.sleep(0.01)
+            if kill % 2 == 0 and len(sweeps.written(killed)) == len(known):
+                until = time.monotonic() + draw.uniform(0, 1)  # every other kill comes between chunks
         interrupted += 0 < len(sweeps.written(killed)) < PROMPTS
         draw.choice(running).kill()
         for process in running:  # a launcher ends what is left; by itself it would end once it misses the other

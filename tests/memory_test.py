@@ -81,9 +81,15 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read():
 
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch):
-    for name, text in (("max", "3000000"), ("current", "1000000")):
+    for name, text in (
+        ("max", "3000000"),
+        ("current", "1000000"),
+        ("stat", "anon 5\nactive_file 70\ninactive_file 30"),
+    ):
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory, "CGROUP", (tmp_path / "max", tmp_path / "current"))
-    assert memory.host_bytes() == 2_000_000
+    monkeypatch.setattr(memory, "CGROUP", (tmp_path / "max", tmp_path / "current", tmp_path / "stat"))
+    assert memory.host_bytes() == 2_000_100
+    (tmp_path / "current").write_text("4000000")
+    assert memory.host_bytes() == 1
     (tmp_path / "max").write_text("max")
     assert memory.host_bytes() > 1e8

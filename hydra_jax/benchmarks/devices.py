@@ -143,7 +143,12 @@ def measure(params: Params, devices: int, model: int, prompts: int, length: int,
       length: T, tokens of a prompt.
       draws: R, replacements.
       step: measure every `step`-th component.
+
+    Raises:
+      UserError: if the devices cannot be shared so.
     """
+    if devices % model:
+        raise UserError(f"--devices: {devices} cannot be shared by {model}; give multiples of config.mesh.model")
     mesh = meshes.make(MeshConfig(devices // model, model))
     params = meshes.lay(mesh, params)
     c, data = params.config, mesh.shape[DATA]
@@ -199,13 +204,15 @@ def apart(arguments: Sequence[str], devices: int) -> dict[str, dict[str, Any]]:
         output = Path(temporary) / "figures.json"
         # Inherited: to set it between fork and exec is not safe beside JAX's threads.
         os.sched_setaffinity(0, cores[:devices])
-        done = subprocess.run(
-            [sys.executable, "-m", "launch.benchmark", *arguments, f"--devices={devices}", f"--output={output}"],
-            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
-            stdout=subprocess.DEVNULL,
-            check=False,
-        )
-        os.sched_setaffinity(0, cores)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "launch.benchmark", *arguments, f"--devices={devices}", f"--output={output}"],
+                env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+                stdout=subprocess.DEVNULL,
+                check=False,
+            )
+        finally:
+            os.sched_setaffinity(0, cores)
         if done.returncode:
             raise UserError(f"--devices: the run of {devices} devices ended with {done.returncode}; see what it says")
         return json.loads(output.read_text())["figures"][0]

@@ -19,7 +19,7 @@ from hydra_jax.benchmarks.kernels import layer_products
 from hydra_jax.clean import CleanPass
 from hydra_jax.cluster import Cluster
 from hydra_jax.config import AblationConfig
-from hydra_jax.memory import Fit, free_bytes
+from hydra_jax.memory import Fit, free_bytes, round_up
 from hydra_jax.models.load import Model
 from hydra_jax.models.transformer import Params
 from hydra_jax.plan import Item, Plan, evenly
@@ -43,7 +43,7 @@ class Swept:
       prefill_seconds: of the clean runs before each batch.
       sources_seconds: of bringing replacements to the device, which the kernel may hide.
       flops: of the kernel's matrix products, a second of kernel_seconds.
-      gemm_flops: of bare products of the same shapes.
+      gemm_flops: of bare products of the same shapes, on each device by itself, times devices.
     """
 
     prompts: int
@@ -117,7 +117,9 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
     sources = Sources(plan)
     parts: dict[str, float] = dict.fromkeys(("prefill", "sources", "kernel"), 0.0)
     for chunk in chunks:
-        spent, piece = _timed(functools.partial(Piece, plan, chunk, chunks[0].stop, sources), lambda made: made.clean)
+        spent, piece = _timed(
+            functools.partial(Piece, plan, chunk, round_up(chunks[0].stop, fit.least), sources), lambda made: made.clean
+        )
         parts["prefill"] += spent
         for of, component in enumerate(plan.components):
             spent, new = _timed(functools.partial(sources, piece.places, of))
@@ -136,7 +138,7 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
         prefill_seconds=parts["prefill"],
         sources_seconds=parts["sources"],
         flops=flops / parts["kernel"],
-        gemm_flops=_gemm_flops(params, chunks[0].stop * draws // mesh.size, parts["kernel"] / 4),
+        gemm_flops=mesh.size * _gemm_flops(params, chunks[0].stop * draws // fit.least, parts["kernel"] / 4),
     )
 
 

@@ -88,8 +88,7 @@ def load(
         return _trained(name, path, dtype, precision, step, mesh)
     if step != LAST_STEP:
         raise UserError(f"{path}: is not a directory of a training run, and has no step {step}; leave model_step out")
-    if path.suffix in PICKLED:
-        raise UserError(f"{path}: is pickled, which is never read: {hub.CONVERT}")
+    _refuse_pickled(path)
     read = _read_directory if path.is_dir() else _read_gguf
     with _faults_of(path), ThreadPoolExecutor(1) as other:
         summing = other.submit(weights_hash, path)
@@ -121,6 +120,11 @@ def _trained(name: str, path: Path, dtype: str, precision: str, step: int, mesh:
     check(params, str(path))
     rates = dataclasses.asdict(trained.dropout).values()
     return Model(name, params, tokenizer.from_file(path / workdir.TOKENIZER), digest, max(rates))
+
+
+def _refuse_pickled(path: Path) -> None:
+    if path.suffix in PICKLED:
+        raise UserError(f"{path}: is pickled, which is never read: {hub.CONVERT}")
 
 
 def weights_hash(path: Path) -> str:
@@ -248,6 +252,7 @@ def read_config(path: Path, **switches: str) -> tuple[str, ModelConfig]:
     """
     if workdir.is_trained(path):
         return "llama, trained here", workdir.model_config(path, **switches)
+    _refuse_pickled(path)
     with _faults_of(path):
         if path.is_dir():
             architecture, _, config = _directory_config(path, **switches)
