@@ -10,7 +10,7 @@
 # A sweep under SLURM, on one node or several: one process a node, with all the GPUs that the job has there.
 #
 #   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=32 --time=8:00:00 launch/cluster/slurm.sh \
-#       --config=configs/sweep.py:MODEL --config.mesh.data=32 --workdir=DIR
+#       --config=configs/sweep.py:MODEL --workdir=DIR
 #
 # The arguments before the script's name are sbatch's: add --partition, --account, --mem as your cluster wants them.
 # Those after it are launch.sweep's; with COMMAND=launch.train before sbatch, launch.train's.

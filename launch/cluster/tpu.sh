@@ -2,7 +2,7 @@
 # A sweep on a TPU VM pod slice: starts the same command on every worker, from your machine, and shows what they say.
 #
 #   TPU=my-v5e-16 ZONE=us-west4-a bash launch/cluster/tpu.sh --config=configs/sweep.py:MODEL \
-#       --config.mesh.data=16 --workdir=/shared/runs/zero
+#       --workdir=/shared/runs/zero
 #
 # Variables: TPU and ZONE as in `gcloud compute tpus tpu-vm list`; DIRECTORY, where the repository is on every worker
 # (default hydra_jax, of the home directory); PYTHON, to make .venv there (default python3, 3.11 to 13 is needed);
