@@ -75,17 +75,12 @@ def main(
             arguments = [arguments[0], f"--config={CONFIGS / config}", *arguments[1:]]
         try:
             rest = flags.FLAGS(arguments)
-            if config and not flags.FLAGS["help"].value:
+            if config:
                 dict(flags.FLAGS["config"].value or {})  # a file that did not load says so only when it is read
         except Exception as error:  # flags, ml_collections and the config file's own code raise all kinds
             _stop(f"error: {_one_line(error)}; see --help and the config file", 1)
         if len(rest) > 1:
             _stop(f"error: argument {rest[1]!r} is unknown; see --help", 1)
-        if flags.FLAGS["help"].value:
-            print(sys.modules["__main__"].__doc__)
-            for module in ("__main__", __name__) if several else ("__main__",):
-                print(flags.FLAGS.module_help(sys.modules[module]))
-            sys.exit(0)
         return rest
 
     def run(arguments: list[str]) -> None:

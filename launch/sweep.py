@@ -25,6 +25,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "what to sweep: configs
 PROMPT = flags.DEFINE_string("prompt", None, "one prompt to sweep by itself: short for --config.prompts.text")
 REPORT = flags.DEFINE_bool("report", True, "end with tables, figures and the page; launch.report makes them later")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory for the results", required=True)
+flags.adopt_module_key_flags(runtime)  # those of several processes, for --help
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from hydra_jax.training.workdir import PROMPTS, read_metrics
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to train: configs/train.py:ARM,PRESET; see the file")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory for the run", required=True)
+flags.adopt_module_key_flags(runtime)  # those of several processes, for --help
 
 
 def main() -> None:
