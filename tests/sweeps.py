@@ -47,5 +47,5 @@ def done(inputs, workdir, *arguments, **options):
 
 def written(workdir):
     """When each chunk's flag was written, which comes last."""
-    chunks = (workdir / store.NAME / "finished" / "c").glob("[0-9]*")
-    return {path.name: path.stat().st_mtime_ns for path in chunks}
+    chunks = (workdir / store.NAME / "finished" / "c").glob("*")  # and parts of what is being written
+    return {path.name: path.stat().st_mtime_ns for path in chunks if path.name.isdecimal()}
