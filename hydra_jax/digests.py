@@ -15,6 +15,7 @@ import xarray as xr
 import zarr
 
 from hydra_jax.errors import UserError, reason, shown
+from hydra_jax.metadata import ZARR_FORMAT
 
 DIGESTS = "files_sha256"
 """The attribute that has them."""
@@ -22,7 +23,7 @@ DIGESTS = "files_sha256"
 
 def write(path: Path, filled: Sequence[str] = ()) -> None:
     """Sum up a store; of its variables `filled`, whose chunks are still to be written, without these."""
-    group = zarr.open_group(path, mode="r+")
+    group = zarr.open_group(path, mode="r+", zarr_format=ZARR_FORMAT)
     group.attrs[DIGESTS] = _digests(path, group.attrs, filled)
 
 

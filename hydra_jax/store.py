@@ -18,7 +18,7 @@ import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from hydra_jax import digests, files
+from hydra_jax import digests, files, metadata
 from hydra_jax.config import differences
 from hydra_jax.edits import SITES, Component, all_components
 from hydra_jax.errors import UserError
@@ -164,8 +164,8 @@ def create(
     encoding = {name: {"chunks": tuple(v.sizes.values())} | CHECKED for name, v in dataset.variables.items()}
     encoding["finished"]["chunks"] = (chunk,)  # or processes would write to one file
     with files.undisturbed(), files.whole(workdir / NAME) as part:
-        dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
-        group = zarr.open_group(str(part), mode="r+")
+        dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=metadata.ZARR_FORMAT, consolidated=False)
+        group = zarr.open_group(str(part), mode="r+", zarr_format=metadata.ZARR_FORMAT)
         for name, shape in shapes(sizes, edges).items():
             # Only described: whatever the number of prompts, chunks alone write values.
             counts = name == NON_FINITE
@@ -227,7 +227,7 @@ def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
     """Write the examples, or nothing at all."""
     encoding = dict.fromkeys(dataset.variables, CHECKED)
     with files.undisturbed(), files.whole(workdir / EXAMPLES) as part:
-        dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=3, consolidated=False)
+        dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=metadata.ZARR_FORMAT, consolidated=False)
         digests.write(part)
 
 
@@ -237,7 +237,7 @@ def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None
     flags = xr.Dataset({"finished": ("prompt", np.ones(effects.sizes["prompt"], bool))})
     with files.undisturbed():
         for part in (effects, flags):
-            part.to_zarr(workdir / NAME, region={"prompt": chunk}, consolidated=False)
+            _write_region(workdir / NAME, chunk, part)
 
 
 def sound(effects: xr.Dataset, chunk: slice) -> bool:
@@ -287,7 +287,7 @@ def forget(workdir: Path, chunk: slice) -> None:
     """
     flags = xr.Dataset({"finished": ("prompt", np.zeros(chunk.stop - chunk.start, bool))})
     with files.undisturbed():
-        flags.to_zarr(workdir / NAME, region={"prompt": chunk}, consolidated=False)
+        _write_region(workdir / NAME, chunk, flags)
 
 
 def seal(workdir: Path) -> None:
@@ -295,7 +295,7 @@ def seal(workdir: Path) -> None:
     with files.undisturbed(), warnings.catch_warnings():
         # That it is not in zarr's specification yet is no matter: without it, readers take the long way.
         warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
-        zarr.consolidate_metadata(str(workdir / NAME))
+        zarr.consolidate_metadata(str(workdir / NAME), zarr_format=metadata.ZARR_FORMAT)
 
 
 def open_effects(workdir: str | Path) -> xr.Dataset:
@@ -355,12 +355,17 @@ def finite(effects: xr.Dataset, where: str) -> xr.Dataset:
     return effects.isel(prompt=kept).assign_attrs(left_out=left_out) if left_out else effects
 
 
+def _write_region(path: Path, chunk: slice, part: xr.Dataset) -> None:
+    part.to_zarr(path, region={"prompt": chunk}, zarr_format=metadata.ZARR_FORMAT, consolidated=False)
+
+
 def _open(path: Path) -> xr.Dataset:
     if not path.is_dir():
         raise UserError(f"{path}: is not there; run `python -m launch.sweep --workdir={path.parent}` first")
+    metadata.check(path)
     try:
         with files.undisturbed():
-            return xr.open_zarr(path, consolidated=False, chunks=None)
+            return xr.open_zarr(path, consolidated=False, chunks=None, zarr_format=metadata.ZARR_FORMAT)
     except Exception as error:
         raise digests.unreadable(path, error) from error
 
