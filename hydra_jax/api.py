@@ -15,7 +15,7 @@ from hydra_jax.bank import Bank
 from hydra_jax.clean import CleanPass, choose
 from hydra_jax.cluster import Cluster
 from hydra_jax.config import HEADS, AblationConfig, PromptsConfig, SweepConfig
-from hydra_jax.edits import ATTN, SITES, Component
+from hydra_jax.core.edits import ATTN, SITES, Component
 from hydra_jax.errors import UserError
 from hydra_jax.memory import Fit, free_bytes
 from hydra_jax.models.load import Model

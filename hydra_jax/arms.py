@@ -18,7 +18,7 @@ import scipy.stats
 import xarray as xr
 
 from hydra_jax import stats, store
-from hydra_jax.edits import MLP, SITES
+from hydra_jax.core.edits import MLP, SITES
 from hydra_jax.findings import LATE
 from hydra_jax.training.config import REFERENCE
 

@@ -16,13 +16,13 @@ from hydra_jax import mesh as meshes
 from hydra_jax.bank import COLUMNS, Bank
 from hydra_jax.cluster import Cluster
 from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
+from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.errors import UserError
 from hydra_jax.kernels import PREFILL_TOKENS, ablatable_batch, prefill_batch, read_batch
 from hydra_jax.memory import Fit, round_up
 from hydra_jax.mesh import Worker
 from hydra_jax.models.load import Model
 from hydra_jax.plan import Item, batch_of, by_length, evenly, fill_up, padded_length, places
-from hydra_jax.prefill import MOST_LIKELY
 
 Keep = Callable[[Item, int], bool]
 """Whether a prompt's values are kept, of the prompt and its most likely next token."""

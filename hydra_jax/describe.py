@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from hydra_jax.edits import SITES, all_components
+from hydra_jax.core.edits import SITES, all_components
 from hydra_jax.memory import ACCELERATOR_ROWS, default_rows, needs
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout

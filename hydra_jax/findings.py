@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import xarray as xr
 
-from hydra_jax.edits import ATTN, MLP, SITES, Component
+from hydra_jax.core.edits import ATTN, MLP, SITES, Component
 from hydra_jax.stats import Bootstrap, erasure, finished, interval, strongest_attention
 
 HOLDS, WEAKLY, PARTLY, UNCLEAR, FAILS, UNTOLD = (

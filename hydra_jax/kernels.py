@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hydra_jax import mesh as meshes
-from hydra_jax.edits import WriteStatistics, replacement
-from hydra_jax.effects import Effects, delta_unembed, effects, head_unembed
+from hydra_jax.core.edits import WriteStatistics, replacement
+from hydra_jax.core.effects import Effects, delta_unembed, effects, head_unembed
+from hydra_jax.core.prefill import Clean, prefill
+from hydra_jax.core.replay import direct_edges, replay
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params, layout
-from hydra_jax.prefill import Clean, prefill
-from hydra_jax.replay import direct_edges, replay
 
 PREFILL_TOKENS = 4096
 """Tokens of clean runs at once: what a layer computes of them is in memory, whatever their number."""

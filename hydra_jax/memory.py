@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hydra_jax import mesh as meshes
+from hydra_jax.core.prefill import prefill
 from hydra_jax.errors import UserError
 from hydra_jax.kernels import PREFILL_TOKENS
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout
-from hydra_jax.prefill import prefill
 
 ROWS = {"cpu": 512}
 """Edits at once that fill a device's matrix units: on a CPU as measured, and larger ones leave its caches."""

@@ -22,10 +22,10 @@ from flax import traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from hydra_jax.core.prefill import Clean
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params, flat, layout
-from hydra_jax.prefill import Clean
 
 DATA, MODEL = "data", "model"
 

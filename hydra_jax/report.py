@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 import plotly.offline
 
-from hydra_jax import causal, figures, files, findings, store
+from hydra_jax import figures, files, findings, store
 from hydra_jax.config import ANSWER
-from hydra_jax.edits import SITES, Component
+from hydra_jax.core import causal
+from hydra_jax.core.edits import SITES, Component
 from hydra_jax.figures.motifs import MOTIFS
 from hydra_jax.figures.style import reach
 from hydra_jax.models.config import LAST_STEP

@@ -14,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from hydra_jax import stats, store
-from hydra_jax.edits import SITES, WHOLE, Component
+from hydra_jax.core.edits import SITES, WHOLE, Component
 from hydra_jax.errors import UserError
 from hydra_jax.findings import Finding, findings
 

@@ -8,7 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from hydra_jax.edits import ATTN, Component
+from hydra_jax.core.edits import ATTN, Component
 from hydra_jax.models.config import ModelConfig
 
 COPIED_BYTES = 2**28

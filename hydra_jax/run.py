@@ -24,7 +24,7 @@ from hydra_jax.bank import DIRECTORY, Bank
 from hydra_jax.clean import CleanPass, choose
 from hydra_jax.cluster import Cluster
 from hydra_jax.config import SweepConfig
-from hydra_jax.edits import ATTN, SITES, check_enough
+from hydra_jax.core.edits import ATTN, SITES, check_enough
 from hydra_jax.errors import UserError, shown
 from hydra_jax.memory import Fit
 from hydra_jax.models import hub

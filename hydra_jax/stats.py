@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from hydra_jax import store
-from hydra_jax.edits import ATTN, MLP, SITES, Component
+from hydra_jax.core.edits import ATTN, MLP, SITES, Component
 from hydra_jax.errors import UserError
 
 LEVEL = 0.95

@@ -20,7 +20,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from hydra_jax import digests, files, metadata
 from hydra_jax.config import differences
-from hydra_jax.edits import SITES, Component, all_components
+from hydra_jax.core.edits import SITES, Component, all_components
 from hydra_jax.errors import UserError
 
 NAME = "effects.zarr"

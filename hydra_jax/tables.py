@@ -6,7 +6,7 @@ import textwrap
 
 import pandas as pd
 
-from hydra_jax.edits import Component
+from hydra_jax.core.edits import Component
 from hydra_jax.errors import UserError
 from hydra_jax.results import Results
 

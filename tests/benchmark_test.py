@@ -10,7 +10,7 @@ from hydra_jax.benchmarks import devices as scaling
 from hydra_jax.benchmarks import sweep
 from hydra_jax.benchmarks.kernels import forward_batch, layer_products, measure, table
 from hydra_jax.config import AblationConfig
-from hydra_jax.edits import SITES, all_components
+from hydra_jax.core.edits import SITES, all_components
 from hydra_jax.errors import UserError
 from hydra_jax.models.shapes import SHAPES, shape
 from hydra_jax.models.transformer import forward

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydra_jax.edits import ATTN, MLP, all_components
-from hydra_jax.effects import delta_unembed, effects, head_unembed
+from hydra_jax.core.edits import ATTN, MLP, all_components
+from hydra_jax.core.effects import delta_unembed, effects, head_unembed
+from hydra_jax.core.prefill import prefill
+from hydra_jax.core.replay import direct_edges, replay
 from hydra_jax.models.transformer import Edits, embed, forward, head_delta, head_share, unembed
-from hydra_jax.prefill import prefill
-from hydra_jax.replay import direct_edges, replay
 from tests import toys
 
 jit_forward, jit_prefill, jit_replay, jit_edges = (jax.jit(f) for f in (forward, prefill, replay, direct_edges))

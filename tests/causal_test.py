@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_jax import causal
-from hydra_jax.edits import all_components
-from hydra_jax.effects import effects
+from hydra_jax.core import causal
+from hydra_jax.core.edits import all_components
+from hydra_jax.core.effects import effects
+from hydra_jax.core.prefill import prefill
+from hydra_jax.core.replay import replay
 from hydra_jax.models import transformer
-from hydra_jax.prefill import prefill
-from hydra_jax.replay import replay
 from tests import toys
 
 numbers = st.floats(-5, 5, width=32).map(jnp.float32)

@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hydra_jax.core.prefill import prefill
 from hydra_jax.errors import UserError
 from hydra_jax.models import check as checks
 from hydra_jax.models import transformer
 from hydra_jax.models.check import check
-from hydra_jax.prefill import prefill
 from tests import toys
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig, sweep_config
-from hydra_jax.edits import all_components
+from hydra_jax.core.edits import all_components
 from hydra_jax.errors import UserError
 from tests import toys
 

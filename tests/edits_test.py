@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_jax.edits import SITES, Component, WriteStatistics, all_components, draw_sources, prompt_keys, replacement
+from hydra_jax.core.edits import (
+    SITES,
+    Component,
+    WriteStatistics,
+    all_components,
+    draw_sources,
+    prompt_keys,
+    replacement,
+)
 from hydra_jax.errors import UserError
 
 ids = st.lists(st.text(min_size=1, max_size=6), min_size=4, max_size=12, unique=True)

@@ -24,7 +24,7 @@ import hydra_jax
 from configs import sweep as sweep_file
 from hydra_jax import prompts, report, results, store
 from hydra_jax.config import sweep_config
-from hydra_jax.edits import RANDOM_KINDS
+from hydra_jax.core.edits import RANDOM_KINDS
 from hydra_jax.errors import UserError
 from hydra_jax.run import run
 from tests import builders, damage

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hydra_jax import kernels, memory, mesh
-from hydra_jax.edits import WriteStatistics
+from hydra_jax.core.edits import WriteStatistics
 from hydra_jax.errors import UserError
 from hydra_jax.mesh import MeshConfig
 from hydra_jax.models.transformer import layout

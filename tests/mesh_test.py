@@ -8,7 +8,7 @@ import pytest
 from hydra_jax import kernels, mesh, store
 from hydra_jax.benchmarks import loading
 from hydra_jax.benchmarks.devices import collectives
-from hydra_jax.edits import WriteStatistics
+from hydra_jax.core.edits import WriteStatistics
 from hydra_jax.errors import UserError
 from hydra_jax.mesh import DATA, MODEL, MeshConfig
 from hydra_jax.models.config import ModelConfig

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_jax.edits import KINDS, SITES, WriteStatistics, all_components, replacement
-from hydra_jax.effects import delta_unembed, effects, head_unembed
+from hydra_jax.core.edits import KINDS, SITES, WriteStatistics, all_components, replacement
+from hydra_jax.core.effects import delta_unembed, effects, head_unembed
+from hydra_jax.core.prefill import MOST_LIKELY, prefill
+from hydra_jax.core.replay import direct_edges, replay
 from hydra_jax.models.transformer import Edits, forward, head_share
-from hydra_jax.prefill import MOST_LIKELY, prefill
-from hydra_jax.replay import direct_edges, replay
 from tests import toys
 
 jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.jit(replay)

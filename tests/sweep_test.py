@@ -11,7 +11,7 @@ from hydra_jax.bank import Bank
 from hydra_jax.clean import CleanPass, choose
 from hydra_jax.cluster import Cluster
 from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig
-from hydra_jax.edits import KINDS
+from hydra_jax.core.edits import KINDS
 from hydra_jax.errors import UserError
 from hydra_jax.memory import Fit
 from hydra_jax.models.tokenizer import encode

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_jax.edits import all_components
+from hydra_jax.core.edits import all_components
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Edits, forward
 from tests import toys

@@ -23,12 +23,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hydra_jax import mesh as meshes
-from hydra_jax.edits import WriteStatistics, all_components
+from hydra_jax.core.edits import WriteStatistics, all_components
+from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.errors import UserError
 from hydra_jax.kernels import ablating, prefilling
 from hydra_jax.mesh import DATA, MODEL, MeshConfig
 from hydra_jax.models.transformer import Params
-from hydra_jax.prefill import MOST_LIKELY
 from hydra_jax.roofline import intervention_flops
 
 KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"

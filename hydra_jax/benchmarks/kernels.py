@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hydra_jax.edits import Component, WriteStatistics, all_components
+from hydra_jax.core.edits import Component, WriteStatistics, all_components
+from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.kernels import ablating, prefilling
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.layers import product
 from hydra_jax.models.transformer import Edits, Params
-from hydra_jax.prefill import MOST_LIKELY
 from hydra_jax.roofline import Roofline, bandwidth, intervention_bytes, intervention_flops
 
 

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from hydra_jax.edits import ATTN, SITES, Component, WriteStatistics, all_components
+from hydra_jax.core.edits import ATTN, SITES, Component, WriteStatistics, all_components
+from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.errors import UserError, reason
 from hydra_jax.kernels import ablate_batch, prefill_batch
 from hydra_jax.models import families
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
-from hydra_jax.prefill import MOST_LIKELY
 
 ROUNDS = 3
 """How often each component is timed; the fastest counts, which others who use the machine disturb least."""

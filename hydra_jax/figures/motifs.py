@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hydra_jax import causal
+from hydra_jax.core import causal
 from hydra_jax.figures.style import COLOURS, zero_line
 
 MOTIFS = {

@@ -8,10 +8,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hydra_jax import mesh
+from hydra_jax.core.prefill import Clean, prefill
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Params
-from hydra_jax.prefill import Clean, prefill
 
 LONG, SHORT = 8, 5
 TOLERANCES = {("float32", "highest"): 1e-4}

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hydra_jax.edits import all_components
-from hydra_jax.effects import effects
+from hydra_jax.core.edits import all_components
+from hydra_jax.core.effects import effects
+from hydra_jax.core.prefill import prefill
+from hydra_jax.core.replay import replay
 from hydra_jax.models.load import load
 from hydra_jax.models.transformer import embed, forward
-from hydra_jax.prefill import prefill
-from hydra_jax.replay import replay
 
 pytest.importorskip("torch", reason="tests/parity/requirements.txt is not installed")
 pytest.importorskip("transformers", reason="tests/parity/requirements.txt is not installed")

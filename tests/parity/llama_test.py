@@ -7,7 +7,7 @@ import pytest
 
 import hydra_jax
 from hydra_jax.benchmarks.peers import llama
-from hydra_jax.edits import SITES
+from hydra_jax.core.edits import SITES
 from hydra_jax.models.load import load
 from hydra_jax.models.tokenizer import encode
 from hydra_jax.models.transformer import forward

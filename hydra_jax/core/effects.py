@@ -8,11 +8,11 @@ from __future__ import annotations
 import flax.struct
 import jax
 
-from hydra_jax.edits import ATTN, MLP
+from hydra_jax.core.edits import ATTN, MLP
+from hydra_jax.core.prefill import Clean
+from hydra_jax.core.replay import Replayed
 from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Params
-from hydra_jax.prefill import Clean
-from hydra_jax.replay import Replayed
 
 
 class Effects(flax.struct.PyTreeNode):

@@ -10,10 +10,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hydra_jax.edits import ATTN, MLP
+from hydra_jax.core.edits import ATTN, MLP
+from hydra_jax.core.prefill import Clean
 from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Params
-from hydra_jax.prefill import Clean
 
 State = tuple[jax.Array, jax.Array]
 """Of a loop downstream: the stream's shift [D], and the changes of contributions [L, 2]."""
