@@ -17,8 +17,8 @@ from hydra_jax.arms import Key
 from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig, differences
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import load
-from hydra_jax.prompts import Prompt, json_lines
-from hydra_jax.prompts import read as read_prompts
+from hydra_jax.text.prompts import Prompt, json_lines
+from hydra_jax.text.prompts import read as read_prompts
 from hydra_jax.training import checkpoint
 from hydra_jax.training.config import TrainConfig
 from hydra_jax.training.recall import answered, questions

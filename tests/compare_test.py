@@ -9,7 +9,7 @@ import pytest
 
 from hydra_jax import compare, report_arms, results
 from hydra_jax.errors import UserError
-from hydra_jax.prompts import read
+from hydra_jax.text.prompts import read
 from hydra_jax.training import checkpoint, workdir
 from hydra_jax.training.loop import train
 from tests import training_toys

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import load, weights_hash
-from hydra_jax.models.tokenizer import encode
+from hydra_jax.text.tokenizer import encode
 from tests import builders
 
 

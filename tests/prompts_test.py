@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_jax import prompts
 from hydra_jax.errors import UserError
-from hydra_jax.prompts import Prompt
+from hydra_jax.text import prompts
+from hydra_jax.text.prompts import Prompt
 from tests import builders
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -65,7 +65,7 @@ def refusal(path):
 
 
 def facts():
-    return tomllib.loads(resources.files("hydra_jax").joinpath("facts.toml").read_text("utf-8"))
+    return tomllib.loads(resources.files("hydra_jax.text").joinpath("facts.toml").read_text("utf-8"))
 
 
 def test_there_are_many_builtin_facts_of_many_relations():

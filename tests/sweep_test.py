@@ -14,11 +14,11 @@ from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.core.edits import KINDS
 from hydra_jax.errors import UserError
 from hydra_jax.memory import Fit
-from hydra_jax.models.tokenizer import encode
-from hydra_jax.prompts import Prompt
 from hydra_jax.run import run
 from hydra_jax.sources import Sources
 from hydra_jax.store import EFFECTS
+from hydra_jax.text.prompts import Prompt
+from hydra_jax.text.tokenizer import encode
 from tests import builders
 
 ZERO = AblationConfig(kind="zero")

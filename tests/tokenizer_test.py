@@ -2,7 +2,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from hydra_jax.errors import UserError
-from hydra_jax.models.tokenizer import (
+from hydra_jax.text.tokenizer import (
     CONTROL,
     NORMAL,
     PRE_TOKENIZERS,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_jax.errors import UserError
-from hydra_jax.models.tokenizer import encode
+from hydra_jax.text.tokenizer import encode
 from hydra_jax.training import biographies, data
 from tests import builders, training_toys
 

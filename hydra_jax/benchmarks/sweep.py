@@ -23,9 +23,9 @@ from hydra_jax.memory import Fit, free_bytes, round_up
 from hydra_jax.models.load import Model
 from hydra_jax.models.transformer import Params
 from hydra_jax.plan import Item, Plan, evenly
-from hydra_jax.prompts import Prompt
 from hydra_jax.roofline import intervention_flops
 from hydra_jax.sources import Sources
+from hydra_jax.text.prompts import Prompt
 
 
 @dataclasses.dataclass(frozen=True)

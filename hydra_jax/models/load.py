@@ -20,13 +20,14 @@ from tokenizers import Tokenizer
 
 from hydra_jax import mesh as meshes
 from hydra_jax.errors import UserError, reason
-from hydra_jax.models import families, hub, tokenizer, transformer
+from hydra_jax.models import families, hub, transformer
 from hydra_jax.models.assemble import Source, assemble
 from hydra_jax.models.check import check
 from hydra_jax.models.config import AS_STORED, LAST_STEP, ModelConfig
 from hydra_jax.models.families import Family
 from hydra_jax.models.settings import Settings, model_config
 from hydra_jax.models.transformer import Params
+from hydra_jax.text import tokenizer
 from hydra_jax.training import workdir
 
 _HUGGING_FACE, _GGUF = 0, 1  # columns of a family's names

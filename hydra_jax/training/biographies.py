@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hydra_jax.errors import UserError
-from hydra_jax.prompts import Prompt
+from hydra_jax.text.prompts import Prompt
 
 ATTRIBUTES = ("birthplace", "employer", "language", "field")
 

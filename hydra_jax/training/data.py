@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from hydra_jax.errors import UserError
-from hydra_jax.prompts import Prompt, read_text
+from hydra_jax.text.prompts import Prompt, read_text
 from hydra_jax.training import biographies
 from hydra_jax.training.config import DataConfig
 

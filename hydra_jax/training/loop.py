@@ -21,7 +21,7 @@ from tqdm import tqdm
 from hydra_jax import files
 from hydra_jax.cluster import Cluster
 from hydra_jax.errors import UserError
-from hydra_jax.models import tokenizer as tokenizers
+from hydra_jax.text import tokenizer as tokenizers
 from hydra_jax.training import data
 from hydra_jax.training.checkpoint import Checkpoints
 from hydra_jax.training.config import TrainConfig

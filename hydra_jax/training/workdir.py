@@ -14,7 +14,7 @@ from hydra_jax import files
 from hydra_jax.config import differences
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import AS_STORED, ModelConfig
-from hydra_jax.prompts import json_lines
+from hydra_jax.text.prompts import json_lines
 from hydra_jax.training.config import TrainConfig, train_config
 
 if TYPE_CHECKING:  # it imports what loading a model need not wait for

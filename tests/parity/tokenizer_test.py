@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_jax.models.tokenizer import NORMAL, SPACE, from_gguf
+from hydra_jax.text.tokenizer import NORMAL, SPACE, from_gguf
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="tests/parity/requirements.txt is not installed")
 

@@ -52,7 +52,7 @@ class Prompt:
 
 def builtin() -> list[Prompt]:
     """The project's own facts, a template a relation (`facts.toml`)."""
-    tables = tomllib.loads(importlib.resources.files("hydra_jax").joinpath("facts.toml").read_text("utf-8"))
+    tables = tomllib.loads(importlib.resources.files("hydra_jax.text").joinpath("facts.toml").read_text("utf-8"))
     return [
         Prompt(f"{relation}/{subject}", table["template"].format(subject), answer, relation)
         for relation, table in tables.items()
