@@ -16,7 +16,6 @@ import xarray as xr
 from tqdm import tqdm
 
 from hydra_jax import mesh as meshes
-from hydra_jax import store
 from hydra_jax.core.edits import SITES, WHOLE, Component, WriteStatistics, all_components
 from hydra_jax.core.effects import Effects
 from hydra_jax.core.prefill import Clean
@@ -25,6 +24,7 @@ from hydra_jax.kernels import Ablated, Read, ablate_batch, prefill_batch, read_b
 from hydra_jax.memory import round_up
 from hydra_jax.plan import Item, Plan, batch_of, evenly, fill_up, padded_length, places
 from hydra_jax.sources import Sources
+from hydra_jax.store import effects as store
 
 AHEAD = 2
 """Components whose work is handed to the devices before the first one's results are waited for."""

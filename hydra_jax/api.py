@@ -8,7 +8,6 @@ import numpy as np
 import xarray as xr
 
 from hydra_jax import mesh as meshes
-from hydra_jax import store
 from hydra_jax.ablations import ablate_one, fill, frame
 from hydra_jax.bank import Bank
 from hydra_jax.clean import CleanPass, choose
@@ -20,6 +19,7 @@ from hydra_jax.memory import Fit, free_bytes
 from hydra_jax.models.load import Model
 from hydra_jax.plan import Item, Plan, evenly, facts_beside, itemise
 from hydra_jax.run import protocol
+from hydra_jax.store import effects as store
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
 

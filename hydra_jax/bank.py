@@ -17,8 +17,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hydra_jax import files
 from hydra_jax.cluster import Cluster
+from hydra_jax.store import files
 
 DIRECTORY = "bank"
 COLUMNS = {"top": np.int64, "target": np.int64, "probability": np.float32}

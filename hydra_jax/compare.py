@@ -12,11 +12,13 @@ import pandas as pd
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax import arms, files, run, stats, store
+from hydra_jax import arms, run, stats
 from hydra_jax.arms import Key
 from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig, differences
 from hydra_jax.errors import UserError
 from hydra_jax.models.load import load
+from hydra_jax.store import effects as store
+from hydra_jax.store import files
 from hydra_jax.text.prompts import Prompt, json_lines
 from hydra_jax.text.prompts import read as read_prompts
 from hydra_jax.training import checkpoint

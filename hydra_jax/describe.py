@@ -14,7 +14,7 @@ from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout
 from hydra_jax.plan import padded_length
 from hydra_jax.roofline import intervention_flops
-from hydra_jax.store import EFFECTS
+from hydra_jax.store.effects import EFFECTS
 
 SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "context")
 

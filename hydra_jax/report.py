@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import plotly.offline
 
-from hydra_jax import figures, files, findings, store
+from hydra_jax import figures, findings
 from hydra_jax.config import ANSWER
 from hydra_jax.core import causal
 from hydra_jax.core.edits import SITES, Component
@@ -24,6 +24,8 @@ from hydra_jax.figures.motifs import MOTIFS
 from hydra_jax.figures.style import reach
 from hydra_jax.models.config import LAST_STEP
 from hydra_jax.results import Results
+from hydra_jax.store import effects as store
+from hydra_jax.store import files
 
 PAGE = "report.html"
 PROMPT_BYTES = 7_000_000

@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from hydra_jax import stats, store
+from hydra_jax import stats
 from hydra_jax.core.edits import SITES, WHOLE, Component
 from hydra_jax.errors import UserError
 from hydra_jax.findings import Finding, findings
+from hydra_jax.store import effects as store
 
 
 @dataclasses.dataclass(frozen=True)

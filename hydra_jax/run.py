@@ -16,7 +16,7 @@ import pandas as pd
 import xarray as xr
 from jax.sharding import Mesh
 
-from hydra_jax import files, memory, store
+from hydra_jax import memory
 from hydra_jax import mesh as meshes
 from hydra_jax.ablations import ablate_one, fill, frame
 from hydra_jax.bank import DIRECTORY, Bank
@@ -29,6 +29,8 @@ from hydra_jax.memory import Fit
 from hydra_jax.models import hub
 from hydra_jax.models.load import Model, load, read_config
 from hydra_jax.plan import Item, Plan, evenly, facts_beside, itemise
+from hydra_jax.store import effects as store
+from hydra_jax.store import files
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.version import __version__

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from hydra_jax import store
 from hydra_jax.core.edits import ATTN, MLP, SITES, Component
 from hydra_jax.errors import UserError
+from hydra_jax.store import effects as store
 
 LEVEL = 0.95
 """Share of the bootstrap distribution inside an interval."""

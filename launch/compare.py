@@ -13,9 +13,10 @@ from pathlib import Path
 
 from absl import flags
 
-from hydra_jax import compare, files, report_arms, results, runtime, tables
+from hydra_jax import compare, report_arms, results, runtime, tables
 from hydra_jax.config import MOST_BOOTSTRAP, MOST_SEED
 from hydra_jax.errors import UserError
+from hydra_jax.store import files
 
 WORKDIRS = flags.DEFINE_list(
     "workdirs", None, "directories of training runs, or patterns of them: arms and seeds", required=True

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from absl import flags
 
-from hydra_jax import files, report, report_arms, results, runtime, tables
+from hydra_jax import report, report_arms, results, runtime, tables
 from hydra_jax.config import MOST_BOOTSTRAP, MOST_SEED
+from hydra_jax.store import files
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep; the report goes into it", required=True)
 ALSO = flags.DEFINE_list("also", [], "directories of sweeps of other kinds, or of heads, on the same prompts")

@@ -15,11 +15,13 @@ import pandas as pd
 from absl import flags
 from ml_collections import config_flags
 
-from hydra_jax import files, report, results, runtime, store, tables
+from hydra_jax import report, results, runtime, tables
 from hydra_jax.cluster import Cluster
 from hydra_jax.config import sweep_config
 from hydra_jax.errors import UserError
 from hydra_jax.run import run
+from hydra_jax.store import effects as store
+from hydra_jax.store import files
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to sweep: configs/sweep.py:MODEL; see the file itself")
 PROMPT = flags.DEFINE_string("prompt", None, "one prompt to sweep by itself: short for --config.prompts.text")

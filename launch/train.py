@@ -17,9 +17,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from hydra_jax import figures, files, runtime
+from hydra_jax import figures, runtime
 from hydra_jax.errors import UserError
 from hydra_jax.figures.training import training_curves
+from hydra_jax.store import files
 from hydra_jax.training.config import train_config
 from hydra_jax.training.loop import Stopped, train
 from hydra_jax.training.workdir import PROMPTS, read_metrics

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from hydra_jax import files, store
 from hydra_jax.errors import UserError
+from hydra_jax.store import effects as store
+from hydra_jax.store import files
 from tests import builders, commands, synthetic
 from tests.commands import ROOT, finish
 

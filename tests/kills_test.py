@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from hydra_jax import store
+from hydra_jax.store import effects as store
 from tests import sweeps
 from tests.commands import finish
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydra_jax import kernels, mesh, store
+from hydra_jax import kernels, mesh
 from hydra_jax.benchmarks import loading
 from hydra_jax.benchmarks.devices import collectives
 from hydra_jax.core.edits import WriteStatistics
@@ -13,6 +13,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.mesh import DATA, MODEL, MeshConfig
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import flat
+from hydra_jax.store import effects as store
 from tests import sweeps, toys
 from tests.commands import finish
 

@@ -10,8 +10,10 @@ import pytest
 import xarray as xr
 import zarr
 
-from hydra_jax import metadata, results, store
+from hydra_jax import results
 from hydra_jax.errors import UserError
+from hydra_jax.store import effects as store
+from hydra_jax.store import metadata
 from tests import synthetic
 
 

@@ -6,7 +6,7 @@ import pytest
 import xarray as xr
 
 import hydra_jax
-from hydra_jax import ablations, mesh, plan, store
+from hydra_jax import ablations, mesh, plan
 from hydra_jax.bank import Bank
 from hydra_jax.clean import CleanPass, choose
 from hydra_jax.cluster import Cluster
@@ -16,7 +16,8 @@ from hydra_jax.errors import UserError
 from hydra_jax.memory import Fit
 from hydra_jax.run import run
 from hydra_jax.sources import Sources
-from hydra_jax.store import EFFECTS
+from hydra_jax.store import effects as store
+from hydra_jax.store.effects import EFFECTS
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.text.tokenizer import encode
 from tests import builders

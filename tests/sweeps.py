@@ -1,6 +1,6 @@
 """Sweeps of a tiny model as commands, by one process or several."""
 
-from hydra_jax import store
+from hydra_jax.store import effects as store
 from tests import builders, commands
 from tests.commands import finish, free_port
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from hydra_jax import store
 from hydra_jax.core.edits import all_components
+from hydra_jax.store import effects as store
 
 
 def effects(direct, compensation, norm=0.0, texts=None, kind="resample", model="tiny"):

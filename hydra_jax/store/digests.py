@@ -15,7 +15,7 @@ import xarray as xr
 import zarr
 
 from hydra_jax.errors import UserError, reason, shown
-from hydra_jax.metadata import ZARR_FORMAT
+from hydra_jax.store.metadata import ZARR_FORMAT
 
 DIGESTS = "files_sha256"
 """The attribute that has them."""
