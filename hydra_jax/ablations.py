@@ -15,13 +15,13 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax import mesh as meshes
 from hydra_jax.core.edits import SITES, WHOLE, Component, WriteStatistics, all_components
 from hydra_jax.core.effects import Effects
 from hydra_jax.core.prefill import Clean
+from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.kernels import Ablated, Read, ablate_batch, prefill_batch, read_batch, summarise
+from hydra_jax.engine.memory import round_up
 from hydra_jax.errors import UserError
-from hydra_jax.kernels import Ablated, Read, ablate_batch, prefill_batch, read_batch, summarise
-from hydra_jax.memory import round_up
 from hydra_jax.plan import Item, Plan, batch_of, evenly, fill_up, padded_length, places
 from hydra_jax.sources import Sources
 from hydra_jax.store import effects as store

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hydra_jax.cluster import Cluster
+from hydra_jax.engine.cluster import Cluster
 from hydra_jax.store import files
 
 DIRECTORY = "bank"

@@ -12,15 +12,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hydra_jax import mesh as meshes
 from hydra_jax.bank import COLUMNS, Bank
-from hydra_jax.cluster import Cluster
 from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
 from hydra_jax.core.prefill import MOST_LIKELY
+from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.cluster import Cluster
+from hydra_jax.engine.kernels import PREFILL_TOKENS, ablatable_batch, prefill_batch, read_batch
+from hydra_jax.engine.memory import Fit, round_up
+from hydra_jax.engine.mesh import Worker
 from hydra_jax.errors import UserError
-from hydra_jax.kernels import PREFILL_TOKENS, ablatable_batch, prefill_batch, read_batch
-from hydra_jax.memory import Fit, round_up
-from hydra_jax.mesh import Worker
 from hydra_jax.models.load import Model
 from hydra_jax.plan import Item, batch_of, by_length, evenly, fill_up, padded_length, places
 

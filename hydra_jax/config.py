@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra_jax.core.edits import ATTN, KINDS, RANDOM_KINDS, SITES, Component
+from hydra_jax.engine.mesh import MeshConfig
 from hydra_jax.errors import UserError, shown
-from hydra_jax.mesh import MeshConfig
 from hydra_jax.models.config import AS_STORED, DTYPES, LAST_STEP, PRECISIONS, ModelConfig
 from hydra_jax.text import prompts as prompt_sets
 

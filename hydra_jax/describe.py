@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hydra_jax.core.edits import SITES, all_components
-from hydra_jax.memory import ACCELERATOR_ROWS, default_rows, needs
+from hydra_jax.engine.memory import ACCELERATOR_ROWS, default_rows, needs
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout
 from hydra_jax.plan import padded_length

@@ -16,16 +16,16 @@ import pandas as pd
 import xarray as xr
 from jax.sharding import Mesh
 
-from hydra_jax import memory
-from hydra_jax import mesh as meshes
 from hydra_jax.ablations import ablate_one, fill, frame
 from hydra_jax.bank import DIRECTORY, Bank
 from hydra_jax.clean import CleanPass, choose
-from hydra_jax.cluster import Cluster
 from hydra_jax.config import SweepConfig
 from hydra_jax.core.edits import ATTN, SITES, check_enough
+from hydra_jax.engine import memory
+from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.cluster import Cluster
+from hydra_jax.engine.memory import Fit
 from hydra_jax.errors import UserError, shown
-from hydra_jax.memory import Fit
 from hydra_jax.models import hub
 from hydra_jax.models.load import Model, load, read_config
 from hydra_jax.plan import Item, Plan, evenly, facts_beside, itemise

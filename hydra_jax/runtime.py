@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from hydra_jax import cluster
+from hydra_jax.engine import cluster
 from hydra_jax.errors import UserError
 from hydra_jax.models.hub import cache_dir
 

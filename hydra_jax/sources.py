@@ -7,8 +7,8 @@ import contextlib
 import jax
 import numpy as np
 
-from hydra_jax import mesh as meshes
-from hydra_jax.memory import free_bytes
+from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.memory import free_bytes
 from hydra_jax.plan import Plan
 
 RESIDENT_SHARE = 0.1

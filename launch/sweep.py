@@ -16,8 +16,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from hydra_jax import report, results, runtime, tables
-from hydra_jax.cluster import Cluster
 from hydra_jax.config import sweep_config
+from hydra_jax.engine.cluster import Cluster
 from hydra_jax.errors import UserError
 from hydra_jax.run import run
 from hydra_jax.store import effects as store

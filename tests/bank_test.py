@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hydra_jax.bank import Bank, Row
-from hydra_jax.cluster import Cluster
+from hydra_jax.engine.cluster import Cluster
 
 ALONE = Cluster(0, 1)
 COLUMNS = {"top": np.array([3, 4, 5]), "target": np.array([3, 4, 5])}

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydra_jax import kernels, memory, mesh
 from hydra_jax.core.edits import WriteStatistics
+from hydra_jax.engine import kernels, memory, mesh
+from hydra_jax.engine.mesh import MeshConfig
 from hydra_jax.errors import UserError
-from hydra_jax.mesh import MeshConfig
 from hydra_jax.models.transformer import layout
 from tests import toys
 

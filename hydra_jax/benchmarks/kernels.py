@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from hydra_jax.core.edits import Component, WriteStatistics, all_components
 from hydra_jax.core.prefill import MOST_LIKELY
-from hydra_jax.kernels import ablating, prefilling
+from hydra_jax.engine.kernels import ablating, prefilling
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.layers import product

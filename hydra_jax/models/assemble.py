@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from hydra_jax import mesh as meshes
+from hydra_jax.engine import mesh as meshes
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig

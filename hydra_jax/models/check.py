@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hydra_jax import mesh
 from hydra_jax.core.prefill import Clean, prefill
+from hydra_jax.engine import mesh
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Params

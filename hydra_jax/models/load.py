@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 from tokenizers import Tokenizer
 
-from hydra_jax import mesh as meshes
+from hydra_jax.engine import mesh as meshes
 from hydra_jax.errors import UserError, reason
 from hydra_jax.models import families, hub, transformer
 from hydra_jax.models.assemble import Source, assemble

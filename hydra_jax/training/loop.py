@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from hydra_jax.cluster import Cluster
+from hydra_jax.engine.cluster import Cluster
 from hydra_jax.errors import UserError
 from hydra_jax.store import files
 from hydra_jax.text import tokenizer as tokenizers

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hydra_jax import mesh as meshes
 from hydra_jax.core.prefill import prefill
+from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.kernels import PREFILL_TOKENS
 from hydra_jax.errors import UserError
-from hydra_jax.kernels import PREFILL_TOKENS
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hydra_jax import mesh as meshes
 from hydra_jax.core.edits import WriteStatistics, replacement
 from hydra_jax.core.effects import Effects, delta_unembed, effects, head_unembed
 from hydra_jax.core.prefill import Clean, prefill
 from hydra_jax.core.replay import direct_edges, replay
+from hydra_jax.engine import mesh as meshes
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params, layout
