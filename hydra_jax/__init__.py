@@ -2,12 +2,12 @@
 
 from hydra_jax.api import ablate, sweep
 from hydra_jax.errors import UserError
-from hydra_jax.models.load import Model, load
 from hydra_jax.stats import summary
 from hydra_jax.store.effects import open_effects
 from hydra_jax.text.prompts import Prompt, builtin
 from hydra_jax.text.prompts import read as read_prompts
 from hydra_jax.version import __version__
+from hydra_jax.weights.load import Model, load
 
 __all__ = [
     "Model",

@@ -16,12 +16,12 @@ from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import Fit, free_bytes
 from hydra_jax.errors import UserError
-from hydra_jax.models.load import Model
 from hydra_jax.plan import Item, Plan, evenly, facts_beside, itemise
 from hydra_jax.run import protocol
 from hydra_jax.store import effects as store
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
+from hydra_jax.weights.load import Model
 
 
 def sweep(

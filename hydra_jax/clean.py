@@ -21,8 +21,8 @@ from hydra_jax.engine.kernels import PREFILL_TOKENS, ablatable_batch, prefill_ba
 from hydra_jax.engine.memory import Fit, round_up
 from hydra_jax.engine.mesh import Worker
 from hydra_jax.errors import UserError
-from hydra_jax.models.load import Model
 from hydra_jax.plan import Item, batch_of, by_length, evenly, fill_up, padded_length, places
+from hydra_jax.weights.load import Model
 
 Keep = Callable[[Item, int], bool]
 """Whether a prompt's values are kept, of the prompt and its most likely next token."""

@@ -16,7 +16,6 @@ from hydra_jax import arms, run, stats
 from hydra_jax.arms import Key
 from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig, differences
 from hydra_jax.errors import UserError
-from hydra_jax.models.load import load
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
 from hydra_jax.text.prompts import Prompt, json_lines
@@ -25,6 +24,7 @@ from hydra_jax.training import checkpoint
 from hydra_jax.training.config import TrainConfig
 from hydra_jax.training.recall import answered, questions
 from hydra_jax.training.workdir import PROMPTS, read_metrics, read_run
+from hydra_jax.weights.load import load
 
 SWEEPS, COMMON = "sweeps", "prompts.jsonl"
 SPLIT = "trained"

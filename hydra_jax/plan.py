@@ -15,10 +15,10 @@ from hydra_jax.config import AblationConfig
 from hydra_jax.core.edits import WHOLE, Component, WriteStatistics, draw_sources, prompt_keys
 from hydra_jax.engine.memory import Fit
 from hydra_jax.errors import UserError
-from hydra_jax.models.load import Model
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.text.tokenizer import answer_token, encode
+from hydra_jax.weights.load import Model
 
 POOL = 64
 """Built-in facts that replacements for a single prompt come from."""

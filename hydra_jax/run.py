@@ -26,14 +26,14 @@ from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import Fit
 from hydra_jax.errors import UserError, shown
-from hydra_jax.models import hub
-from hydra_jax.models.load import Model, load, read_config
 from hydra_jax.plan import Item, Plan, evenly, facts_beside, itemise
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.version import __version__
+from hydra_jax.weights import hub
+from hydra_jax.weights.load import Model, load, read_config
 
 BLOCK = 256
 """Prompts whose effects are in memory at once, where all are looked through."""

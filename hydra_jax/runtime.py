@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 from hydra_jax.engine import cluster
 from hydra_jax.errors import UserError
-from hydra_jax.models.hub import cache_dir
+from hydra_jax.weights.hub import cache_dir
 
 INTERRUPTED, TERMINATED = 130, 143  # what shells report for Ctrl-C and SIGTERM
 JOIN_SECONDS = 300

@@ -36,10 +36,10 @@ from hydra_jax.engine import mesh
 from hydra_jax.engine.memory import default_rows
 from hydra_jax.engine.mesh import MeshConfig
 from hydra_jax.errors import UserError
-from hydra_jax.models.load import read_settings
 from hydra_jax.models.shapes import SHAPES, shape
 from hydra_jax.models.transformer import Params, init_params
 from hydra_jax.training.config import train_config
+from hydra_jax.weights.load import read_settings
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to measure: configs/benchmark.py:MODEL; see the file")
 SHAPE = flags.DEFINE_string("shape", None, f"a published shape, or a config.json: one of {', '.join(SHAPES)}")

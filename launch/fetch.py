@@ -7,7 +7,7 @@ python -m launch.fetch --list
 from absl import flags
 
 from hydra_jax import runtime
-from hydra_jax.models import hub
+from hydra_jax.weights import hub
 
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "a named model, or a Hugging Face Hub id")
 LIST = flags.DEFINE_bool("list", False, "show the named models and where they are kept")

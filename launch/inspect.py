@@ -12,10 +12,10 @@ from absl import flags
 from hydra_jax import runtime
 from hydra_jax.describe import describe
 from hydra_jax.errors import UserError
-from hydra_jax.models import hub
 from hydra_jax.models.config import AS_STORED, DTYPES
-from hydra_jax.models.load import read_config
 from hydra_jax.models.shapes import SHAPES
+from hydra_jax.weights import hub
+from hydra_jax.weights.load import read_config
 
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "a named model, a .gguf file, a directory, or a Hub id")
 PROMPTS = flags.DEFINE_integer("prompts", 1000, "prompts of the sweep", lower_bound=1)

@@ -5,9 +5,9 @@ import pytest
 
 from hydra_jax.core.prefill import prefill
 from hydra_jax.errors import UserError
-from hydra_jax.models import check as checks
 from hydra_jax.models import transformer
-from hydra_jax.models.check import check
+from hydra_jax.weights import check as checks
+from hydra_jax.weights.check import check
 from tests import toys
 
 

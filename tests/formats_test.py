@@ -11,7 +11,7 @@ import pytest
 import safetensors.flax
 
 import hydra_jax
-from hydra_jax.models.load import load, read_config
+from hydra_jax.weights.load import load, read_config
 from tests import builders
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -47,7 +47,7 @@ ENCODED = [kind for kind in DECODED if is_done(gguf.quantize, np.zeros((1, WIDE)
 def loaded(tmp_path, monkeypatch):
     """What `NAME` is as a loaded parameter [in, out] where a GGUF file stores it so, the other weights in float32."""
     monkeypatch.setattr(builders, "MLP_WIDTH", WIDE)
-    monkeypatch.setattr("hydra_jax.models.load.check", lambda *_: None)  # random bytes make no working model
+    monkeypatch.setattr("hydra_jax.weights.load.check", lambda *_: None)  # random bytes make no working model
 
     def load_stored(data, kind):
         path = builders.gguf_file(tmp_path / "tiny.gguf", stored={NAME: (data, kind)})

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from hydra_jax.errors import UserError
-from hydra_jax.models import hub
+from hydra_jax.weights import hub
 from tests import builders
 
 CONTENT = b"weights " * 1000

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from hydra_jax.errors import UserError
-from hydra_jax.models.load import load, weights_hash
 from hydra_jax.text.tokenizer import encode
+from hydra_jax.weights.load import load, weights_hash
 from tests import builders
 
 
@@ -186,7 +186,7 @@ def test_a_corrupted_gguf_header_is_refused_or_read(published, tmp_path_factory,
     for place, byte in changes.items():
         data[place] = byte
     path.write_bytes(data)
-    with mock.patch("hydra_jax.models.load.check"):  # would compile every shape that the changes make
+    with mock.patch("hydra_jax.weights.load.check"):  # would compile every shape that the changes make
         message = complaint(path)
     assert not message or (str(path) in message and "\n" not in message)
 

@@ -6,7 +6,7 @@ import pytest
 
 from hydra_jax.benchmarks import loading
 from hydra_jax.errors import UserError
-from hydra_jax.models.load import load
+from hydra_jax.weights.load import load
 from tests import toys
 
 SHAPE = toys.config(dtype="bfloat16")

@@ -5,9 +5,9 @@ import pytest
 
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
-from hydra_jax.models.families import FAMILIES
 from hydra_jax.models.layers import EVERYTHING, positions
-from hydra_jax.models.settings import Settings, model_config, rope_factors
+from hydra_jax.weights.families import FAMILIES
+from hydra_jax.weights.settings import Settings, model_config, rope_factors
 
 PUBLISHED = {
     "Llama-3.2-1B": (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import hydra_jax
-from hydra_jax.models.load import Model
+from hydra_jax.weights.load import Model
 from tests import builders, toys
 
 PROMPTS = [f"the {number} in the" for number in (7, 12, 385, 4096)]

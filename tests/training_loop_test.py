@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from hydra_jax.errors import UserError
-from hydra_jax.models.load import load
 from hydra_jax.training import checkpoint, loop, workdir
 from hydra_jax.training.loop import Stopped, train
 from hydra_jax.training.step import initial
+from hydra_jax.weights.load import load
 from tests import builders, training_toys
 
 CONFIG = training_toys.config(dropout=dict(attn=0.1, depth=0.1))

@@ -26,9 +26,9 @@ from hydra_jax.core.edits import ATTN, SITES, Component, WriteStatistics, all_co
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine.kernels import ablate_batch, prefill_batch
 from hydra_jax.errors import UserError, reason
-from hydra_jax.models import families
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
+from hydra_jax.weights import families
 
 ROUNDS = 3
 """How often each component is timed; the fastest counts, which others who use the machine disturb least."""

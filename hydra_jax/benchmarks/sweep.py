@@ -20,12 +20,12 @@ from hydra_jax.config import AblationConfig
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import Fit, free_bytes, round_up
-from hydra_jax.models.load import Model
 from hydra_jax.models.transformer import Params
 from hydra_jax.plan import Item, Plan, evenly
 from hydra_jax.roofline import intervention_flops
 from hydra_jax.sources import Sources
 from hydra_jax.text.prompts import Prompt
+from hydra_jax.weights.load import Model
 
 
 @dataclasses.dataclass(frozen=True)

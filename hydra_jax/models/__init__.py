@@ -1,1 +1,1 @@
-"""The decoder, its weights and its tokenizer."""
+"""The decoder as pure functions of its parameters, and nothing else: no text, files, devices or ablations."""

@@ -14,10 +14,10 @@ from orbax.checkpoint import v1 as ocp
 
 from hydra_jax.errors import UserError, reason
 from hydra_jax.models.config import LAST_STEP
-from hydra_jax.models.hub import sha256
 from hydra_jax.store import files
 from hydra_jax.training.config import CheckpointConfig
 from hydra_jax.training.step import State
+from hydra_jax.weights.hub import sha256
 
 NAME = "checkpoints"
 SUMS = "checkpoints.json"

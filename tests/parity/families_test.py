@@ -12,8 +12,8 @@ from hydra_jax.core.edits import all_components
 from hydra_jax.core.effects import effects
 from hydra_jax.core.prefill import prefill
 from hydra_jax.core.replay import replay
-from hydra_jax.models.load import load
 from hydra_jax.models.transformer import embed, forward
+from hydra_jax.weights.load import load
 
 pytest.importorskip("torch", reason="tests/parity/requirements.txt is not installed")
 pytest.importorskip("transformers", reason="tests/parity/requirements.txt is not installed")
@@ -29,7 +29,7 @@ jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.j
 def unchecked():
     """Loading without the checks of what was loaded: here they only cost time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hydra_jax.models.load.check", lambda *_: None)
+        patch.setattr("hydra_jax.weights.load.check", lambda *_: None)
         yield
 
 

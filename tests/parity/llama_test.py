@@ -8,9 +8,9 @@ import pytest
 import hydra_jax
 from hydra_jax.benchmarks.peers import llama
 from hydra_jax.core.edits import SITES
-from hydra_jax.models.load import load
 from hydra_jax.models.transformer import forward
 from hydra_jax.text.tokenizer import encode
+from hydra_jax.weights.load import load
 
 torch = pytest.importorskip("torch", reason="tests/parity/requirements.txt is not installed")
 transformers = pytest.importorskip("transformers", reason="tests/parity/requirements.txt is not installed")

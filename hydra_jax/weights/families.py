@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from hydra_jax.errors import UserError
-from hydra_jax.models import gguf_settings, settings
 from hydra_jax.models.config import ModelConfig
-from hydra_jax.models.settings import Fields, Settings
+from hydra_jax.weights import gguf_settings, settings
+from hydra_jax.weights.settings import Fields, Settings
 
 Names = dict[str, tuple[str, str]]
 Form = Callable[[str, np.ndarray, ModelConfig], np.ndarray]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra_jax.errors import UserError
-from hydra_jax.models.settings import Fields, Settings, windows
+from hydra_jax.weights.settings import Fields, Settings, windows
 
 
 def common(s: Settings, tensors: Mapping[str, Any]) -> Fields:

@@ -20,15 +20,16 @@ from tokenizers import Tokenizer
 
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.errors import UserError, reason
-from hydra_jax.models import families, hub, transformer
-from hydra_jax.models.assemble import Source, assemble
-from hydra_jax.models.check import check
+from hydra_jax.models import transformer
 from hydra_jax.models.config import AS_STORED, LAST_STEP, ModelConfig
-from hydra_jax.models.families import Family
-from hydra_jax.models.settings import Settings, model_config
 from hydra_jax.models.transformer import Params
 from hydra_jax.text import tokenizer
 from hydra_jax.training import workdir
+from hydra_jax.weights import families, hub
+from hydra_jax.weights.assemble import Source, assemble
+from hydra_jax.weights.check import check
+from hydra_jax.weights.families import Family
+from hydra_jax.weights.settings import Settings, model_config
 
 _HUGGING_FACE, _GGUF = 0, 1  # columns of a family's names
 INDEX = "model.safetensors.index.json"

@@ -19,8 +19,8 @@ from hydra_jax.engine import mesh as meshes
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
-from hydra_jax.models.families import Family, Form
 from hydra_jax.models.transformer import Params
+from hydra_jax.weights.families import Family, Form
 
 
 @dataclasses.dataclass(frozen=True)
