@@ -17,9 +17,9 @@ import pandas as pd
 import scipy.stats
 import xarray as xr
 
-from hydra_jax import stats
+from hydra_jax.analysis import stats
+from hydra_jax.analysis.findings import LATE
 from hydra_jax.core.edits import MLP, SITES
-from hydra_jax.findings import LATE
 from hydra_jax.store import effects as store
 from hydra_jax.training.config import REFERENCE
 

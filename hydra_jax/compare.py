@@ -12,7 +12,8 @@ import pandas as pd
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax import arms, run, stats
+from hydra_jax import arms, run
+from hydra_jax.analysis import stats
 from hydra_jax.arms import Key
 from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig, differences
 from hydra_jax.errors import UserError

@@ -16,14 +16,15 @@ import numpy as np
 import pandas as pd
 import plotly.offline
 
-from hydra_jax import figures, findings
+from hydra_jax import figures
+from hydra_jax.analysis import findings
+from hydra_jax.analysis.results import Results
 from hydra_jax.config import ANSWER
 from hydra_jax.core import causal
 from hydra_jax.core.edits import SITES, Component
 from hydra_jax.figures.motifs import MOTIFS
 from hydra_jax.figures.style import reach
 from hydra_jax.models.config import LAST_STEP
-from hydra_jax.results import Results
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
 

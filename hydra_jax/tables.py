@@ -6,9 +6,9 @@ import textwrap
 
 import pandas as pd
 
+from hydra_jax.analysis.results import Results
 from hydra_jax.core.edits import Component
 from hydra_jax.errors import UserError
-from hydra_jax.results import Results
 
 STRONGEST = 12
 WIDTH = 110

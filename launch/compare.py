@@ -13,7 +13,8 @@ from pathlib import Path
 
 from absl import flags
 
-from hydra_jax import compare, report_arms, results, runtime, tables
+from hydra_jax import compare, report_arms, runtime, tables
+from hydra_jax.analysis import results
 from hydra_jax.config import MOST_BOOTSTRAP, MOST_SEED
 from hydra_jax.errors import UserError
 from hydra_jax.store import files

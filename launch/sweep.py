@@ -15,7 +15,8 @@ import pandas as pd
 from absl import flags
 from ml_collections import config_flags
 
-from hydra_jax import report, results, runtime, tables
+from hydra_jax import report, runtime, tables
+from hydra_jax.analysis import results
 from hydra_jax.config import sweep_config
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.errors import UserError

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from hydra_jax import findings
-from hydra_jax.findings import FAILS, HOLDS, PARTLY, UNTOLD
-from hydra_jax.stats import bootstrap
+from hydra_jax.analysis import findings
+from hydra_jax.analysis.findings import FAILS, HOLDS, PARTLY, UNTOLD
+from hydra_jax.analysis.stats import bootstrap
 from tests import synthetic
 
 LAYERS, PROMPTS = 8, 150

@@ -22,7 +22,8 @@ from ml_collections import config_dict
 
 import hydra_jax
 from configs import sweep as sweep_file
-from hydra_jax import report, results
+from hydra_jax import report
+from hydra_jax.analysis import results
 from hydra_jax.config import sweep_config
 from hydra_jax.core.edits import RANDOM_KINDS
 from hydra_jax.errors import UserError

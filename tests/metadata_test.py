@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from hydra_jax import results
+from hydra_jax.analysis import results
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
 from hydra_jax.store import metadata

@@ -3,9 +3,9 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from hydra_jax import stats
+from hydra_jax.analysis import stats
+from hydra_jax.analysis.stats import bootstrap, erasure, interval, summary
 from hydra_jax.errors import UserError
-from hydra_jax.stats import bootstrap, erasure, interval, summary
 from tests import synthetic
 
 

@@ -10,9 +10,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from hydra_jax.analysis.results import Results
 from hydra_jax.figures import components, layers, motifs, prompts
 from hydra_jax.figures.style import STYLE
-from hydra_jax.results import Results
 from hydra_jax.store import files
 
 FORMATS = ("png", "pdf")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from hydra_jax.analysis.results import Results
 from hydra_jax.core.edits import Component
 from hydra_jax.figures.style import COLOURS, DIVERGING, reach, ticks
-from hydra_jax.results import Results
 
 RANKED = 20
 

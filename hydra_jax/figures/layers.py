@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from hydra_jax.analysis.results import Results
+from hydra_jax.analysis.stats import PARTS
 from hydra_jax.figures.style import COLOURS, KIND_COLOURS, SITE_NAMES, band, zero_line
-from hydra_jax.results import Results
-from hydra_jax.stats import PARTS
 
 PART_NAMES = {
     "": ("all of it", COLOURS["all"]),

@@ -10,10 +10,10 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from hydra_jax.analysis.results import Results
+from hydra_jax.analysis.stats import PARTS
 from hydra_jax.core.edits import SITES, WHOLE
 from hydra_jax.figures.style import COLOURS, MOST_POINTS, SITE_NAMES, band, zero_line
-from hydra_jax.results import Results
-from hydra_jax.stats import PARTS
 
 PANELS = 36
 """Layers with a panel of their own at most: evenly spread over a deeper model's."""

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from hydra_jax import stats
+from hydra_jax.analysis import stats
+from hydra_jax.analysis.findings import Finding, findings
 from hydra_jax.core.edits import SITES, WHOLE, Component
 from hydra_jax.errors import UserError
-from hydra_jax.findings import Finding, findings
 from hydra_jax.store import effects as store
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import xarray as xr
 
+from hydra_jax.analysis.stats import Bootstrap, erasure, finished, interval, strongest_attention
 from hydra_jax.core.edits import ATTN, MLP, SITES, Component
-from hydra_jax.stats import Bootstrap, erasure, finished, interval, strongest_attention
 
 HOLDS, WEAKLY, PARTLY, UNCLEAR, FAILS, UNTOLD = (
     *("holds", "holds weakly", "holds in part", "unclear", "does not hold", "cannot be told"),
