@@ -7,18 +7,18 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import xarray as xr
 
-from hydra_jax.ablations import ablate_one, fill, frame
-from hydra_jax.bank import Bank
-from hydra_jax.clean import CleanPass, choose
 from hydra_jax.config import HEADS, AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.core.edits import ATTN, SITES, Component
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import Fit, free_bytes
 from hydra_jax.errors import UserError
-from hydra_jax.plan import Item, Plan, evenly, facts_beside, itemise
-from hydra_jax.run import protocol
 from hydra_jax.store import effects as store
+from hydra_jax.sweep.ablations import ablate_one, fill, frame
+from hydra_jax.sweep.bank import Bank
+from hydra_jax.sweep.clean import CleanPass, choose
+from hydra_jax.sweep.plan import Item, Plan, evenly, facts_beside, itemise
+from hydra_jax.sweep.run import protocol
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.weights.load import Model

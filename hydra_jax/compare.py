@@ -12,13 +12,14 @@ import pandas as pd
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax import arms, run
+from hydra_jax import arms
 from hydra_jax.analysis import stats
 from hydra_jax.arms import Key
 from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig, differences
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
+from hydra_jax.sweep import run
 from hydra_jax.text.prompts import Prompt, json_lines
 from hydra_jax.text.prompts import read as read_prompts
 from hydra_jax.training import checkpoint

@@ -10,10 +10,10 @@ import dataclasses
 from absl import flags
 
 from hydra_jax import runtime
-from hydra_jax.describe import describe
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import AS_STORED, DTYPES
 from hydra_jax.models.shapes import SHAPES
+from hydra_jax.sweep.describe import describe
 from hydra_jax.weights import hub
 from hydra_jax.weights.load import read_config
 

@@ -20,9 +20,9 @@ from hydra_jax.analysis import results
 from hydra_jax.config import sweep_config
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.errors import UserError
-from hydra_jax.run import run
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
+from hydra_jax.sweep.run import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to sweep: configs/sweep.py:MODEL; see the file itself")
 PROMPT = flags.DEFINE_string("prompt", None, "one prompt to sweep by itself: short for --config.prompts.text")

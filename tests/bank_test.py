@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hydra_jax.bank import Bank, Row
 from hydra_jax.engine.cluster import Cluster
+from hydra_jax.sweep.bank import Bank, Row
 
 ALONE = Cluster(0, 1)
 COLUMNS = {"top": np.array([3, 4, 5]), "target": np.array([3, 4, 5])}

@@ -14,7 +14,7 @@ from hydra_jax.core.edits import SITES, all_components
 from hydra_jax.errors import UserError
 from hydra_jax.models.shapes import SHAPES, shape
 from hydra_jax.models.transformer import forward
-from hydra_jax.roofline import Roofline, intervention_flops
+from hydra_jax.sweep.roofline import Roofline, intervention_flops
 from tests import builders, commands, toys
 from tests.commands import finish
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from hydra_jax.describe import cost, describe, parameters
 from hydra_jax.models.shapes import SHAPES
 from hydra_jax.models.transformer import forward
+from hydra_jax.sweep.describe import cost, describe, parameters
 from hydra_jax.weights.load import load, read_config
 from tests import builders, toys
 

@@ -27,8 +27,8 @@ from hydra_jax.analysis import results
 from hydra_jax.config import sweep_config
 from hydra_jax.core.edits import RANDOM_KINDS
 from hydra_jax.errors import UserError
-from hydra_jax.run import run
 from hydra_jax.store import effects as store
+from hydra_jax.sweep.run import run
 from hydra_jax.text import prompts
 from tests import builders, damage
 

@@ -6,19 +6,19 @@ import pytest
 import xarray as xr
 
 import hydra_jax
-from hydra_jax import ablations, plan
-from hydra_jax.bank import Bank
-from hydra_jax.clean import CleanPass, choose
 from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.core.edits import KINDS
 from hydra_jax.engine import mesh
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import Fit
 from hydra_jax.errors import UserError
-from hydra_jax.run import run
-from hydra_jax.sources import Sources
 from hydra_jax.store import effects as store
 from hydra_jax.store.effects import EFFECTS
+from hydra_jax.sweep import ablations, plan
+from hydra_jax.sweep.bank import Bank
+from hydra_jax.sweep.clean import CleanPass, choose
+from hydra_jax.sweep.run import run
+from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.text.tokenizer import encode
 from tests import builders

@@ -29,7 +29,7 @@ from hydra_jax.engine.kernels import ablating, prefilling
 from hydra_jax.engine.mesh import DATA, MODEL, MeshConfig
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import Params
-from hydra_jax.roofline import intervention_flops
+from hydra_jax.sweep.roofline import intervention_flops
 
 KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 COLLECTIVE = re.compile(rf"= (?P<result>\(?[^=]*?) (?P<kind>{KINDS})(?:-start)?\((?P<rest>.*)")

@@ -23,7 +23,7 @@ from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.layers import product
 from hydra_jax.models.transformer import Edits, Params
-from hydra_jax.roofline import Roofline, bandwidth, intervention_bytes, intervention_flops
+from hydra_jax.sweep.roofline import Roofline, bandwidth, intervention_bytes, intervention_flops
 
 
 @dataclasses.dataclass(frozen=True)

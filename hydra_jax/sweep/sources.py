@@ -9,7 +9,7 @@ import numpy as np
 
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.memory import free_bytes
-from hydra_jax.plan import Plan
+from hydra_jax.sweep.plan import Plan
 
 RESIDENT_SHARE = 0.1
 """Of a device's free memory that all values may take, to be kept there."""

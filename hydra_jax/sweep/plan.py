@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from hydra_jax.bank import Bank
 from hydra_jax.config import AblationConfig
 from hydra_jax.core.edits import WHOLE, Component, WriteStatistics, draw_sources, prompt_keys
 from hydra_jax.engine.memory import Fit
 from hydra_jax.errors import UserError
+from hydra_jax.sweep.bank import Bank
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.text.tokenizer import answer_token, encode

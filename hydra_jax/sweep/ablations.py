@@ -22,9 +22,9 @@ from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.kernels import Ablated, Read, ablate_batch, prefill_batch, read_batch, summarise
 from hydra_jax.engine.memory import round_up
 from hydra_jax.errors import UserError
-from hydra_jax.plan import Item, Plan, batch_of, evenly, fill_up, padded_length, places
-from hydra_jax.sources import Sources
 from hydra_jax.store import effects as store
+from hydra_jax.sweep.plan import Item, Plan, batch_of, evenly, fill_up, padded_length, places
+from hydra_jax.sweep.sources import Sources
 
 AHEAD = 2
 """Components whose work is handed to the devices before the first one's results are waited for."""

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hydra_jax.bank import COLUMNS, Bank
 from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine import mesh as meshes
@@ -21,7 +20,8 @@ from hydra_jax.engine.kernels import PREFILL_TOKENS, ablatable_batch, prefill_ba
 from hydra_jax.engine.memory import Fit, round_up
 from hydra_jax.engine.mesh import Worker
 from hydra_jax.errors import UserError
-from hydra_jax.plan import Item, batch_of, by_length, evenly, fill_up, padded_length, places
+from hydra_jax.sweep.bank import COLUMNS, Bank
+from hydra_jax.sweep.plan import Item, batch_of, by_length, evenly, fill_up, padded_length, places
 from hydra_jax.weights.load import Model
 
 Keep = Callable[[Item, int], bool]

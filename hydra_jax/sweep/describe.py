@@ -12,9 +12,9 @@ from hydra_jax.core.edits import SITES, all_components
 from hydra_jax.engine.memory import ACCELERATOR_ROWS, default_rows, needs
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout
-from hydra_jax.plan import padded_length
-from hydra_jax.roofline import intervention_flops
 from hydra_jax.store.effects import EFFECTS
+from hydra_jax.sweep.plan import padded_length
+from hydra_jax.sweep.roofline import intervention_flops
 
 SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "context")
 
