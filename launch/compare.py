@@ -13,10 +13,11 @@ from pathlib import Path
 
 from absl import flags
 
-from hydra_jax import compare, report_arms, runtime, tables
+from hydra_jax import compare, report_arms, runtime
 from hydra_jax.analysis import results
 from hydra_jax.config import MOST_BOOTSTRAP, MOST_SEED
 from hydra_jax.errors import UserError
+from hydra_jax.report import tables
 from hydra_jax.store import files
 
 WORKDIRS = flags.DEFINE_list(

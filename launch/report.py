@@ -15,9 +15,11 @@ from pathlib import Path
 
 from absl import flags
 
-from hydra_jax import report, report_arms, runtime, tables
+from hydra_jax import report_arms, runtime
 from hydra_jax.analysis import results
 from hydra_jax.config import MOST_BOOTSTRAP, MOST_SEED
+from hydra_jax.report import page as report
+from hydra_jax.report import tables
 from hydra_jax.store import files
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep; the report goes into it", required=True)

@@ -15,11 +15,13 @@ import pandas as pd
 from absl import flags
 from ml_collections import config_flags
 
-from hydra_jax import report, runtime, tables
+from hydra_jax import runtime
 from hydra_jax.analysis import results
 from hydra_jax.config import sweep_config
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.errors import UserError
+from hydra_jax.report import page as report
+from hydra_jax.report import tables
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
 from hydra_jax.sweep.run import run

@@ -17,9 +17,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from hydra_jax import figures, runtime
+from hydra_jax import runtime
 from hydra_jax.errors import UserError
-from hydra_jax.figures.training import training_curves
+from hydra_jax.report import figures
+from hydra_jax.report.figures.training import training_curves
 from hydra_jax.store import files
 from hydra_jax.training.config import train_config
 from hydra_jax.training.loop import Stopped, train

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import hydra_jax
-from hydra_jax import figures
 from hydra_jax.analysis.results import Results, beside
+from hydra_jax.report import figures
 from tests import builders, synthetic
 
 TEXTS = ["costs $5 and $x^2$ in the", "the of", "a <b> & \\frac", "in the of the", "the 日本"]

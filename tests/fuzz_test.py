@@ -22,11 +22,11 @@ from ml_collections import config_dict
 
 import hydra_jax
 from configs import sweep as sweep_file
-from hydra_jax import report
 from hydra_jax.analysis import results
 from hydra_jax.config import sweep_config
 from hydra_jax.core.edits import RANDOM_KINDS
 from hydra_jax.errors import UserError
+from hydra_jax.report import page as report
 from hydra_jax.store import effects as store
 from hydra_jax.sweep.run import run
 from hydra_jax.text import prompts

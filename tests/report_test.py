@@ -11,10 +11,10 @@ import pytest
 import xarray as xr
 
 import hydra_jax
-from hydra_jax import report
 from hydra_jax.analysis import results
 from hydra_jax.analysis.results import Results
 from hydra_jax.errors import UserError
+from hydra_jax.report import page as report
 from hydra_jax.store import effects as store
 from tests import builders, synthetic
 

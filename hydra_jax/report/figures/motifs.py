@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hydra_jax.core import causal
-from hydra_jax.figures.style import COLOURS, zero_line
+from hydra_jax.report.figures.style import COLOURS, zero_line
 
 MOTIFS = {
     "erasure: f(x, u) = −x": causal.ERASURE,

@@ -16,15 +16,15 @@ import numpy as np
 import pandas as pd
 import plotly.offline
 
-from hydra_jax import figures
 from hydra_jax.analysis import findings
 from hydra_jax.analysis.results import Results
 from hydra_jax.config import ANSWER
 from hydra_jax.core import causal
 from hydra_jax.core.edits import SITES, Component
-from hydra_jax.figures.motifs import MOTIFS
-from hydra_jax.figures.style import reach
 from hydra_jax.models.config import LAST_STEP
+from hydra_jax.report import figures
+from hydra_jax.report.figures.motifs import MOTIFS
+from hydra_jax.report.figures.style import reach
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
 
@@ -98,7 +98,7 @@ def write_tables(workdir: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path
 
 def page(results: Results, kinds: Sequence[Results] = (), heads: Results | None = None, comparison: str = "") -> str:
     """The page as text. Whatever comes from prompts, models or files is escaped; `comparison` is HTML."""
-    parts = importlib.resources.files("hydra_jax") / "page"
+    parts = importlib.resources.files("hydra_jax.report") / "assets"
     # A "<" would let a prompt end the script that holds the data.
     data = json.dumps(payload(results, kinds, heads), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     values = {

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from hydra_jax.analysis.results import Results
 from hydra_jax.core.edits import Component
-from hydra_jax.figures.style import COLOURS, DIVERGING, reach, ticks
+from hydra_jax.report.figures.style import COLOURS, DIVERGING, reach, ticks
 
 RANKED = 20
 

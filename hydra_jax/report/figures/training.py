@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hydra_jax.figures.style import COLOURS
+from hydra_jax.report.figures.style import COLOURS
 from hydra_jax.training.config import TrainConfig
 
 RECALL = {

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from hydra_jax.analysis.results import Results
 from hydra_jax.analysis.stats import PARTS
-from hydra_jax.figures.style import COLOURS, KIND_COLOURS, SITE_NAMES, band, zero_line
+from hydra_jax.report.figures.style import COLOURS, KIND_COLOURS, SITE_NAMES, band, zero_line
 
 PART_NAMES = {
     "": ("all of it", COLOURS["all"]),

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from hydra_jax.arms import MEASURES
 from hydra_jax.compare import Comparison
-from hydra_jax.figures.style import COLOURS, SITE_NAMES, zero_line
+from hydra_jax.report.figures.style import COLOURS, SITE_NAMES, zero_line
 
 ARM_COLOURS = {"no_dropout": "#1f6fb4", "dropout": "#c1354a", "stochastic_depth": "#d9822b"}
 OTHERS = ("#3f8f5a", "#8a94a0", "#2b2f36")

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from hydra_jax.analysis.results import Results
 from hydra_jax.analysis.stats import PARTS
 from hydra_jax.core.edits import SITES, WHOLE
-from hydra_jax.figures.style import COLOURS, MOST_POINTS, SITE_NAMES, band, zero_line
+from hydra_jax.report.figures.style import COLOURS, MOST_POINTS, SITE_NAMES, band, zero_line
 
 PANELS = 36
 """Layers with a panel of their own at most: evenly spread over a deeper model's."""

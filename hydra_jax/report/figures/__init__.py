@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from hydra_jax.analysis.results import Results
-from hydra_jax.figures import components, layers, motifs, prompts
-from hydra_jax.figures.style import STYLE
+from hydra_jax.report.figures import components, layers, motifs, prompts
+from hydra_jax.report.figures.style import STYLE
 from hydra_jax.store import files
 
 FORMATS = ("png", "pdf")
