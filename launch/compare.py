@@ -13,8 +13,10 @@ from pathlib import Path
 
 from absl import flags
 
-from hydra_jax import compare, report_arms, runtime
+from hydra_jax import runtime
 from hydra_jax.analysis import results
+from hydra_jax.comparison import report as report_arms
+from hydra_jax.comparison import run as compare
 from hydra_jax.config import MOST_BOOTSTRAP, MOST_SEED
 from hydra_jax.errors import UserError
 from hydra_jax.report import tables

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from absl import flags
 
-from hydra_jax import report_arms, runtime
+from hydra_jax import runtime
 from hydra_jax.analysis import results
+from hydra_jax.comparison import report as report_arms
 from hydra_jax.config import MOST_BOOTSTRAP, MOST_SEED
 from hydra_jax.report import page as report
 from hydra_jax.report import tables

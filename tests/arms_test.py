@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from hydra_jax import arms, report_arms
-from hydra_jax.arms import Key
+from hydra_jax.comparison import arms
+from hydra_jax.comparison import report as report_arms
+from hydra_jax.comparison.arms import Key
 from tests import synthetic
 
 PROMPTS, LAYERS, DRAWS = 60, 4, 5

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hydra_jax import compare, report_arms
 from hydra_jax.analysis import results
+from hydra_jax.comparison import report as report_arms
+from hydra_jax.comparison import run as compare
 from hydra_jax.errors import UserError
 from hydra_jax.text.prompts import read
 from hydra_jax.training import checkpoint, workdir

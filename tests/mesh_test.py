@@ -161,7 +161,7 @@ def test_two_processes_of_four_devices_make_it_too(inputs, alone, tmp_path, mode
     assert_same(tmp_path, alone)
 
 
-FEW_TOKENS = "from hydra_jax import kernels, memory; kernels.PREFILL_TOKENS = memory.PREFILL_TOKENS = 64"
+FEW_TOKENS = "from hydra_jax.engine import kernels, memory; kernels.PREFILL_TOKENS = memory.PREFILL_TOKENS = 64"
 """At once, so that a tiny model's parameters are more than what is computed."""
 
 

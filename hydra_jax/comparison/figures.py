@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 from matplotlib.figure import Figure
 
-from hydra_jax.arms import MEASURES
-from hydra_jax.compare import Comparison
+from hydra_jax.comparison.arms import MEASURES
+from hydra_jax.comparison.run import Comparison
 from hydra_jax.report.figures.style import COLOURS, SITE_NAMES, zero_line
 
 ARM_COLOURS = {"no_dropout": "#1f6fb4", "dropout": "#c1354a", "stochastic_depth": "#d9822b"}

@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 
 from hydra_jax.analysis.results import Results
-from hydra_jax.arms import MATTERS, MEASURES, OF_DIRECT, REFERENCE
-from hydra_jax.compare import Comparison
+from hydra_jax.comparison import figures as drawn
+from hydra_jax.comparison.arms import MATTERS, MEASURES, OF_DIRECT, REFERENCE
+from hydra_jax.comparison.run import Comparison
 from hydra_jax.errors import UserError, reason
 from hydra_jax.report import figures
 from hydra_jax.report import page as report
-from hydra_jax.report.figures import arms as drawn
 from hydra_jax.report.figures.style import SITE_NAMES
 from hydra_jax.store import files
 

@@ -12,9 +12,9 @@ import pandas as pd
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax import arms
 from hydra_jax.analysis import stats
-from hydra_jax.arms import Key
+from hydra_jax.comparison import arms
+from hydra_jax.comparison.arms import Key
 from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig, differences
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store

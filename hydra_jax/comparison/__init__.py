@@ -1,0 +1,1 @@
+"""Matched training runs compared: sweeps of each, what differs by arm, and its pages and figures."""
