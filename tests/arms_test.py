@@ -6,7 +6,7 @@ import pytest
 from hydra_jax.comparison import arms
 from hydra_jax.comparison import report as report_arms
 from hydra_jax.comparison.arms import Key
-from tests import synthetic
+from tests.helpers import effects as synthetic
 
 PROMPTS, LAYERS, DRAWS = 60, 4, 5
 

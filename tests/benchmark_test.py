@@ -15,8 +15,9 @@ from hydra_jax.errors import UserError
 from hydra_jax.models.shapes import SHAPES, shape
 from hydra_jax.models.transformer import forward
 from hydra_jax.sweep.roofline import Roofline, intervention_flops
-from tests import builders, commands, toys
-from tests.commands import finish
+from tests.helpers import checkpoints, commands
+from tests.helpers import models as toys
+from tests.helpers.commands import finish
 
 
 @pytest.mark.parametrize("block", ["llama 3", "gpt-2", "pythia"])
@@ -82,7 +83,7 @@ def test_devices_are_measured_with_what_passes_between_them(devices, model):
 
 
 def test_the_commands_measure_a_shape_that_is_a_config_alone(tmp_path):
-    described = builders.hugging_face_directory(tmp_path / "tiny") / "config.json"
+    described = checkpoints.hugging_face_directory(tmp_path / "tiny") / "config.json"
     asked = [f"--shape={described}", "--config.lengths=(6,)", "--config.rows=6", "--config.draws=3"]
     scaled = finish(commands.start("launch.benchmark", *asked, "--devices=1,2", f"--output={tmp_path}/devices.json"))
     assert scaled.returncode == 0, scaled.err

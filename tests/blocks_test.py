@@ -12,7 +12,7 @@ from hydra_jax.core.effects import delta_unembed, effects, head_unembed
 from hydra_jax.core.prefill import prefill
 from hydra_jax.core.replay import direct_edges, replay
 from hydra_jax.models.transformer import Edits, embed, forward, head_delta, head_share, unembed
-from tests import toys
+from tests.helpers import models as toys
 
 jit_forward, jit_prefill, jit_replay, jit_edges = (jax.jit(f) for f in (forward, prefill, replay, direct_edges))
 TOKENS = toys.tokens(9)

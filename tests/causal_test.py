@@ -11,7 +11,7 @@ from hydra_jax.core.effects import effects
 from hydra_jax.core.prefill import prefill
 from hydra_jax.core.replay import replay
 from hydra_jax.models import transformer
-from tests import toys
+from tests.helpers import models as toys
 
 numbers = st.floats(-5, 5, width=32).map(jnp.float32)
 nonzero = numbers.filter(lambda x: abs(x) > 0.1)

@@ -8,7 +8,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.weights import check as checks
 from hydra_jax.weights.check import check
-from tests import toys
+from tests.helpers import models as toys
 
 
 def refusal(params):

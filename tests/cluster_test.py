@@ -11,8 +11,8 @@ import time
 import pytest
 import yaml
 
-from tests import commands, sweeps
-from tests.commands import ROOT, free_port
+from tests.helpers import commands, sweeps
+from tests.helpers.commands import ROOT, free_port
 
 SCRIPTS = [*ROOT.glob("launch/**/*.sh"), ROOT / ".ci" / "run"]
 MANIFESTS = sorted(ROOT.glob("launch/cluster/*.yaml"))

@@ -13,8 +13,9 @@ import xarray as xr
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
-from tests import builders, commands, synthetic
-from tests.commands import ROOT, finish
+from tests.helpers import checkpoints, commands
+from tests.helpers import effects as synthetic
+from tests.helpers.commands import ROOT, finish
 
 PROMPTS, REPLACEMENTS = 24, 3
 FIGURES = {
@@ -108,10 +109,12 @@ def contents(directory):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("inputs")
-    builders.gguf_file(directory / "tiny.gguf")
+    checkpoints.gguf_file(directory / "tiny.gguf")
     records = [{"id": f"p{i}", "prompt": f"the {i} of the {'x' * (i % 7)} in"} for i in range(PROMPTS)]
-    builders.json_lines(directory / "prompts.jsonl", records)
-    builders.json_lines(directory / "long.jsonl", [*records, {"id": "long", "prompt": "x" * (builders.CONTEXT + 1)}])
+    checkpoints.json_lines(directory / "prompts.jsonl", records)
+    checkpoints.json_lines(
+        directory / "long.jsonl", [*records, {"id": "long", "prompt": "x" * (checkpoints.CONTEXT + 1)}]
+    )
     (directory / "cut.gguf").write_bytes((directory / "tiny.gguf").read_bytes()[:3000])
     (directory / "broken.py").write_text("def get_config(:\n")
     (directory / "file").write_text("in the way")
@@ -154,10 +157,10 @@ def test_a_sweep_leaves_its_results_and_nothing_else(good):
     assert effects["finished"].all()
     assert np.isfinite(effects["total_effect"]).all()
     summary, prompts = pd.read_csv(good / "summary.csv"), pd.read_csv(good / "prompts.csv")
-    assert len(summary) == effects.sizes["ablated"] == 2 * builders.LAYERS
+    assert len(summary) == effects.sizes["ablated"] == 2 * checkpoints.LAYERS
     assert set(prompts["prompt_id"]) == set(effects["prompt_id"].values) == {f"p{i}" for i in range(PROMPTS)}
     examples = store.open_examples(good)
-    assert dict(examples.sizes) == {"example": 4, "replacement": REPLACEMENTS, "component": 2 * builders.LAYERS}
+    assert dict(examples.sizes) == {"example": 4, "replacement": REPLACEMENTS, "component": 2 * checkpoints.LAYERS}
     assert len(set(examples["prompt_id"].values)) == 4
 
 

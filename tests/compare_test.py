@@ -14,7 +14,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.text.prompts import read
 from hydra_jax.training import checkpoint, workdir
 from hydra_jax.training.loop import train
-from tests import training_toys
+from tests.helpers import training as training_toys
 
 CONFIG = training_toys.config(steps=4, data=dict(people=8))
 RUNS = {"no_dropout": {}, "dropout": dict(attn=0.2, mlp=0.2)}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig, sweep_config
 from hydra_jax.core.edits import all_components
 from hydra_jax.errors import UserError
-from tests import toys
+from tests.helpers import models as toys
 
 MODEL = toys.config(layers=12)
 LAYERS = MODEL.layers

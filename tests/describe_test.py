@@ -9,7 +9,8 @@ from hydra_jax.models.shapes import SHAPES
 from hydra_jax.models.transformer import forward
 from hydra_jax.sweep.describe import cost, describe, parameters
 from hydra_jax.weights.load import load, read_config
-from tests import builders, toys
+from tests.helpers import checkpoints
+from tests.helpers import models as toys
 
 
 @pytest.mark.parametrize("block", toys.BLOCKS)
@@ -53,8 +54,8 @@ def test_arithmetic_of_a_clean_run_is_about_what_xla_counts():
 
 
 def test_both_files_of_a_model_are_described_alike_without_their_weights(tmp_path):
-    directory = builders.hugging_face_directory(tmp_path / "tiny")
-    file = builders.gguf_file(tmp_path / "tiny.gguf")
+    directory = checkpoints.hugging_face_directory(tmp_path / "tiny")
+    file = checkpoints.gguf_file(tmp_path / "tiny.gguf")
     assert read_config(file) == read_config(directory) == ("llama", load(str(file)).config)
     (directory / "model.safetensors").unlink()
     architecture, config = read_config(directory, dtype="bfloat16")
@@ -75,7 +76,7 @@ def test_both_files_of_a_model_are_described_alike_without_their_weights(tmp_pat
     ],
 )
 def test_the_command(tmp_path, arguments, status, words):
-    model = builders.gguf_file(tmp_path / "tiny.gguf")
+    model = checkpoints.gguf_file(tmp_path / "tiny.gguf")
     command = [sys.executable, "-m", "launch.inspect", *(argument.format(model=model) for argument in arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == status

@@ -6,7 +6,8 @@ import pytest
 import hydra_jax
 from hydra_jax.analysis.results import Results, beside
 from hydra_jax.report import figures
-from tests import builders, synthetic
+from tests.helpers import checkpoints
+from tests.helpers import effects as synthetic
 
 TEXTS = ["costs $5 and $x^2$ in the", "the of", "a <b> & \\frac", "in the of the", "the 日本"]
 EVERY = {"direct_against_total", "compensation_by_layer", "compensation", "erasure", "causal_motifs"}
@@ -15,7 +16,7 @@ OF_LAYERS = {"effects_by_layer", "regression"}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return hydra_jax.load(str(builders.gguf_file(tmp_path_factory.mktemp("model") / "tiny.gguf")))
+    return hydra_jax.load(str(checkpoints.gguf_file(tmp_path_factory.mktemp("model") / "tiny.gguf")))
 
 
 @pytest.mark.parametrize("sites", ["attn,mlp", "mlp", "heads"])

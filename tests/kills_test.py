@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hydra_jax.store import effects as store
-from tests import sweeps
-from tests.commands import finish
+from tests.helpers import sweeps
+from tests.helpers.commands import finish
 
 KILLS = int(os.environ.get("HYDRA_JAX_KILLS", "2"))
 PROMPTS = 20 if KILLS < 10 else 120  # of many kills, some are to come between chunks

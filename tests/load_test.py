@@ -17,13 +17,13 @@ from tokenizers import Tokenizer, models
 from hydra_jax.errors import UserError
 from hydra_jax.text.tokenizer import encode
 from hydra_jax.weights.load import load, weights_hash
-from tests import builders
+from tests.helpers import checkpoints
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     directory = tmp_path_factory.mktemp("published")
-    return builders.gguf_file(directory / "tiny.gguf"), builders.hugging_face_directory(directory / "tiny")
+    return checkpoints.gguf_file(directory / "tiny.gguf"), checkpoints.hugging_face_directory(directory / "tiny")
 
 
 @pytest.fixture
@@ -68,19 +68,19 @@ def refusal(path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf_and_hugging_face_give_the_same_model(tmp_path, tied):
-    tensors = builders.weights(tied)
-    one = load(str(builders.gguf_file(tmp_path / "tiny.gguf", tensors)))
-    other = load(str(builders.hugging_face_directory(tmp_path / "tiny", tensors)))
+    tensors = checkpoints.weights(tied)
+    one = load(str(checkpoints.gguf_file(tmp_path / "tiny.gguf", tensors)))
+    other = load(str(checkpoints.hugging_face_directory(tmp_path / "tiny", tensors)))
     assert one.config == other.config
     assert one.config.tied == tied
     jax.tree.map(np.testing.assert_array_equal, one.params.weights, other.params.weights)
 
 
 def test_weights_are_the_published_ones_transposed_and_stacked(published):
-    tensors, weights = builders.weights(), load(str(published[0])).params.weights
+    tensors, weights = checkpoints.weights(), load(str(published[0])).params.weights
     np.testing.assert_array_equal(weights["embedding"], tensors["model.embed_tokens.weight"])
     np.testing.assert_array_equal(weights["unembedding"], tensors["lm_head.weight"].T)
-    for layer in range(builders.LAYERS):
+    for layer in range(checkpoints.LAYERS):
         layers = jax.tree.map(lambda array, layer=layer: array[layer], weights["layers"])
         prefix = f"model.layers.{layer}"
         np.testing.assert_array_equal(layers["attn"]["query"]["kernel"], tensors[f"{prefix}.self_attn.q_proj.weight"].T)
@@ -99,7 +99,7 @@ def test_bfloat16_weights_are_the_float32_ones_rounded(published):
 
 @pytest.fixture
 def sharded(tmp_path):
-    return builders.hugging_face_directory(tmp_path / "sharded", shards=2)
+    return checkpoints.hugging_face_directory(tmp_path / "sharded", shards=2)
 
 
 def test_a_sharded_directory_is_the_same_model(published, sharded):
@@ -126,7 +126,7 @@ def test_a_damaged_index_is_refused(sharded, index):
 
 @pytest.mark.parametrize(("key", "name"), [("attention_bias", "k_proj.bias"), ("mlp_bias", "down_proj.bias")])
 def test_biases_that_the_config_promises_and_are_not_there_are_named(directory, key, name):
-    (directory / "config.json").write_text(json.dumps(builders.settings() | {key: True}))
+    (directory / "config.json").write_text(json.dumps(checkpoints.settings() | {key: True}))
     message = refusal(directory)
     assert str(directory) in message
     assert f"{name} is missing" in message
@@ -134,7 +134,7 @@ def test_biases_that_the_config_promises_and_are_not_there_are_named(directory, 
 
 def test_integers_are_not_weights(tmp_path):
     tensors = changed("model.layers.0.mlp.up_proj.weight", lambda array: (100 * array).astype(np.int8))
-    message = refusal(builders.hugging_face_directory(tmp_path / "quantised", tensors))
+    message = refusal(checkpoints.hugging_face_directory(tmp_path / "quantised", tensors))
     assert "up_proj.weight holds int8" in message
 
 
@@ -147,14 +147,14 @@ def both_tokenizers(published):
 def test_both_tokenizers_agree_and_lose_nothing(both_tokenizers, text):
     one, other = (encode(tokenizer, text) for tokenizer in both_tokenizers)
     assert one == other
-    assert max(one, default=0) < len(builders.VOCABULARY)
+    assert max(one, default=0) < len(checkpoints.VOCABULARY)
     assert both_tokenizers[0].decode(one, skip_special_tokens=False) == text
 
 
 def test_tokens_are_merged_split_at_digits_and_special(both_tokenizers):
-    expected = ["Ġthe", "Ġ", "1", "2", "Ġin", "t", "o", builders.CONTROL]
+    expected = ["Ġthe", "Ġ", "1", "2", "Ġin", "t", "o", checkpoints.CONTROL]
     for tokenizer in both_tokenizers:
-        assert tokenizer.encode(f" the 12 into{builders.CONTROL}").tokens == expected
+        assert tokenizer.encode(f" the 12 into{checkpoints.CONTROL}").tokens == expected
 
 
 def test_a_changed_byte_changes_the_hash(published, gguf_path, directory):
@@ -211,12 +211,12 @@ def test_what_is_not_gguf_is_refused(tmp_path, content):
 
 
 def changed(name, change):
-    tensors = builders.weights()
+    tensors = checkpoints.weights()
     return tensors | {name: change(tensors[name])}
 
 
 def without(name):
-    tensors = builders.weights()
+    tensors = checkpoints.weights()
     del tensors[name]
     return tensors
 
@@ -236,15 +236,15 @@ WRONG_TENSORS = {
     "longer": (changed("model.norm.weight", lambda a: np.append(a, a)), r"norm.*shape \(32,\).*\(16,\)"),
     "transposed": (changed("model.layers.0.mlp.up_proj.weight", lambda a: a.T.copy()), "up.*shape"),
     "three axes": (changed("model.layers.0.mlp.up_proj.weight", lambda a: a[..., None]), "up.*shape"),
-    "surplus": (builders.weights() | {"model.layers.1.mlp.more.weight": np.ones(3)}, r"\.1\.mlp\.more.* than"),
-    "surplus layer": (builders.weights() | {"model.layers.2.mlp.up_proj.weight": np.ones(3)}, r"\.2\..*up.* than"),
+    "surplus": (checkpoints.weights() | {"model.layers.1.mlp.more.weight": np.ones(3)}, r"\.1\.mlp\.more.* than"),
+    "surplus layer": (checkpoints.weights() | {"model.layers.2.mlp.up_proj.weight": np.ones(3)}, r"\.2\..*up.* than"),
     "NaN": (changed("model.layers.1.mlp.down_proj.weight", spoil_one(np.nan)), r"\.1\..*down.*NaN"),
     "infinite": (changed("model.layers.1.self_attn.q_proj.weight", spoil_one(-np.inf)), r"\.1\..*q.*infinity"),
 }
 
 
 @pytest.mark.parametrize(("tensors", "reason"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
-@pytest.mark.parametrize("write", [builders.gguf_file, builders.hugging_face_directory])
+@pytest.mark.parametrize("write", [checkpoints.gguf_file, checkpoints.hugging_face_directory])
 def test_a_wrong_tensor_is_named(tmp_path, write, tensors, reason):
     path = write(tmp_path / "wrong.gguf", tensors)
     message = refusal(path)
@@ -265,7 +265,7 @@ def test_a_wrong_tensor_is_named(tmp_path, write, tensors, reason):
     ids=str,
 )
 def test_gguf_metadata_of_an_unsupported_model_is_refused(tmp_path, changes, reason):
-    path = builders.gguf_file(tmp_path / "other.gguf", **changes)
+    path = checkpoints.gguf_file(tmp_path / "other.gguf", **changes)
     message = refusal(path)
     assert str(path) in message
     assert reason in message
@@ -323,7 +323,7 @@ def test_damaged_json_is_named(directory, file, content):
 )
 def test_a_wrong_setting_of_config_json_is_named(directory, key, value, reason):
     path = directory / "config.json"
-    path.write_text(json.dumps(builders.settings() | {key: value}))
+    path.write_text(json.dumps(checkpoints.settings() | {key: value}))
     message = refusal(directory)
     assert str(path) in message
     assert reason in message
@@ -342,7 +342,7 @@ def test_a_wrong_setting_of_config_json_is_named(directory, key, value, reason):
 )
 def test_a_missing_setting_of_config_json_is_named(directory, key):
     path = directory / "config.json"
-    config = builders.settings()
+    config = checkpoints.settings()
     del config[key]
     path.write_text(json.dumps(config))
     message = refusal(directory)
@@ -355,8 +355,8 @@ def test_settings_that_change_nothing_are_read_over(directory):
     harmless = dict(
         rope_scaling=None, quantization_config=None, attention_dropout=0.1, use_cache=False, dtype="float16"
     )
-    path.write_text(json.dumps(builders.settings() | harmless))
-    assert load(str(directory)).config == load(str(builders.hugging_face_directory(directory / "plain"))).config
+    path.write_text(json.dumps(checkpoints.settings() | harmless))
+    assert load(str(directory)).config == load(str(checkpoints.hugging_face_directory(directory / "plain"))).config
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
@@ -386,7 +386,7 @@ def test_an_unknown_model_is_refused_with_the_known_ones(name):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(directory):
-    vocabulary = {token: index for index, token in enumerate([*builders.VOCABULARY, "one-more"])}
+    vocabulary = {token: index for index, token in enumerate([*checkpoints.VOCABULARY, "one-more"])}
     Tokenizer(models.WordLevel(vocabulary, unk_token="one-more")).save(str(directory / "tokenizer.json"))
     message = complaint(directory)
     assert str(directory) in message

@@ -7,7 +7,7 @@ import pytest
 from hydra_jax.benchmarks import loading
 from hydra_jax.errors import UserError
 from hydra_jax.weights.load import load
-from tests import toys
+from tests.helpers import models as toys
 
 SHAPE = toys.config(dtype="bfloat16")
 

@@ -8,7 +8,7 @@ from hydra_jax.engine import kernels, memory, mesh
 from hydra_jax.engine.mesh import MeshConfig
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import layout
-from tests import toys
+from tests.helpers import models as toys
 
 SHAPE = toys.config(width=256, heads=8, kv_heads=4, head_dim=32, mlp_width=1024, vocab_size=4000, layers=6)
 

@@ -14,8 +14,9 @@ from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import flat
 from hydra_jax.store import effects as store
-from tests import sweeps, toys
-from tests.commands import finish
+from tests.helpers import models as toys
+from tests.helpers import sweeps
+from tests.helpers.commands import finish
 
 PROMPTS = 22
 SHAPES = {"data 4": (0, 1), "data 2, model 2": (2, 2), "model 4": (1, 4)}

@@ -14,7 +14,7 @@ from hydra_jax.analysis import results
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
 from hydra_jax.store import metadata
-from tests import synthetic
+from tests.helpers import effects as synthetic
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 from hydra_jax.training import checkpoint, workdir
 from hydra_jax.training.loop import train
 from hydra_jax.training.step import initial
-from tests import commands, training_toys
-from tests.commands import finish, free_port
+from tests.helpers import commands
+from tests.helpers import training as training_toys
+from tests.helpers.commands import finish, free_port
 
 CONFIG = training_toys.config(dropout=dict(attn=0.1))
 SETTINGS = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hydra_jax.errors import UserError
 from hydra_jax.text import prompts
 from hydra_jax.text.prompts import Prompt
-from tests import builders
+from tests.helpers import checkpoints
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -100,7 +100,7 @@ def test_every_template_has_one_place_for_its_subject():
 @pytest.mark.parametrize("name", ["prompts.json", "prompts.jsonl", "prompts.json.gz", "prompts.jsonl.gz"])
 def test_every_layout_is_read(tmp_path, name, record, prompt):
     text = json.dumps([record], indent=2) if ".jsonl" not in name else json.dumps(record) + "\n"
-    assert prompts.read(str(builders.text_file(tmp_path / name, text))) == [prompt]
+    assert prompts.read(str(checkpoints.text_file(tmp_path / name, text))) == [prompt]
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,15 @@ def test_the_published_files_are_read_whole(name, count, first):
 
 
 def test_prompts_without_ids_are_numbered(tmp_path):
-    path = builders.json_lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b", "id": "own"}, {"prompt": "c"}])
+    path = checkpoints.json_lines(
+        tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b", "id": "own"}, {"prompt": "c"}]
+    )
     assert [prompt.id for prompt in prompts.read(str(path))] == ["0", "own", "2"]
 
 
 @pytest.mark.parametrize("text", ['{"prompt": "é"}', '\n{"prompt": "é"}\n\n', '\ufeff{"prompt": "é"}\r\n'])
 def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_no_matter(tmp_path, text):
-    assert prompts.read(str(builders.text_file(tmp_path / "p.jsonl", text))) == [Prompt("0", "é")]
+    assert prompts.read(str(checkpoints.text_file(tmp_path / "p.jsonl", text))) == [Prompt("0", "é")]
 
 
 def test_plain_texts_are_their_own_ids():
@@ -242,7 +244,7 @@ TEXT = "\n".join(f"Word{number} and  some more\twords of line {number}." for num
 
 
 def test_prompts_cut_from_text_stand_in_it_before_their_answers(tmp_path):
-    path = builders.text_file(tmp_path / "text.txt", TEXT)
+    path = checkpoints.text_file(tmp_path / "text.txt", TEXT)
     cuts = prompts.read(str(path), "text", 40, seed=1)
     assert len(cuts) == len({cut.id for cut in cuts}) == 40
     for cut in cuts:
@@ -255,7 +257,7 @@ def test_prompts_cut_from_text_stand_in_it_before_their_answers(tmp_path):
 
 
 def test_a_text_that_is_too_short_is_refused(tmp_path):
-    path = builders.text_file(tmp_path / "text.txt", "a few words")
+    path = checkpoints.text_file(tmp_path / "text.txt", "a few words")
     with pytest.raises(UserError, match="3 words") as raised:
         prompts.read(str(path), "text", 5)
     assert str(path) in str(raised.value)
@@ -264,7 +266,7 @@ def test_a_text_that_is_too_short_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["huge.jsonl", "huge.jsonl.gz"])
 def test_more_than_can_be_prompts_is_refused_before_it_fills_memory(tmp_path, monkeypatch, name):
     monkeypatch.setattr(prompts, "MOST_BYTES", 1 << 20)
-    assert "more than 1 MiB" in refusal(builders.text_file(tmp_path / name, "x" * (1 << 20 | 1)))
+    assert "more than 1 MiB" in refusal(checkpoints.text_file(tmp_path / name, "x" * (1 << 20 | 1)))
 
 
 @pytest.mark.parametrize("name", ["\0", "\ud800", "a\nb"])

@@ -10,7 +10,7 @@ from hydra_jax.core.effects import delta_unembed, effects, head_unembed
 from hydra_jax.core.prefill import MOST_LIKELY, prefill
 from hydra_jax.core.replay import direct_edges, replay
 from hydra_jax.models.transformer import Edits, forward, head_share
-from tests import toys
+from tests.helpers import models as toys
 
 jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.jit(replay)
 lengths = st.sampled_from([1, 2, 5, 9])

@@ -16,7 +16,8 @@ from hydra_jax.analysis.results import Results
 from hydra_jax.errors import UserError
 from hydra_jax.report import page as report
 from hydra_jax.store import effects as store
-from tests import builders, synthetic
+from tests.helpers import checkpoints
+from tests.helpers import effects as synthetic
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = [
@@ -33,7 +34,7 @@ browser_only = pytest.mark.skipif(not BROWSER, reason="no chromium here; install
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return hydra_jax.load(str(builders.gguf_file(tmp_path_factory.mktemp("model") / "tiny.gguf")))
+    return hydra_jax.load(str(checkpoints.gguf_file(tmp_path_factory.mktemp("model") / "tiny.gguf")))
 
 
 @pytest.fixture(scope="module")

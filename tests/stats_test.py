@@ -6,7 +6,7 @@ import scipy.stats
 from hydra_jax.analysis import stats
 from hydra_jax.analysis.stats import bootstrap, erasure, interval, summary
 from hydra_jax.errors import UserError
-from tests import synthetic
+from tests.helpers import effects as synthetic
 
 
 @pytest.fixture

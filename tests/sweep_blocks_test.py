@@ -5,7 +5,8 @@ import pytest
 
 import hydra_jax
 from hydra_jax.weights.load import Model
-from tests import builders, toys
+from tests.helpers import checkpoints
+from tests.helpers import models as toys
 
 PROMPTS = [f"the {number} in the" for number in (7, 12, 385, 4096)]
 
@@ -14,7 +15,7 @@ PROMPTS = [f"the {number} in the" for number in (7, 12, 385, 4096)]
 @pytest.mark.parametrize("sites", ["attn,mlp", "heads"])
 def test_a_sweep_of_every_kind_of_block(block, sites):
     params = toys.params(vocab_size=300, **toys.BLOCKS[block])
-    model = Model(block, params, builders.tokenizer(), "")
+    model = Model(block, params, checkpoints.tokenizer(), "")
     effects = hydra_jax.sweep(model, PROMPTS, kind="resample", replacements=2, sites=sites, layers="1,3")
     assert np.isfinite(effects["total_effect"]).all()
     assert (np.abs(effects["total_effect"]).max("prompt") > 1e-3).all()

@@ -21,7 +21,7 @@ from hydra_jax.sweep.run import run
 from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.text.tokenizer import encode
-from tests import builders
+from tests.helpers import checkpoints
 
 ZERO = AblationConfig(kind="zero")
 TEXTS = ["the", "in the of", "the the in of the", "a b c d e f", "of in", "the of the", "12345 in the", "x"]
@@ -29,7 +29,7 @@ TEXTS = ["the", "in the of", "the the in of the", "a b c d e f", "of in", "the o
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return hydra_jax.load(str(builders.gguf_file(tmp_path_factory.mktemp("model") / "tiny.gguf")))
+    return hydra_jax.load(str(checkpoints.gguf_file(tmp_path_factory.mktemp("model") / "tiny.gguf")))
 
 
 def by_id(effects: xr.Dataset) -> xr.Dataset:
@@ -271,8 +271,8 @@ def test_a_component_that_is_not_there_is_refused(model, component):
 
 
 def test_a_token_without_a_row_is_refused_where_a_prompt_has_it(tmp_path):
-    path = builders.hugging_face_directory(tmp_path / "tiny")
-    text = builders.tokenizer()
+    path = checkpoints.hugging_face_directory(tmp_path / "tiny")
+    text = checkpoints.tokenizer()
     text.add_special_tokens(["<image>"])  # as Gemma 3's text models have one
     text.save(str(path / "tokenizer.json"))
     model = hydra_jax.load(str(path))
@@ -282,8 +282,8 @@ def test_a_token_without_a_row_is_refused_where_a_prompt_has_it(tmp_path):
 
 
 def test_a_sweep_in_the_stored_type_says_which_it_was(tmp_path):
-    path = builders.hugging_face_directory(tmp_path / "tiny", torch_dtype="bfloat16")
-    prompts = builders.json_lines(tmp_path / "p.jsonl", [{"prompt": text} for text in TEXTS[:3]])
+    path = checkpoints.hugging_face_directory(tmp_path / "tiny", torch_dtype="bfloat16")
+    prompts = checkpoints.json_lines(tmp_path / "p.jsonl", [{"prompt": text} for text in TEXTS[:3]])
     asked = SweepConfig(
         model=str(path),
         dtype="auto",

@@ -13,7 +13,7 @@ from hydra_jax.text.tokenizer import (
     from_file,
     from_gguf,
 )
-from tests import builders
+from tests.helpers import checkpoints
 
 TEXT = "I'll say  12345 WORDS: naïve\n\n they'RE"
 SPLITS = {
@@ -25,13 +25,13 @@ SPLITS = {
 
 
 def byte_level(pre, **fields):
-    types = [CONTROL if token == builders.CONTROL else NORMAL for token in builders.VOCABULARY]
+    types = [CONTROL if token == checkpoints.CONTROL else NORMAL for token in checkpoints.VOCABULARY]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": builders.VOCABULARY,
+        "tokenizer.ggml.tokens": checkpoints.VOCABULARY,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in builders.MERGES],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in checkpoints.MERGES],
         "tokenizer.ggml.bos_token_id": 0,
     } | {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
 
@@ -117,7 +117,7 @@ def written(tmp_path):
 
 
 def test_padding_and_truncation_of_other_uses_are_left_out(written):
-    made, expected = builders.tokenizer(), builders.tokenizer().encode("of the").ids
+    made, expected = checkpoints.tokenizer(), checkpoints.tokenizer().encode("of the").ids
     made.enable_padding(length=9)
     assert encode(written(made), "of the") == expected
     made.no_padding()
@@ -126,13 +126,13 @@ def test_padding_and_truncation_of_other_uses_are_left_out(written):
 
 
 def test_a_prompt_ends_with_its_own_last_token(written):
-    made = builders.tokenizer()
-    first, bare = builders.VOCABULARY.index(builders.CONTROL), made.encode("of the").ids
-    special = [(builders.CONTROL, first)]
-    made.post_processor = processors.TemplateProcessing([builders.CONTROL, "$A", builders.CONTROL], None, special)
+    made = checkpoints.tokenizer()
+    first, bare = checkpoints.VOCABULARY.index(checkpoints.CONTROL), made.encode("of the").ids
+    special = [(checkpoints.CONTROL, first)]
+    made.post_processor = processors.TemplateProcessing([checkpoints.CONTROL, "$A", checkpoints.CONTROL], None, special)
     built = written(made)
     assert encode(built, "of the") == [first, *bare]
-    assert encode(built, f"of the{builders.CONTROL}") == [first, *bare, first]  # what the prompt says itself is kept
+    assert encode(built, f"of the{checkpoints.CONTROL}") == [first, *bare, first]  # what the prompt says itself is kept
     assert encode(built, "") == [first] * 2
     assert answer_token(built, "of", "the") == bare[-1]
 
@@ -144,7 +144,7 @@ def test_other_kinds_are_refused():
 
 
 def test_a_tokenizer_that_fails_at_work_is_refused(written):
-    made = builders.tokenizer()
+    made = checkpoints.tokenizer()
     made.decoder = decoders.Strip("t", 3, 3)
     with pytest.raises(UserError, match="is not a tokenizer"):
         written(made)

@@ -11,8 +11,8 @@ import pytest
 
 from hydra_jax.training import checkpoint, workdir
 from hydra_jax.training.step import initial
-from tests import builders, commands
-from tests.commands import ROOT, finish
+from tests.helpers import checkpoints, commands
+from tests.helpers.commands import ROOT, finish
 
 KILLS = int(os.environ.get("HYDRA_JAX_KILLS", "4"))
 """Random moments at which a run is killed; a start of the command takes seconds."""
@@ -129,7 +129,7 @@ def test_killed_at_random_moments(inputs, undisturbed):
 
 
 def test_compare_refuses_in_one_line(inputs, undisturbed):
-    builders.text_file(inputs / "no_run", "")
+    checkpoints.text_file(inputs / "no_run", "")
     for arguments, named in (
         (["--workdirs={path}/none", WORKDIR], "none/train.json: is not there"),
         ([f"--workdirs={undisturbed}", WORKDIR, "--steps=a"], "--steps: 'a' is not numbers"),

@@ -1,5 +1,5 @@
 from hydra_jax.benchmarks import training
-from tests import training_toys
+from tests.helpers import training as training_toys
 
 
 def test_arithmetic_of_a_step():

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hydra_jax.errors import UserError
 from hydra_jax.text.tokenizer import encode
 from hydra_jax.training import biographies, data
-from tests import builders, training_toys
+from tests.helpers import checkpoints
+from tests.helpers import training as training_toys
 
 KNOWN, UNSEEN = 12, 5
 
@@ -126,12 +127,12 @@ class TestText:
     def test_files_directories_and_patterns(self, tmp_path):
         (tmp_path / "deep").mkdir()
         for name in ("a.txt", "deep/b.txt", "c.log"):
-            builders.text_file(tmp_path / name, name * 40)
+            checkpoints.text_file(tmp_path / name, name * 40)
         assert data.read_documents(str(tmp_path)) == ["a.txt" * 40, "deep/b.txt" * 40]
         assert data.read_documents(f"{tmp_path}/*.log, {tmp_path}/a.txt") == ["c.log" * 40, "a.txt" * 40]
 
     def test_some_rows_are_kept_for_evaluation(self, tmp_path):
-        path = builders.text_file(tmp_path / "a.txt", "".join(f"line {n} of some text\n" for n in range(300)))
+        path = checkpoints.text_file(tmp_path / "a.txt", "".join(f"line {n} of some text\n" for n in range(300)))
         corpus = data.build(text_config(path, holdout=0.25), 16)
         whole = data.pack(corpus.tokenizer, data.read_documents(str(path)), 16)
         np.testing.assert_array_equal(

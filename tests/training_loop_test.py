@@ -14,7 +14,8 @@ from hydra_jax.training import checkpoint, loop, workdir
 from hydra_jax.training.loop import Stopped, train
 from hydra_jax.training.step import initial
 from hydra_jax.weights.load import load
-from tests import builders, training_toys
+from tests.helpers import checkpoints
+from tests.helpers import training as training_toys
 
 CONFIG = training_toys.config(dropout=dict(attn=0.1, depth=0.1))
 """With dropout, so that its keys have to be gone on with, too."""
@@ -79,7 +80,7 @@ class TestWorkdir:
             load(str(done), step=5)
 
     def test_a_step_of_another_kind_of_model(self, tmp_path):
-        directory = builders.hugging_face_directory(tmp_path / "model")
+        directory = checkpoints.hugging_face_directory(tmp_path / "model")
         with pytest.raises(UserError, match="is not a directory of a training run"):
             load(str(directory), step=5)
 
@@ -154,19 +155,19 @@ class TestRefusals:
         assert checkpoint.steps(done) == before
 
     def test_a_model_from_elsewhere(self, tmp_path):
-        directory = builders.hugging_face_directory(tmp_path / "model")
+        directory = checkpoints.hugging_face_directory(tmp_path / "model")
         before = {path.name: path.read_bytes() for path in directory.iterdir()}
         with pytest.raises(UserError, match="holds another model"):
             train(CONFIG, directory, progress=False)
         assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
     def test_other_text(self, tmp_path):
-        text = builders.text_file(tmp_path / "a.txt", "".join(f"some text {n} " for n in range(900)))
+        text = checkpoints.text_file(tmp_path / "a.txt", "".join(f"some text {n} " for n in range(900)))
         config = training_toys.config(data=dict(kind="text", path=str(text)), steps=2)
         train(config, tmp_path / "run", progress=False)
         metrics = workdir.read_metrics(tmp_path / "run")
         assert metrics["unseen_loss"].notna().sum() == 2
-        builders.text_file(text, "".join(f"other text {n} " for n in range(900)))
+        checkpoints.text_file(text, "".join(f"other text {n} " for n in range(900)))
         with pytest.raises(UserError, match="was begun on other text"):
             train(config, tmp_path / "run", progress=False)
 

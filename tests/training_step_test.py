@@ -9,7 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Dropout, DropoutRates
 from hydra_jax.training import data, step
-from tests import toys, training_toys
+from tests.helpers import models as toys
+from tests.helpers import training as training_toys
 
 VOCABULARY = 40
 BOUNDARY = 3

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hydra_jax.core.edits import all_components
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Edits, forward
-from tests import toys
+from tests.helpers import models as toys
 
 jit_forward = jax.jit(forward)
 

@@ -18,7 +18,7 @@ from hydra_jax.weights.load import load
 pytest.importorskip("torch", reason="tests/parity/requirements.txt is not installed")
 pytest.importorskip("transformers", reason="tests/parity/requirements.txt is not installed")
 
-from tests.parity import families, gguf_files
+from tests.helpers import families, gguf_files
 
 IDS = list(range(5, 60, 4))
 TOLERANCE = 2e-5

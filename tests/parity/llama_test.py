@@ -48,7 +48,7 @@ def test_logits_of_the_real_model_equal_transformers(smollm2, hugging_face, prom
     ids=str,
 )
 def test_a_saved_hugging_face_model_loads_and_gives_its_logits(tmp_path, changes):
-    from tests import builders
+    from tests.helpers import checkpoints
 
     torch.manual_seed(0)
     shape = dict(vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -57,7 +57,7 @@ def test_a_saved_hugging_face_model_loads_and_gives_its_logits(tmp_path, changes
     for parameter in hf.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     hf.save_pretrained(tmp_path)
-    builders.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    checkpoints.tokenizer().save(str(tmp_path / "tokenizer.json"))
     ids = list(range(5, 60, 4))
     logits, _ = jax.jit(forward)(load(str(tmp_path)).params, jnp.asarray(ids, jnp.int32))
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 from hydra_jax.benchmarks import peers
 from hydra_jax.benchmarks.peers import check_comparable, installed, measure, table
 from hydra_jax.errors import UserError
-from tests import toys
+from tests.helpers import models as toys
 
 HOOKED, BRIDGE, HOOKS = peers.PEERS
 SIZES = dict(length=6, rows=12, draws=3, step=3)

@@ -1,17 +1,17 @@
 """Sweeps of a tiny model as commands, by one process or several."""
 
 from hydra_jax.store import effects as store
-from tests import builders, commands
-from tests.commands import finish, free_port
+from tests.helpers import checkpoints, commands
+from tests.helpers.commands import finish, free_port
 
 REPLACEMENTS = 3
 
 
 def inputs(directory, prompts):
     """A directory with a model and so many prompts."""
-    builders.gguf_file(directory / "tiny.gguf")
+    checkpoints.gguf_file(directory / "tiny.gguf")
     records = [{"id": f"p{i}", "prompt": f"the {i} of {'x' * (i % 9)} in"} for i in range(prompts)]
-    builders.json_lines(directory / "prompts.jsonl", records)
+    checkpoints.json_lines(directory / "prompts.jsonl", records)
     return directory
 
 

@@ -4,8 +4,7 @@ import gguf
 import numpy as np
 import torch
 
-from tests import builders
-from tests.parity import families
+from tests.helpers import checkpoints, families
 
 CHANGES = {
     "gpt_neox": dict(hidden_act="gelu"),
@@ -95,7 +94,7 @@ def written(model, path):
         writer.add_final_logit_softcapping(c.final_logit_softcapping)
     if getattr(c, "sliding_window", None):
         writer.add_sliding_window(c.sliding_window)
-    builders.add_tokenizer(writer)
+    checkpoints.add_tokenizer(writer)
     for name, array in tensors(model):
         writer.add_tensor(name, array)
     writer.write_header_to_file()

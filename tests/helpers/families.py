@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests import builders
+from tests.helpers import checkpoints
 
 LAYERS, HEADS, KV_HEADS, WIDTH, HEAD_DIM, MLP_WIDTH, CONTEXT, VOCABULARY, WINDOW = 4, 4, 2, 32, 8, 48, 64, 300, 5
 COMMON = dict(
@@ -113,7 +113,7 @@ def made(name, **changes):
 def saved(model, path):
     """A directory of it as it is published, with a tokenizer."""
     model.save_pretrained(path)
-    builders.tokenizer().save(str(path / "tokenizer.json"))
+    checkpoints.tokenizer().save(str(path / "tokenizer.json"))
     return path
 
 

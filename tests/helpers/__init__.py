@@ -1,0 +1,1 @@
+"""What tests are made of: models, checkpoints, effects, commands, and ways to spoil them."""
