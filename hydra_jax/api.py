@@ -10,6 +10,7 @@ import xarray as xr
 from hydra_jax.config import HEADS, AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.core.edits import ATTN, SITES, Component
 from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import Fit, free_bytes
 from hydra_jax.errors import UserError
@@ -17,7 +18,7 @@ from hydra_jax.store import effects as store
 from hydra_jax.sweep.ablations import ablate_one, fill, frame
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.sweep.clean import CleanPass, choose
-from hydra_jax.sweep.plan import Item, Plan, evenly, facts_beside, itemise
+from hydra_jax.sweep.plan import Item, Plan, facts_beside, itemise
 from hydra_jax.sweep.run import protocol
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt

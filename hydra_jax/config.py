@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import typing
 from collections.abc import Mapping
 from typing import Any
 
 from hydra_jax.core.edits import ATTN, KINDS, RANDOM_KINDS, SITES, Component
-from hydra_jax.engine.mesh import MeshConfig
 from hydra_jax.errors import UserError, shown
-from hydra_jax.models.config import AS_STORED, DTYPES, LAST_STEP, PRECISIONS, ModelConfig
+from hydra_jax.models.config import DTYPES, PRECISIONS, ModelConfig
+from hydra_jax.parsing import one_of, parse
 from hydra_jax.text import prompts as prompt_sets
+
+AS_STORED = "auto"
+"""As a dtype: bfloat16 where a model's weights are stored in it, else float32."""
+
+LAST_STEP = -1
+"""In place of a checkpoint's step: the last that there is."""
 
 HEADS = "heads"
 TARGETS = TOP, ANSWER = "top", "answer"
@@ -101,6 +105,24 @@ class AblationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Which devices hold what.
+
+    Attributes:
+      data: devices, of all processes, that each take other prompts; 0 for as many as there are.
+      model: devices that share one copy of the model.
+    """
+
+    data: int = 0
+    model: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("data", 0), ("model", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"config.mesh.{name}: is {getattr(self, name)}; give {least} or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class SweepConfig:
     """A sweep: see `configs/sweep.py` for the defaults and how to change them.
 
@@ -131,7 +153,7 @@ class SweepConfig:
     seed: int = 0
     rows: int = 0
     memory: float = 0.0
-    mesh: MeshConfig = MeshConfig()  # noqa: RUF009  (it is frozen)
+    mesh: MeshConfig = MeshConfig()
     non_finite: float = 0.01
     identity_tolerance: float = 1e-4
     bootstrap: int = 1000
@@ -174,52 +196,6 @@ def sweep_config(config: Mapping[str, Any]) -> SweepConfig:
     return parse(SweepConfig, config, "config")
 
 
-def parse(kind: type, given: Any, where: str) -> Any:
-    """A dataclass of a mapping of the same shape, nested ones as well.
-
-    Args:
-      kind: the dataclass.
-      given: its values, some left out.
-      where: what they are called in errors.
-
-    Raises:
-      UserError: if a key is unknown, or a value is of the wrong type or (says the dataclass) out of range.
-    """
-    if not isinstance(given, Mapping) and not hasattr(given, "items"):
-        raise UserError(f"{where}: is {shown(given)}; it has settings of its own, as in --{where}.KEY=VALUE")
-    types = typing.get_type_hints(kind)
-    values = {}
-    for key, value in given.items():
-        if key not in types:
-            raise UserError(f"{where}.{key[:100]}: is not a setting; {_suggest(key, list(types))}")
-        wanted = types[key]
-        if dataclasses.is_dataclass(wanted):
-            values[key] = parse(typing.cast(type, wanted), value, f"{where}.{key}")
-        elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
-            values[key] = float(value)
-        elif type(value) is wanted:
-            values[key] = value
-        else:
-            raise UserError(f"{where}.{key}: {shown(value)} is not of type {wanted.__name__}; give one that is")
-    return kind(**values)
-
-
-def one_of(name: str, value: str, allowed: typing.Sequence[str]) -> str:
-    """`value`, the setting `name`, if it is among those `allowed`.
-
-    Raises:
-      UserError: if it is not, with what may have been meant.
-    """
-    if value not in allowed:
-        raise UserError(f"config.{name}: {shown(value)} is unknown; {_suggest(value, allowed)}")
-    return value
-
-
-def _suggest(word: str, allowed: typing.Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, allowed, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(allowed)}"
-
-
 def _layers(text: str, layers: int) -> set[int]:
     if text == "all":
         return set(range(layers))
@@ -235,20 +211,3 @@ def _layers(text: str, layers: int) -> set[int]:
             )
         chosen |= set(span)
     return chosen
-
-
-def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """In words, where two trees of settings differ; "" where they do not."""
-    was, now = _flat(stored), _flat(asked)
-    return "; ".join(
-        f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key)
-    )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

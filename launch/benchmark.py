@@ -31,10 +31,9 @@ from configs import train
 from hydra_jax import load, runtime
 from hydra_jax.benchmarks import devices, kernels, loading, peers, sweep
 from hydra_jax.benchmarks import training as steps
-from hydra_jax.config import AblationConfig
+from hydra_jax.config import AblationConfig, MeshConfig
 from hydra_jax.engine import mesh
 from hydra_jax.engine.memory import default_rows
-from hydra_jax.engine.mesh import MeshConfig
 from hydra_jax.errors import UserError
 from hydra_jax.models.shapes import SHAPES, shape
 from hydra_jax.models.transformer import Params, init_params

@@ -10,8 +10,9 @@ import dataclasses
 from absl import flags
 
 from hydra_jax import runtime
+from hydra_jax.config import AS_STORED
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import AS_STORED, DTYPES
+from hydra_jax.models.config import DTYPES
 from hydra_jax.models.shapes import SHAPES
 from hydra_jax.sweep.describe import describe
 from hydra_jax.weights import hub

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hydra_jax.config import MeshConfig
 from hydra_jax.core.edits import WriteStatistics
 from hydra_jax.engine import kernels, memory, mesh
-from hydra_jax.engine.mesh import MeshConfig
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import layout
 from tests.helpers import models as toys

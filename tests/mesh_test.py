@@ -7,9 +7,10 @@ import pytest
 
 from hydra_jax.benchmarks import loading
 from hydra_jax.benchmarks.devices import collectives
+from hydra_jax.config import MeshConfig
 from hydra_jax.core.edits import WriteStatistics
 from hydra_jax.engine import kernels, mesh
-from hydra_jax.engine.mesh import DATA, MODEL, MeshConfig
+from hydra_jax.engine.mesh import DATA, MODEL
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import flat

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from hydra_jax.config import MeshConfig
 from hydra_jax.core.edits import WriteStatistics, all_components
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.kernels import ablating, prefilling
-from hydra_jax.engine.mesh import DATA, MODEL, MeshConfig
+from hydra_jax.engine.mesh import DATA, MODEL
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import Params
 from hydra_jax.sweep.roofline import intervention_flops

@@ -15,13 +15,14 @@ from tokenizers import Tokenizer, models
 from hydra_jax.benchmarks.kernels import layer_products
 from hydra_jax.config import AblationConfig
 from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.batching import evenly, round_up
 from hydra_jax.engine.cluster import Cluster
-from hydra_jax.engine.memory import Fit, free_bytes, round_up
+from hydra_jax.engine.memory import Fit, free_bytes
 from hydra_jax.models.transformer import Params
 from hydra_jax.sweep.ablations import Piece, fill
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.sweep.clean import CleanPass
-from hydra_jax.sweep.plan import Item, Plan, evenly
+from hydra_jax.sweep.plan import Item, Plan
 from hydra_jax.sweep.roofline import intervention_flops
 from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.prompts import Prompt

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from hydra_jax.analysis import stats
 from hydra_jax.comparison import arms
 from hydra_jax.comparison.arms import Key
-from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig, differences
+from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.errors import UserError
+from hydra_jax.parsing import differences
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
 from hydra_jax.sweep import run

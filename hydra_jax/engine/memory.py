@@ -208,8 +208,3 @@ class Fit:
                     ) from error
                 self._most = max(self.least, size // 2 // self.least * self.least)
             say(f"out of memory with {size} prompts at once: going on with {self._most}")
-
-
-def round_up(count: int, step: int) -> int:
-    """The multiple of `step` that `count` things go into."""
-    return -(-count // step) * step

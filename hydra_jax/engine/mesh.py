@@ -22,6 +22,7 @@ from flax import traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from hydra_jax.config import MeshConfig
 from hydra_jax.core.prefill import Clean
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
@@ -45,24 +46,6 @@ attention and what the MLP writes. Norms, and the biases of what is written, are
 
 CACHE_SPLIT = {"keys": (2, 3), "values": (2, 4)}
 """The same for P prompts' clean runs: key/value heads, else the dimensions of each. The stream is whole."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Which devices hold what.
-
-    Attributes:
-      data: devices, of all processes, that each take other prompts; 0 for as many as there are.
-      model: devices that share one copy of the model.
-    """
-
-    data: int = 0
-    model: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in (("data", 0), ("model", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"config.mesh.{name}: is {getattr(self, name)}; give {least} or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,6 @@ from collections.abc import Callable
 import jax
 
 DTYPES = ("float32", "bfloat16")
-AS_STORED = "auto"
-LAST_STEP = -1
-"""In place of a checkpoint's step: the last that there is."""
-"""As a dtype: bfloat16 where a model's weights are stored in it, else float32."""
-
 PRECISIONS = ("highest", "high", "default")
 NORMS = ("rms", "layer")
 QK_NORMS = ("none", "head", "width")

@@ -18,10 +18,9 @@ import plotly.offline
 
 from hydra_jax.analysis import findings
 from hydra_jax.analysis.results import Results
-from hydra_jax.config import ANSWER
+from hydra_jax.config import ANSWER, LAST_STEP
 from hydra_jax.core import causal
 from hydra_jax.core.edits import SITES, Component
-from hydra_jax.models.config import LAST_STEP
 from hydra_jax.report import figures
 from hydra_jax.report.figures.motifs import MOTIFS
 from hydra_jax.report.figures.style import reach

@@ -18,9 +18,9 @@ import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from hydra_jax.config import differences
 from hydra_jax.core.edits import SITES, Component, all_components
 from hydra_jax.errors import UserError
+from hydra_jax.parsing import differences
 from hydra_jax.store import digests, files, metadata
 
 NAME = "effects.zarr"

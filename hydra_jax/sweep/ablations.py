@@ -19,12 +19,13 @@ from hydra_jax.core.edits import SITES, WHOLE, Component, WriteStatistics, all_c
 from hydra_jax.core.effects import Effects
 from hydra_jax.core.prefill import Clean
 from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.batching import evenly, fill_up, round_up
 from hydra_jax.engine.kernels import Ablated, Read, ablate_batch, prefill_batch, read_batch, summarise
-from hydra_jax.engine.memory import round_up
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
-from hydra_jax.sweep.plan import Item, Plan, batch_of, evenly, fill_up, padded_length, places
+from hydra_jax.sweep.plan import Item, Plan, batch_of, places
 from hydra_jax.sweep.sources import Sources
+from hydra_jax.text.padding import padded_length
 
 AHEAD = 2
 """Components whose work is handed to the devices before the first one's results are waited for."""

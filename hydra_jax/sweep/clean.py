@@ -15,13 +15,15 @@ from tqdm import tqdm
 from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.batching import evenly, fill_up, round_up
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.kernels import PREFILL_TOKENS, ablatable_batch, prefill_batch, read_batch
-from hydra_jax.engine.memory import Fit, round_up
+from hydra_jax.engine.memory import Fit
 from hydra_jax.engine.mesh import Worker
 from hydra_jax.errors import UserError
 from hydra_jax.sweep.bank import COLUMNS, Bank
-from hydra_jax.sweep.plan import Item, batch_of, by_length, evenly, fill_up, padded_length, places
+from hydra_jax.sweep.plan import Item, batch_of, by_length, places
+from hydra_jax.text.padding import padded_length
 from hydra_jax.weights.load import Model
 
 Keep = Callable[[Item, int], bool]

@@ -13,8 +13,8 @@ from hydra_jax.engine.memory import ACCELERATOR_ROWS, default_rows, needs
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout
 from hydra_jax.store.effects import EFFECTS
-from hydra_jax.sweep.plan import padded_length
 from hydra_jax.sweep.roofline import intervention_flops
+from hydra_jax.text.padding import padded_length
 
 SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "context")
 

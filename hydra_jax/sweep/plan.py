@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -12,10 +11,12 @@ import numpy as np
 
 from hydra_jax.config import AblationConfig
 from hydra_jax.core.edits import WHOLE, Component, WriteStatistics, draw_sources, prompt_keys
+from hydra_jax.engine.batching import fill_up
 from hydra_jax.engine.memory import Fit
 from hydra_jax.errors import UserError
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.text import prompts as prompt_sets
+from hydra_jax.text.padding import padded
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.text.tokenizer import answer_token, encode
 from hydra_jax.weights.load import Model
@@ -60,44 +61,16 @@ def itemise(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
     return items
 
 
-def padded_length(tokens: int, context: int) -> int:
-    """What a length is padded to: few different ones, as each is compiled for anew."""
-    step = 32 if tokens > 32 else 8
-    return min(math.ceil(tokens / step) * step, context)
-
-
-def batch_of(items: Sequence[Item], size: int, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [size, T] and lengths [size]; the last item fills what is left over."""
-    return padded([item.tokens for item in fill_up(items, size)], context)
-
-
-def fill_up(things: Sequence, size: int) -> list:
-    """`size` things, the last as often as it takes."""
-    return [*things, *[things[-1]] * (size - len(things))]
-
-
-def padded(prompts: Sequence[Sequence[int]], context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [P, T], padded on the right, and lengths [P]."""
-    lengths = np.array([len(tokens) for tokens in prompts], np.int32)
-    rows = np.zeros((len(prompts), padded_length(int(lengths.max()), context)), np.int32)
-    for row, tokens in zip(rows, prompts, strict=True):
-        row[: len(tokens)] = tokens
-    return rows, lengths
-
-
-def evenly(count: int, most: int) -> list[slice]:
-    """Slices of `count` things into as few as possible of at most `most`, of one size but the last."""
-    if not count:
-        return []
-    size = math.ceil(count / math.ceil(count / most))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 def facts_beside(text: str, replacements: int, seed: int) -> list[Prompt]:
     """Built-in facts that replacements for a prompt of one's own come from, drawn by seed."""
     facts = [fact for fact in prompt_sets.builtin() if fact.text != text]
     drawn = np.random.default_rng(seed).choice(len(facts), min(len(facts), max(POOL, replacements + 1)), replace=False)
     return [facts[place] for place in drawn]
+
+
+def batch_of(items: Sequence[Item], size: int, context: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [size, T] and lengths [size]; the last item fills what is left over."""
+    return padded([item.tokens for item in fill_up(items, size)], context)
 
 
 def by_length(item: Item) -> tuple[int, str]:

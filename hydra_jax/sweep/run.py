@@ -20,6 +20,7 @@ from hydra_jax.config import SweepConfig
 from hydra_jax.core.edits import ATTN, SITES, check_enough
 from hydra_jax.engine import memory
 from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import Fit
 from hydra_jax.errors import UserError, shown
@@ -28,7 +29,7 @@ from hydra_jax.store import files
 from hydra_jax.sweep.ablations import ablate_one, fill, frame
 from hydra_jax.sweep.bank import DIRECTORY, Bank
 from hydra_jax.sweep.clean import CleanPass, choose
-from hydra_jax.sweep.plan import Item, Plan, evenly, facts_beside, itemise
+from hydra_jax.sweep.plan import Item, Plan, facts_beside, itemise
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.version import __version__

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from hydra_jax.config import LAST_STEP
 from hydra_jax.errors import UserError, reason
-from hydra_jax.models.config import LAST_STEP
 from hydra_jax.store import files
 from hydra_jax.training.config import CheckpointConfig
 from hydra_jax.training.step import State

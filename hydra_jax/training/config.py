@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hydra_jax.config import one_of, parse
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import DTYPES, PRECISIONS, ModelConfig
 from hydra_jax.models.transformer import DropoutRates
+from hydra_jax.parsing import one_of, parse
 
 DATA_KINDS = ("biographies", "text")
 NO_DROPOUT = DropoutRates()

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Params
-from hydra_jax.sweep.plan import padded
+from hydra_jax.text.padding import padded
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.text.tokenizer import answer_token, encode
 from hydra_jax.training.config import TrainConfig

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import pandas as pd
 
-from hydra_jax.config import differences
+from hydra_jax.config import AS_STORED
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import AS_STORED, ModelConfig
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.parsing import differences
 from hydra_jax.store import files
 from hydra_jax.text.prompts import json_lines
 from hydra_jax.training.config import TrainConfig, train_config

@@ -18,10 +18,11 @@ import numpy as np
 import safetensors
 from tokenizers import Tokenizer
 
+from hydra_jax.config import AS_STORED, LAST_STEP
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.errors import UserError, reason
 from hydra_jax.models import transformer
-from hydra_jax.models.config import AS_STORED, LAST_STEP, ModelConfig
+from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
 from hydra_jax.text import tokenizer
 from hydra_jax.training import workdir

@@ -1,0 +1,24 @@
+"""How things are divided into batches of one size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def evenly(count: int, most: int) -> list[slice]:
+    """Slices of `count` things into as few as possible of at most `most`, of one size but the last."""
+    if not count:
+        return []
+    size = math.ceil(count / math.ceil(count / most))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def fill_up(things: Sequence, size: int) -> list:
+    """`size` things, the last as often as it takes."""
+    return [*things, *[things[-1]] * (size - len(things))]
+
+
+def round_up(count: int, step: int) -> int:
+    """The multiple of `step` that `count` things go into."""
+    return -(-count // step) * step
