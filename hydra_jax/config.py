@@ -123,6 +123,35 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShapeConfig:
+    """The shape of a decoder that is trained here, of Llama's kind of block; see `models.config.ModelConfig`."""
+
+    layers: int = 8
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 4
+    mlp_width: int = 384
+    context: int = 64
+
+    def decoder(self, vocab_size: int, precision: str = "highest") -> ModelConfig:
+        """Return the config of a model of this shape, its parameters in float32.
+
+        Raises:
+          UserError: if there can be none.
+        """
+        try:
+            return ModelConfig(
+                vocab_size=vocab_size,
+                head_dim=self.width // self.heads,
+                tied=True,
+                precision=precision,
+                **dataclasses.asdict(self),
+            )
+        except ValueError as error:
+            raise UserError(f"config.model: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
 class SweepConfig:
     """A sweep: see `configs/sweep.py` for the defaults and how to change them.
 

@@ -12,8 +12,10 @@ from hydra_jax.comparison import report as report_arms
 from hydra_jax.comparison import run as compare
 from hydra_jax.errors import UserError
 from hydra_jax.text.prompts import read
-from hydra_jax.training import checkpoint, workdir
+from hydra_jax.training import workdir
 from hydra_jax.training.loop import train
+from hydra_jax.weights import checkpoints as trained_weights
+from hydra_jax.weights import trained
 from tests.helpers import training as training_toys
 
 CONFIG = training_toys.config(steps=4, data=dict(people=8))
@@ -55,9 +57,9 @@ class TestRuns:
                 compare.find([nothing])
 
     def test_share_what_they_begin_with(self, workdirs):
-        weights = [checkpoint.weights(path, checkpoint_like(path), 0)[1] for path in workdirs]
+        weights = [trained_weights.weights(path, checkpoint_like(path), 0)[1] for path in workdirs]
         assert weights[0] == weights[1]
-        assert len({(path / workdir.TOKENIZER).read_text() for path in workdirs}) == 1
+        assert len({(path / trained.TOKENIZER).read_text() for path in workdirs}) == 1
 
     def test_step_that_is_not_there(self, workdirs):
         with pytest.raises(UserError, match=r"--steps: the runs have not step 3 in common; there are 0, 2, 4"):
@@ -65,8 +67,8 @@ class TestRuns:
 
     def test_of_an_arm_with_other_dropout(self, workdirs, tmp_path):
         copy = shutil.copytree(workdirs[1], tmp_path / "copy")
-        text = (copy / workdir.RUN).read_text()
-        (copy / workdir.RUN).write_text(
+        text = (copy / trained.RUN).read_text()
+        (copy / trained.RUN).write_text(
             text.replace('"mlp": 0.2', '"mlp": 0.3').replace('"seed": 0,\n    "steps"', '"seed": 1,\n    "steps"')
         )
         with pytest.raises(UserError, match="has other dropout than"):
@@ -74,7 +76,7 @@ class TestRuns:
 
     def test_that_are_not_finished(self, workdirs, tmp_path):
         copy = shutil.copytree(workdirs[1], tmp_path / "copy")
-        shutil.rmtree(copy / checkpoint.NAME / "4")
+        shutil.rmtree(copy / trained_weights.NAME / "4")
         with pytest.raises(UserError, match="has trained 2 of 4 steps"):
             compare.read_runs([workdirs[0], copy])
         assert compare.common_steps(compare.read_runs([workdirs[0], copy], unfinished=True)) == [0, 2]
@@ -85,15 +87,15 @@ class TestRuns:
 
     def test_of_another_config(self, workdirs, tmp_path):
         copy = shutil.copytree(workdirs[1], tmp_path / "copy")
-        text = (copy / workdir.RUN).read_text()
-        (copy / workdir.RUN).write_text(text.replace('"batch": 4', '"batch": 8'))
+        text = (copy / trained.RUN).read_text()
+        (copy / trained.RUN).write_text(text.replace('"batch": 4', '"batch": 8'))
         with pytest.raises(UserError, match=r"does not match .* \(batch was 4, is 8\)"):
             compare.read_runs([workdirs[0], copy])
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": {"nonsense": 1}, "vocab_size": 3, "corpus": ""}'])
     def test_damaged(self, workdirs, tmp_path, content):
         copy = shutil.copytree(workdirs[1], tmp_path / "copy")
-        (copy / workdir.RUN).write_text(content)
+        (copy / trained.RUN).write_text(content)
         with pytest.raises(UserError, match=r"train\.json: ") as complaint:
             compare.read_runs([copy])
         assert "\n" not in str(complaint.value)

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from hydra_jax.training import checkpoint, workdir
+from hydra_jax.training import workdir
 from hydra_jax.training.loop import train
 from hydra_jax.training.step import initial
+from hydra_jax.weights import checkpoints as trained_weights
 from tests.helpers import commands
 from tests.helpers import training as training_toys
 from tests.helpers.commands import finish, free_port
@@ -49,10 +50,10 @@ def test_two_processes_train_the_model_of_one(tmp_path):
     np.testing.assert_allclose(*([line["loss"] for line in each[1:]] for each in lines), rtol=1e-5)
     vocab_size = workdir.read_run(alone)[1]["vocab_size"]
     like = initial(CONFIG, vocab_size).weights
-    weights = [checkpoint.weights(path, like)[0] for path in (both, alone)]
+    weights = [trained_weights.weights(path, like)[0] for path in (both, alone)]
     # Sums over devices are of another order, and Adam divides small gradients by their own size.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), *weights)
-    assert checkpoint.steps(both) == checkpoint.steps(alone)
+    assert trained_weights.steps(both) == trained_weights.steps(alone)
     train(CONFIG, both, progress=False)
 
 

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from hydra_jax.training import checkpoint, workdir
+from hydra_jax.training import workdir
 from hydra_jax.training.step import initial
+from hydra_jax.weights import checkpoints as trained_weights
 from tests.helpers import checkpoints, commands
 from tests.helpers.commands import ROOT, finish
 
@@ -62,7 +63,7 @@ def start(inputs, *arguments, command="launch.train", changes=None):
 
 def weights_of(path):
     like = initial(workdir.read_run(path)[0], workdir.read_run(path)[1]["vocab_size"])
-    return checkpoint.weights(path, like.weights)
+    return trained_weights.weights(path, like.weights)
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +101,14 @@ def test_refused_in_one_line(inputs, case):
 def test_stopped_and_gone_on_with(inputs, undisturbed, number, status):
     path = inputs / f"stopped-{status}"
     process = start(inputs, f"--workdir={path}")
-    while not (len(checkpoint.steps(path)) > 1) and process.poll() is None:
+    while not (len(trained_weights.steps(path)) > 1) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
     finish(process)
     assert "Traceback" not in process.err
     # It may have been done before the signal came.
     assert process.returncode == status, process.err
-    saved = checkpoint.steps(path)[-1]
+    saved = trained_weights.steps(path)[-1]
     assert f"stopped; step {saved} is saved" in process.err
     assert finish(start(inputs, f"--workdir={path}")).returncode == 0
     assert_same(path, undisturbed)
@@ -116,16 +117,16 @@ def test_stopped_and_gone_on_with(inputs, undisturbed, number, status):
 def test_killed_at_random_moments(inputs, undisturbed):
     path, moments = inputs / "killed", random.Random(0)
     for kill in range(KILLS):
-        process, before = start(inputs, f"--workdir={path}"), checkpoint.steps(path)
+        process, before = start(inputs, f"--workdir={path}"), trained_weights.steps(path)
         # Once it works: while it writes its first checkpoint of this start, or steps after it.
-        while checkpoint.steps(path) == before and process.poll() is None:
+        while trained_weights.steps(path) == before and process.poll() is None:
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.05))
         process.kill()
         assert finish(process).returncode == -signal.SIGKILL, f"done before kill {kill}"
     assert finish(start(inputs, f"--workdir={path}")).returncode == 0
     assert_same(path, undisturbed)
-    assert not list((path / checkpoint.NAME).glob("*tmp*"))
+    assert not list((path / trained_weights.NAME).glob("*tmp*"))
 
 
 def test_compare_refuses_in_one_line(inputs, undisturbed):

@@ -13,6 +13,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.training import checkpoint, loop, workdir
 from hydra_jax.training.loop import Stopped, train
 from hydra_jax.training.step import initial
+from hydra_jax.weights import checkpoints as trained_weights
 from hydra_jax.weights.load import load
 from tests.helpers import checkpoints
 from tests.helpers import training as training_toys
@@ -31,7 +32,7 @@ def done(tmp_path_factory):
 
 def final(path, config=CONFIG):
     _, stated = workdir.read_run(path)
-    weights, _, step = checkpoint.weights(path, initial(config, stated["vocab_size"]).weights)
+    weights, _, step = trained_weights.weights(path, initial(config, stated["vocab_size"]).weights)
     assert step == config.steps
     return weights
 
@@ -57,7 +58,7 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
 
 class TestWorkdir:
     def test_what_is_in_it(self, done):
-        assert checkpoint.steps(done) == [0, 4, 6]  # every fourth, and the last two: 4 and 6
+        assert trained_weights.steps(done) == [0, 4, 6]  # every fourth, and the last two: 4 and 6
         lines = [json.loads(line) for line in (done / workdir.METRICS).read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(7))
         assert [line["step"] for line in lines if "recall_trained" in line] == [0, 3, 6]
@@ -93,7 +94,7 @@ class TestResume:
             with pytest.raises(Stopped) as stopped:
                 train(CONFIG, tmp_path / "run", progress=False)
         assert (stopped.value.signal, stopped.value.step) == (number, 3)
-        assert checkpoint.steps(tmp_path / "run")[-1] == 3
+        assert trained_weights.steps(tmp_path / "run")[-1] == 3
         train(CONFIG, tmp_path / "run", progress=False)
         assert_same(tmp_path / "run", done)
 
@@ -131,10 +132,10 @@ class TestResume:
         assert json.loads(path.read_text().splitlines()[-1])["step"] == 3
         with path.open("a") as file:
             file.write('{"step": 4, "lo')  # as a kill leaves it
-        (tmp_path / "run" / checkpoint.NAME / "4.orbax-checkpoint-tmp-1").mkdir()
+        (tmp_path / "run" / trained_weights.NAME / "4.orbax-checkpoint-tmp-1").mkdir()
         train(CONFIG, tmp_path / "run", progress=False)
         assert_same(tmp_path / "run", done)
-        assert not list((tmp_path / "run" / checkpoint.NAME).glob("*tmp*"))
+        assert not list((tmp_path / "run" / trained_weights.NAME).glob("*tmp*"))
 
     def test_a_finished_run_stays_as_it_is(self, done, tmp_path):
         copy = shutil.copytree(done, tmp_path / "copy")
@@ -145,14 +146,14 @@ class TestResume:
 
 class TestRefusals:
     def test_another_configuration(self, done):
-        before = checkpoint.steps(done)
+        before = trained_weights.steps(done)
         with pytest.raises(
             UserError, match=r"another configuration \(batch was 4, is 8; dropout.attn was 0.1, is 0.2\)"
         ):
             train(
                 dataclasses.replace(CONFIG, batch=8, dropout=dataclasses.replace(CONFIG.dropout, attn=0.2)), done, False
             )
-        assert checkpoint.steps(done) == before
+        assert trained_weights.steps(done) == before
 
     def test_a_model_from_elsewhere(self, tmp_path):
         directory = checkpoints.hugging_face_directory(tmp_path / "model")
@@ -180,17 +181,17 @@ class TestRefusals:
         config = training_toys.config(optimizer=dict(learning_rate=1e30, warmup=1))
         with pytest.raises(UserError, match=r"by step \d the loss or its gradient is not a number; .* saved is \d"):
             train(config, tmp_path / "run", progress=False)
-        for step in checkpoint.steps(tmp_path / "run"):
-            weights, _, _ = checkpoint.weights(tmp_path / "run", initial(config, 300).weights, step)
+        for step in trained_weights.steps(tmp_path / "run"):
+            weights, _, _ = trained_weights.weights(tmp_path / "run", initial(config, 300).weights, step)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
 
     def test_a_damaged_checkpoint_is_not_gone_on_from(self, done, tmp_path):
         copy = shutil.copytree(done, tmp_path / "copy")
-        damage(copy / checkpoint.NAME / "6" / "optimizer", "flipped")
+        damage(copy / trained_weights.NAME / "6" / "optimizer", "flipped")
         with pytest.raises(UserError, match=r"checkpoints/6: is damaged .*; delete it to go on from"):
             train(CONFIG, copy, progress=False)
-        assert checkpoint.steps(copy) == [0, 4, 6]
-        shutil.rmtree(copy / checkpoint.NAME / "6")
+        assert trained_weights.steps(copy) == [0, 4, 6]
+        shutil.rmtree(copy / trained_weights.NAME / "6")
         train(CONFIG, copy, progress=False)
         assert_same(copy, done)
 
@@ -205,37 +206,37 @@ class TestDamage:
     @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
     def test_is_found(self, done, tmp_path, like, part, how):
         copy = shutil.copytree(done, tmp_path / "copy")
-        with checkpoint.Checkpoints(copy, CONFIG.checkpoint) as checkpoints:
-            checkpoints.restore(like)
-            damage(copy / checkpoint.NAME / "6" / part, how)
+        with checkpoint.Checkpoints(copy, CONFIG.checkpoint) as saved:
+            saved.restore(like)
+            damage(copy / trained_weights.NAME / "6" / part, how)
             with pytest.raises(UserError, match=r"checkpoints/6: is damaged .*; delete it to go on from") as complaint:
-                checkpoints.restore(like)
+                saved.restore(like)
             assert "\n" not in str(complaint.value)
-            checkpoints.restore(like, step=4)
+            saved.restore(like, step=4)
 
     def test_is_found_where_a_position_is_another_ones(self, done, tmp_path, like):
         copy = shutil.copytree(done, tmp_path / "copy")
-        directory = copy / checkpoint.NAME
-        with checkpoint.Checkpoints(copy, CONFIG.checkpoint) as checkpoints:
-            checkpoints.restore(like)
+        directory = copy / trained_weights.NAME
+        with checkpoint.Checkpoints(copy, CONFIG.checkpoint) as saved:
+            saved.restore(like)
             shutil.rmtree(directory / "6" / "position")
             shutil.copytree(directory / "4" / "position", directory / "6" / "position")
             with pytest.raises(UserError, match=r"checkpoints/6: is damaged \(position/.* is not as it was written"):
-                checkpoints.restore(like)
+                saved.restore(like)
 
     def test_a_checkpoint_without_sums_is_read(self, done, tmp_path, like):
         # As where a run is killed between the two; the next save notes them.
         copy = shutil.copytree(done, tmp_path / "copy")
-        (copy / checkpoint.SUMS).unlink()
-        with checkpoint.Checkpoints(copy, CONFIG.checkpoint) as checkpoints:
-            checkpoints.restore(like)
-        assert (copy / checkpoint.SUMS).read_text() == (done / checkpoint.SUMS).read_text()
+        (copy / trained_weights.SUMS).unlink()
+        with checkpoint.Checkpoints(copy, CONFIG.checkpoint) as saved:
+            saved.restore(like)
+        assert (copy / trained_weights.SUMS).read_text() == (done / trained_weights.SUMS).read_text()
 
     def test_sums_that_cannot_be_read(self, done, tmp_path, like):
         copy = shutil.copytree(done, tmp_path / "copy")
-        (copy / checkpoint.SUMS).write_text("{")
+        (copy / trained_weights.SUMS).write_text("{")
         with pytest.raises(UserError, match=r"checkpoints\.json: cannot be read .*; delete it"):
-            checkpoint.weights(copy, like.weights)
+            trained_weights.weights(copy, like.weights)
 
 
 def damage(part, how):

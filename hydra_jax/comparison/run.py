@@ -23,10 +23,10 @@ from hydra_jax.store import files
 from hydra_jax.sweep import run
 from hydra_jax.text.prompts import Prompt, json_lines
 from hydra_jax.text.prompts import read as read_prompts
-from hydra_jax.training import checkpoint
 from hydra_jax.training.config import TrainConfig
 from hydra_jax.training.recall import answered, questions
 from hydra_jax.training.workdir import PROMPTS, read_metrics, read_run
+from hydra_jax.weights import checkpoints
 from hydra_jax.weights.load import load
 
 SWEEPS, COMMON = "sweeps", "prompts.jsonl"
@@ -122,7 +122,7 @@ def read_runs(workdirs: Sequence[Path], unfinished: bool = False) -> list[Traine
     runs: list[TrainedRun] = []
     for workdir in workdirs:
         config, stated = read_run(workdir)
-        kept = checkpoint.steps(workdir)
+        kept = checkpoints.steps(workdir)
         if not kept:
             raise UserError(f"{workdir}: has no checkpoint; train first")
         each = TrainedRun(workdir, config, stated["corpus"], kept)

@@ -21,6 +21,12 @@ DIGESTS = "files_sha256"
 """The attribute that has them."""
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write(path: Path, filled: Sequence[str] = ()) -> None:
     """Sum up a store; of its variables `filled`, whose chunks are still to be written, without these."""
     group = zarr.open_group(path, mode="r+", zarr_format=ZARR_FORMAT)
@@ -55,10 +61,6 @@ def _digests(path: Path, attributes: Mapping[str, Any], filled: Sequence[str]) -
     found = {"attributes": hashlib.sha256(json.dumps(kept, sort_keys=True).encode())}
     for variable in filter(Path.is_dir, path.iterdir()):
         every = [variable / "zarr.json"] if variable.name in filled else sorted(variable.rglob("*"))
-        lines = [
-            f"{file.relative_to(variable).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n"
-            for file in every
-            if file.is_file()
-        ]
+        lines = [f"{file.relative_to(variable).as_posix()} {sha256(file)}\n" for file in every if file.is_file()]
         found[variable.name] = hashlib.sha256("".join(lines).encode())
     return json.dumps({name: digest.hexdigest() for name, digest in found.items()})

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hydra_jax.config import ShapeConfig
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import DTYPES, PRECISIONS, ModelConfig
 from hydra_jax.models.transformer import DropoutRates
@@ -17,18 +18,6 @@ DATA_KINDS = ("biographies", "text")
 NO_DROPOUT = DropoutRates()
 REFERENCE = "no_dropout"
 """The arm that others are compared with."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ShapeConfig:
-    """The decoder, Llama's kind of block; see `models.config.ModelConfig`."""
-
-    layers: int = 8
-    width: int = 128
-    heads: int = 4
-    kv_heads: int = 4
-    mlp_width: int = 384
-    context: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +112,7 @@ class TrainConfig:
     accumulate: int = 4
     dtype: str = "float32"
     precision: str = "highest"
-    model: ShapeConfig = ShapeConfig()
+    model: ShapeConfig = ShapeConfig()  # noqa: RUF009  (it is frozen)
     data: DataConfig = DataConfig()
     dropout: DropoutRates = NO_DROPOUT
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -188,16 +177,7 @@ class TrainConfig:
         Raises:
           UserError: if the shape cannot be.
         """
-        try:
-            return ModelConfig(
-                vocab_size=vocab_size,
-                head_dim=self.model.width // self.model.heads,
-                tied=True,
-                precision=self.precision,
-                **dataclasses.asdict(self.model),
-            )
-        except ValueError as error:
-            raise UserError(f"config.model: {error}") from error
+        return self.model.decoder(vocab_size, self.precision)
 
 
 def train_config(config: Mapping[str, Any]) -> TrainConfig:

@@ -27,7 +27,8 @@ from hydra_jax.training.checkpoint import Checkpoints
 from hydra_jax.training.config import TrainConfig
 from hydra_jax.training.recall import Evaluation
 from hydra_jax.training.step import Metrics, State, initial, schedule, update
-from hydra_jax.training.workdir import METRICS, TOKENIZER, check_config, check_corpus, describe, is_trained
+from hydra_jax.training.workdir import METRICS, check_config, check_corpus, describe
+from hydra_jax.weights.trained import TOKENIZER, is_trained
 
 BATCH = "data"
 """The mesh's axis over which a batch is spread."""

@@ -10,26 +10,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 import pandas as pd
 
-from hydra_jax.config import AS_STORED
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import ModelConfig
 from hydra_jax.parsing import differences
 from hydra_jax.store import files
 from hydra_jax.text.prompts import json_lines
 from hydra_jax.training.config import TrainConfig, train_config
+from hydra_jax.weights.trained import RUN, TOKENIZER, is_trained, read_description
 
 if TYPE_CHECKING:  # it imports what loading a model need not wait for
     from hydra_jax.training.data import Corpus
 
-RUN = "train.json"
-TOKENIZER = "tokenizer.json"
 PROMPTS = "prompts.jsonl"
 METRICS = "metrics.jsonl"
-
-
-def is_trained(path: Path) -> bool:
-    """Whether a directory is of a training run."""
-    return (path / RUN).is_file()
 
 
 def read_run(workdir: Path) -> tuple[TrainConfig, dict[str, Any]]:
@@ -38,24 +30,14 @@ def read_run(workdir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     Raises:
       UserError: if it is not there or damaged.
     """
+    stated = read_description(workdir)
     path = workdir / RUN
     try:
-        stated = json.loads(path.read_text("utf-8"))
-        return train_config(stated["config"]), {"vocab_size": int(stated["vocab_size"]), "corpus": stated["corpus"]}
-    except FileNotFoundError:
-        raise UserError(f"{path}: is not there; give the --workdir of a training run") from None
+        return train_config(stated["config"]), {"vocab_size": stated["vocab_size"], "corpus": stated["corpus"]}
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); train into another --workdir") from error
-
-
-def model_config(workdir: Path, **switches: Any) -> ModelConfig:
-    """The config of the model that a run trains; `switches` are `dtype` and `precision`, as of `hydra_jax.load`."""
-    config, stated = read_run(workdir)
-    if switches.get("dtype") == AS_STORED:
-        switches["dtype"] = config.decoder(1).dtype
-    return dataclasses.replace(config.decoder(stated["vocab_size"]), **switches)
 
 
 def check_config(workdir: Path, config: TrainConfig) -> None:

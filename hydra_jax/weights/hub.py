@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 import platformdirs
 
 from hydra_jax.errors import UserError, reason
+from hydra_jax.store.digests import sha256
 
 CACHE_VARIABLE = "HYDRA_JAX_CACHE"
 CONVERT = 'convert it in PyTorch with model.save_pretrained("DIRECTORY", safe_serialization=True)'
@@ -123,12 +123,6 @@ def verify(path: Path, source: PackagedFile) -> None:
     found = sha256(path)
     if found != source.sha256:
         raise UserError(f"{path}: SHA-256 is {found}, not {source.sha256}; delete it and fetch it again")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(source: PackagedFile, directory: Path) -> Path:

@@ -24,9 +24,9 @@ from hydra_jax.errors import UserError, reason
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
+from hydra_jax.store.digests import sha256
 from hydra_jax.text import tokenizer
-from hydra_jax.training import workdir
-from hydra_jax.weights import families, hub
+from hydra_jax.weights import families, hub, trained
 from hydra_jax.weights.assemble import Source, assemble
 from hydra_jax.weights.check import check
 from hydra_jax.weights.families import Family
@@ -87,7 +87,7 @@ def load(
         fails `check`.
     """
     path = hub.locate(name)
-    if workdir.is_trained(path):
+    if trained.is_trained(path):
         return _trained(name, path, dtype, precision, step, mesh)
     if step != LAST_STEP:
         raise UserError(f"{path}: is not a directory of a training run, and has no step {step}; leave model_step out")
@@ -110,19 +110,17 @@ def load(
 
 
 def _trained(name: str, path: Path, dtype: str, precision: str, step: int, mesh: jax.sharding.Mesh | None) -> Model:
-    from hydra_jax.training import checkpoint  # orbax is slow to import, and most runs never need it
+    from hydra_jax.weights import checkpoints  # orbax is slow to import, and most runs never need it
 
-    trained, _ = workdir.read_run(path)
-    config = workdir.model_config(path, dtype=dtype, precision=precision)
+    config, dropout = trained.model_config(path, dtype, precision)
     kept = transformer.layout(dataclasses.replace(config, dtype="float32")).weights
-    weights, digest, _ = checkpoint.weights(path, kept, step)
+    weights, digest, _ = checkpoints.weights(path, kept, step)
     like = transformer.layout(config).weights
     params = Params(weights=jax.tree.map(lambda array, like: array.astype(like.dtype), weights, like), config=config)
     if mesh is not None:
         params = meshes.lay(mesh, params)
     check(params, str(path))
-    rates = dataclasses.asdict(trained.dropout).values()
-    return Model(name, params, tokenizer.from_file(path / workdir.TOKENIZER), digest, max(rates))
+    return Model(name, params, tokenizer.from_file(path / trained.TOKENIZER), digest, dropout)
 
 
 def _refuse_pickled(path: Path) -> None:
@@ -133,9 +131,9 @@ def _refuse_pickled(path: Path) -> None:
 def weights_hash(path: Path) -> str:
     """SHA-256 (hex) of a file, or of a directory's config, tokenizer and weight files in order of name."""
     if path.is_file():
-        return hub.sha256(path)
+        return sha256(path)
     files = [path / "config.json", path / "tokenizer.json", *path.glob("*.safetensors")]
-    digests = "".join(f"{file.name} {hub.sha256(file)}\n" for file in sorted(files))
+    digests = "".join(f"{file.name} {sha256(file)}\n" for file in sorted(files))
     return hashlib.sha256(digests.encode()).hexdigest()
 
 
@@ -253,8 +251,8 @@ def read_config(path: Path, **switches: str) -> tuple[str, ModelConfig]:
     Raises:
       UserError: as `load`.
     """
-    if workdir.is_trained(path):
-        return "llama, trained here", workdir.model_config(path, **switches)
+    if trained.is_trained(path):
+        return "llama, trained here", trained.model_config(path, **switches)[0]
     _refuse_pickled(path)
     with _faults_of(path):
         if path.is_dir():

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+from hydra_jax.config import ShapeConfig
 from hydra_jax.training import config as configs
 
-SHAPE = configs.ShapeConfig(layers=2, width=16, heads=2, kv_heads=2, mlp_width=24, context=48)
+SHAPE = ShapeConfig(layers=2, width=16, heads=2, kv_heads=2, mlp_width=24, context=48)
 DATA = configs.DataConfig(people=6, unseen_people=2, variants=2, vocab_size=300)
 CHECKPOINT = configs.CheckpointConfig(every=2, keep_last=2, keep_every=4)
 
