@@ -12,11 +12,11 @@ from hydra_jax.core.edits import ATTN, SITES, Component
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
-from hydra_jax.engine.memory import Fit, free_bytes
+from hydra_jax.engine.memory import BatchSizer, free_bytes
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
-from hydra_jax.sweep.ablations import ablate_one, fill, frame
 from hydra_jax.sweep.bank import Bank
+from hydra_jax.sweep.chunks import ablate_one, fill, frame
 from hydra_jax.sweep.clean import CleanPass, choose
 from hydra_jax.sweep.plan import Item, Plan, facts_beside, itemise
 from hydra_jax.sweep.run import protocol
@@ -83,7 +83,7 @@ def sweep(
             dataset[name][chunk] = array
         dataset["finished"][chunk] = True
 
-    fill(plan, evenly(len(kept), clean.fit.wanted), write, progress)
+    fill(plan, evenly(len(kept), clean.sizer.wanted), write, progress)
     return dataset
 
 
@@ -138,8 +138,8 @@ def ablate(
 def _clean_pass(model: Model, ablation: AblationConfig, rows: int = 0, progress: bool = False) -> CleanPass:
     """One in memory, by this process alone, on the devices that the model is on."""
     mesh = meshes.of(model.params)
-    fit = Fit(model.config, mesh, ablation.draws, ablation.edges, rows, free_bytes(mesh.local_devices[0]))
-    return CleanPass(model, ablation, fit, Bank(model.config.dtype), Cluster(0, 1), progress)
+    sizer = BatchSizer(model.config, mesh, ablation.draws, ablation.edges, rows, free_bytes(mesh.local_devices[0]))
+    return CleanPass(model, ablation, sizer, Bank(model.config.dtype), Cluster(0, 1), progress)
 
 
 def _plan(clean: CleanPass, kept: Sequence[Item], pool: Sequence[Item], config: SweepConfig) -> Plan:
@@ -151,7 +151,7 @@ def _plan(clean: CleanPass, kept: Sequence[Item], pool: Sequence[Item], config: 
         bank_ids=[item.prompt.id for item in pool],
         ablation=config.ablation,
         seed=config.seed,
-        fit=clean.fit,
+        sizer=clean.sizer,
         tolerance=config.identity_tolerance,
         non_finite=config.non_finite,
     )

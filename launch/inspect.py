@@ -14,7 +14,7 @@ from hydra_jax.config import AS_STORED
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import DTYPES
 from hydra_jax.models.shapes import SHAPES
-from hydra_jax.sweep.describe import describe
+from hydra_jax.sweep.cost import describe
 from hydra_jax.weights import hub
 from hydra_jax.weights.load import read_config
 

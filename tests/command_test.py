@@ -275,13 +275,13 @@ def test_an_interrupt_waits_until_a_chunk_is_written(monkeypatch, tmp_path):
 
 
 def test_a_directory_is_worked_in_by_one_run_alone(tmp_path):
-    with files.alone(tmp_path):
-        with pytest.raises(UserError, match="another run is working in it"), files.alone(tmp_path):
+    with files.exclusive(tmp_path):
+        with pytest.raises(UserError, match="another run is working in it"), files.exclusive(tmp_path):
             raise AssertionError
         (tmp_path / files.LOCK).touch()  # the first still has it
     assert list(tmp_path.iterdir()) == []
     (tmp_path / files.LOCK).touch()  # as a kill leaves it
-    with files.alone(tmp_path):
+    with files.exclusive(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 

@@ -5,7 +5,8 @@ import pytest
 
 from hydra_jax.config import MeshConfig
 from hydra_jax.core.edits import WriteStatistics
-from hydra_jax.engine import kernels, memory, mesh
+from hydra_jax.engine import batched as kernels
+from hydra_jax.engine import memory, mesh
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import layout
 from tests.helpers import models as toys
@@ -13,8 +14,8 @@ from tests.helpers import models as toys
 SHAPE = toys.config(width=256, heads=8, kv_heads=4, head_dim=32, mlp_width=1024, vocab_size=4000, layers=6)
 
 
-def fit(free, rows=0, data=4, config=SHAPE):
-    return memory.Fit(config, mesh.make(MeshConfig(data)), 3, False, rows, free)
+def sizer(free, rows=0, data=4, config=SHAPE):
+    return memory.BatchSizer(config, mesh.make(MeshConfig(data)), 3, False, rows, free)
 
 
 @pytest.mark.parametrize("length", [8, 64])
@@ -24,13 +25,13 @@ def test_what_is_planned_with_is_what_the_compiled_programs_take(prompts, length
     of = jax.ShapeDtypeStruct
     params = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), layout(SHAPE))
     numbers = of((prompts,), jnp.int32)
-    prefill = kernels.prefilling(params).lower(params, of((prompts, length), jnp.int32), numbers, numbers)
-    clean = jax.eval_shape(kernels.prefilling(params), params, of((prompts, length), jnp.int32), numbers, numbers)
+    prefill = kernels.prefill_program(params).lower(params, of((prompts, length), jnp.int32), numbers, numbers)
+    clean = jax.eval_shape(kernels.prefill_program(params), params, of((prompts, length), jnp.int32), numbers, numbers)
     edits = of((), jnp.int32), of((), jnp.int32), None
     width = of((SHAPE.width,), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
     others = of((prompts, 3, SHAPE.width), jnp.float32), WriteStatistics(width, width), keys
-    ablate = kernels.ablating(params, "resample", False).lower(params, clean, edits, *others)
+    ablate = kernels.ablate_program(params, "resample", False).lower(params, clean, edits, *others)
     kept = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(clean))
     taken = max(kept + each.compile().memory_analysis().temp_size_in_bytes for each in (prefill, ablate))
     need = memory.needs(SHAPE, length, draws=3)
@@ -40,18 +41,18 @@ def test_what_is_planned_with_is_what_the_compiled_programs_take(prompts, length
 
 
 def test_a_chunk_is_what_fills_the_device_or_what_fits():
-    assert fit(1e12).prompts(64) == 4 * (512 // 3)
-    assert fit(1e12, rows=30).prompts(64) == 40
+    assert sizer(1e12).prompts(64) == 4 * (512 // 3)
+    assert sizer(1e12, rows=30).prompts(64) == 40
     need = memory.needs(SHAPE, 64, 3)
     for each in (1, 5):
-        assert fit((need.fixed + each * need.prompt + 1) / memory.SHARE).prompts(64) == 4 * each
-    assert fit(2e8).prompts(8) > fit(2e8).prompts(64)  # short prompts take less
+        assert sizer((need.fixed + each * need.prompt + 1) / memory.SHARE).prompts(64) == 4 * each
+    assert sizer(2e8).prompts(8) > sizer(2e8).prompts(64)  # short prompts take less
     with pytest.raises(UserError, match=r"^memory: a prompt of 64 tokens .* set --config.mesh.model"):
-        fit(need.fixed).prompts(64)
+        sizer(need.fixed).prompts(64)
 
 
 def test_half_as_many_are_tried_where_memory_is_exhausted():
-    made, said, tried = fit(1e12, rows=30), [], []
+    made, said, tried = sizer(1e12, rows=30), [], []
 
     def call(size):
         tried.append(size)

@@ -9,7 +9,8 @@ from hydra_jax.benchmarks import loading
 from hydra_jax.benchmarks.devices import collectives
 from hydra_jax.config import MeshConfig
 from hydra_jax.core.edits import WriteStatistics
-from hydra_jax.engine import kernels, mesh
+from hydra_jax.engine import batched as kernels
+from hydra_jax.engine import mesh
 from hydra_jax.engine.mesh import DATA, MODEL
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
@@ -75,10 +76,10 @@ def test_nothing_passes_between_devices_that_take_other_prompts(shape):
     clean, where, *others = batch(params)
     on = mesh.of(params)
     programs = [
-        kernels.prefilling(params).lower(
+        kernels.prefill_program(params).lower(
             params, *(mesh.put(on, np.ones(s, np.int32), mesh.Spec(DATA)) for s in ((8, 6), (8,), (8,)))
         ),
-        kernels.ablating(params, "resample", edges=False).lower(params, clean, where, *others),
+        kernels.ablate_program(params, "resample", edges=False).lower(params, clean, where, *others),
     ]
     for program in programs:
         found = collectives(program.compile().as_text())
@@ -163,7 +164,7 @@ def test_two_processes_of_four_devices_make_it_too(inputs, alone, tmp_path, mode
     assert_same(tmp_path, alone)
 
 
-FEW_TOKENS = "from hydra_jax.engine import kernels, memory; kernels.PREFILL_TOKENS = memory.PREFILL_TOKENS = 64"
+FEW_TOKENS = "from hydra_jax.engine import batched, memory; batched.PREFILL_TOKENS = memory.PREFILL_TOKENS = 64"
 """At once, so that a tiny model's parameters are more than what is computed."""
 
 

@@ -10,11 +10,12 @@ from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.core.edits import KINDS
 from hydra_jax.engine import mesh
 from hydra_jax.engine.cluster import Cluster
-from hydra_jax.engine.memory import Fit
+from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
 from hydra_jax.store.effects import EFFECTS
-from hydra_jax.sweep import ablations, plan
+from hydra_jax.sweep import chunks as ablations
+from hydra_jax.sweep import plan
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.sweep.clean import CleanPass, choose
 from hydra_jax.sweep.run import run
@@ -67,8 +68,8 @@ def test_the_identity_holds_in_every_entry(model):
 
 
 def clean_pass(model, ablation, rows=0):
-    fit = Fit(model.config, mesh.of(model.params), ablation.draws, ablation.edges, rows, 1e9)
-    return CleanPass(model, ablation, fit, Bank(model.config.dtype), Cluster(0, 1))
+    sizer = BatchSizer(model.config, mesh.of(model.params), ablation.draws, ablation.edges, rows, 1e9)
+    return CleanPass(model, ablation, sizer, Bank(model.config.dtype), Cluster(0, 1))
 
 
 def planned(model, items, ablation, tolerance=1e-4, non_finite=0.0):
@@ -85,7 +86,7 @@ def planned(model, items, ablation, tolerance=1e-4, non_finite=0.0):
         ids,
         ablation,
         seed=0,
-        fit=passed.fit,
+        sizer=passed.sizer,
         tolerance=tolerance,
         non_finite=non_finite,
     )

@@ -4,7 +4,7 @@ import pytest
 
 from configs import train
 from hydra_jax.errors import UserError
-from hydra_jax.sweep.describe import parameters
+from hydra_jax.sweep.cost import parameters
 from hydra_jax.training.config import TrainConfig, train_config
 
 REFUSED = [

@@ -26,7 +26,7 @@ from hydra_jax.config import MeshConfig
 from hydra_jax.core.edits import WriteStatistics, all_components
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.kernels import ablating, prefilling
+from hydra_jax.engine.batched import ablate_program, prefill_program
 from hydra_jax.engine.mesh import DATA, MODEL
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import Params
@@ -157,7 +157,7 @@ def measure(params: Params, devices: int, model: int, prompts: int, length: int,
     tokens = np.random.default_rng(0).integers(0, c.vocab_size, (prompts, length), np.int32)
     over = [tokens, np.full(prompts, length, np.int32), np.full(prompts, MOST_LIKELY, np.int32)]
     inputs = [meshes.put(mesh, each, meshes.Spec(DATA)) for each in over]
-    prefill = prefilling(params).lower(params, *inputs).compile()
+    prefill = prefill_program(params).lower(params, *inputs).compile()
     clean = prefill(params, *inputs)
     sources = meshes.put(mesh, np.zeros((prompts, draws, c.width), np.float32), meshes.Spec(DATA))
     nothing = WriteStatistics(jnp.zeros(c.width), jnp.zeros(c.width))
@@ -167,7 +167,7 @@ def measure(params: Params, devices: int, model: int, prompts: int, length: int,
         (params, clean, (jnp.int32(each.layer), jnp.int32(each.site), None), sources, nothing, keys)
         for each in components
     ]
-    kernel = ablating(params, "resample", edges=False).lower(*edits[0]).compile()
+    kernel = ablate_program(params, "resample", edges=False).lower(*edits[0]).compile()
     jax.block_until_ready(kernel(*edits[-1]))
     start = time.perf_counter()
     for each in edits:

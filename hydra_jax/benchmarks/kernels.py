@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from hydra_jax.core.edits import Component, WriteStatistics, all_components
 from hydra_jax.core.prefill import MOST_LIKELY
-from hydra_jax.engine.kernels import ablating, prefilling
+from hydra_jax.engine.batched import ablate_program, prefill_program
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.layers import product
@@ -115,7 +115,7 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
     tokens = jax.random.randint(jax.random.key(seed), (prompts, length), 0, config.vocab_size, jnp.int32)
     inputs = params, tokens, jnp.full(prompts, length), jnp.full(prompts, MOST_LIKELY)
     start = time.perf_counter()
-    prefill = prefilling(params).lower(*inputs).compile()
+    prefill = prefill_program(params).lower(*inputs).compile()
     compile_seconds = time.perf_counter() - start
     clean = jax.block_until_ready(prefill(*inputs))
     prefill_seconds = _seconds(lambda: prefill(*inputs))
@@ -131,7 +131,7 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
 
     components = all_components(config.layers)[::step]
     start = time.perf_counter()
-    kernel = ablating(params, "resample", False).lower(*edits(components[0])).compile()
+    kernel = ablate_program(params, "resample", False).lower(*edits(components[0])).compile()
     compile_seconds += time.perf_counter() - start
 
     gemm, gemm_operations = layer_products(config, prompts * draws)

@@ -24,7 +24,7 @@ from flax import traverse_util
 
 from hydra_jax.core.edits import ATTN, SITES, Component, WriteStatistics, all_components
 from hydra_jax.core.prefill import MOST_LIKELY
-from hydra_jax.engine.kernels import ablate_batch, prefill_batch
+from hydra_jax.engine.batched import ablate_batch, prefill_batch
 from hydra_jax.errors import UserError, reason
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params

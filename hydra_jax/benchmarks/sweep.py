@@ -17,10 +17,10 @@ from hydra_jax.config import AblationConfig
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly, round_up
 from hydra_jax.engine.cluster import Cluster
-from hydra_jax.engine.memory import Fit, free_bytes
+from hydra_jax.engine.memory import BatchSizer, free_bytes
 from hydra_jax.models.transformer import Params
-from hydra_jax.sweep.ablations import Piece, fill
 from hydra_jax.sweep.bank import Bank
+from hydra_jax.sweep.chunks import Batch, fill
 from hydra_jax.sweep.clean import CleanPass
 from hydra_jax.sweep.plan import Item, Plan
 from hydra_jax.sweep.roofline import intervention_flops
@@ -94,10 +94,10 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
     model = Model("made up", params, Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), "")
     tokens = np.random.default_rng(seed).integers(0, c.vocab_size, (prompts, length))
     items = [Item(Prompt(f"{n:07}", "?"), tuple(row), None) for n, row in enumerate(tokens.tolist())]
-    fit = Fit(c, mesh, ablation.draws, ablation.edges, rows, free_bytes(mesh.local_devices[0]))
+    sizer = BatchSizer(c, mesh, ablation.draws, ablation.edges, rows, free_bytes(mesh.local_devices[0]))
 
     def passed() -> Bank:
-        clean = CleanPass(model, ablation, fit, Bank(c.dtype), Cluster(0, 1))
+        clean = CleanPass(model, ablation, sizer, Bank(c.dtype), Cluster(0, 1))
         with clean.bar(prompts) as bar:
             clean.run(items, bar)
         return clean.bank
@@ -106,8 +106,8 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
     clean_seconds, bank = _timed(passed)
     ids = [item.prompt.id for item in items]
     targets = np.array([bank.rows[name].target for name in ids])
-    plan = Plan(model, items, targets, bank, ids, ablation, seed, fit, tolerance=1.0, non_finite=1.0)
-    size = min(fit.prompts(length), fit.wanted)
+    plan = Plan(model, items, targets, bank, ids, ablation, seed, sizer, tolerance=1.0, non_finite=1.0)
+    size = min(sizer.prompts(length), sizer.wanted)
     chunks = evenly(prompts, size)
 
     def sweep() -> None:
@@ -118,14 +118,15 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
     sources = Sources(plan)
     parts: dict[str, float] = dict.fromkeys(("prefill", "sources", "kernel"), 0.0)
     for chunk in chunks:
-        spent, piece = _timed(
-            functools.partial(Piece, plan, chunk, round_up(chunks[0].stop, fit.least), sources), lambda made: made.clean
+        spent, batch = _timed(
+            functools.partial(Batch, plan, chunk, round_up(chunks[0].stop, sizer.least), sources),
+            lambda made: made.clean,
         )
         parts["prefill"] += spent
         for of, component in enumerate(plan.components):
-            spent, new = _timed(functools.partial(sources, piece.places, of))
+            spent, new = _timed(functools.partial(sources, batch.places, of))
             parts["sources"] += spent
-            parts["kernel"] += _timed(functools.partial(piece.ablated, component, new))[0]
+            parts["kernel"] += _timed(functools.partial(batch.ablated, component, new))[0]
     draws = ablation.draws
     flops = prompts * draws * sum(intervention_flops(c, component, length) for component in plan.components)
     return Swept(
@@ -139,7 +140,7 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
         prefill_seconds=parts["prefill"],
         sources_seconds=parts["sources"],
         flops=flops / parts["kernel"],
-        gemm_flops=mesh.size * _gemm_flops(params, chunks[0].stop * draws // fit.least, parts["kernel"] / 4),
+        gemm_flops=mesh.size * _gemm_flops(params, chunks[0].stop * draws // sizer.least, parts["kernel"] / 4),
     )
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from hydra_jax.core.prefill import prefill
 from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.kernels import PREFILL_TOKENS
+from hydra_jax.engine.batched import PREFILL_TOKENS
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout
@@ -137,7 +137,7 @@ def check_model(config: ModelConfig, model: int, limit: float) -> None:
         )
 
 
-class Fit:
+class BatchSizer:
     """How many prompts go at once on a worker's devices, by their length; fewer where that turned out too many.
 
     Args:

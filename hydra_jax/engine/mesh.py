@@ -177,7 +177,7 @@ def stack(mesh: Mesh, name: str, like: jax.ShapeDtypeStruct, layers: Iterable[np
     return whole
 
 
-def spread(mesh: Mesh, run: Callable[..., Any], whole: tuple[int, ...], out: Any = None) -> jax.stages.Wrapped:
+def spread(mesh: Mesh, run: Callable[..., Any], replicated: tuple[int, ...], out: Any = None) -> jax.stages.Wrapped:
     """A jitted function of P prompts, on a mesh: each device of the data axis runs it on its own prompts.
 
     Nothing passes between them. Along the model axis, products are split as their operands are.
@@ -185,13 +185,13 @@ def spread(mesh: Mesh, run: Callable[..., Any], whole: tuple[int, ...], out: Any
     Args:
       mesh: the mesh.
       run: a function of arrays whose first axis is P, and of others.
-      whole: places of the arguments that are others.
+      replicated: places of the arguments that are others.
       out: shardings of the results; without, they are whole along the model axis.
     """
 
     @functools.partial(jax.jit, out_shardings=out or over_data(mesh))
     def everywhere(*arguments: Any) -> Any:
-        specs = tuple(Spec() if place in whole else Spec(DATA) for place in range(len(arguments)))
+        specs = tuple(Spec() if place in replicated else Spec(DATA) for place in range(len(arguments)))
         # Of replicated and split values the compiler is told by the specs: checking them wants casts inside.
         each = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Spec(DATA), axis_names={DATA}, check_vma=False)
         return each(*arguments)

@@ -163,7 +163,7 @@ def create(
     sizes = dict(dataset.sizes)
     encoding = {name: {"chunks": tuple(v.sizes.values())} | CHECKED for name, v in dataset.variables.items()}
     encoding["finished"]["chunks"] = (chunk,)  # or processes would write to one file
-    with files.undisturbed(), files.whole(workdir / NAME) as part:
+    with files.signals_deferred(), files.whole(workdir / NAME) as part:
         dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=metadata.ZARR_FORMAT, consolidated=False)
         group = zarr.open_group(str(part), mode="r+", zarr_format=metadata.ZARR_FORMAT)
         for name, shape in shapes(sizes, edges).items():
@@ -197,7 +197,7 @@ def chunks(workdir: Path) -> list[slice]:
 
 def discard(workdir: Path, beside: Sequence[str]) -> None:
     """Remove a store of which nothing is finished, and the files beside it."""
-    with files.undisturbed():
+    with files.signals_deferred():
         for name in (*beside, NAME):
             files.remove(workdir / name)
 
@@ -226,7 +226,7 @@ def open_examples(workdir: str | Path) -> xr.Dataset:
 def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
     """Write the examples, or nothing at all."""
     encoding = dict.fromkeys(dataset.variables, CHECKED)
-    with files.undisturbed(), files.whole(workdir / EXAMPLES) as part:
+    with files.signals_deferred(), files.whole(workdir / EXAMPLES) as part:
         dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=metadata.ZARR_FORMAT, consolidated=False)
         digests.write(part)
 
@@ -235,7 +235,7 @@ def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None
     """Write the effects of one run of prompts (see `DIMS`), then its flags."""
     effects = xr.Dataset({name: (DIMS[name], array) for name, array in arrays.items()})
     flags = xr.Dataset({"finished": ("prompt", np.ones(effects.sizes["prompt"], bool))})
-    with files.undisturbed():
+    with files.signals_deferred():
         for part in (effects, flags):
             _write_region(workdir / NAME, chunk, part)
 
@@ -286,13 +286,13 @@ def forget(workdir: Path, chunk: slice) -> None:
       UserError: if it cannot be.
     """
     flags = xr.Dataset({"finished": ("prompt", np.zeros(chunk.stop - chunk.start, bool))})
-    with files.undisturbed():
+    with files.signals_deferred():
         _write_region(workdir / NAME, chunk, flags)
 
 
 def seal(workdir: Path) -> None:
     """Gather the metadata of a finished store in one place, so that opening it reads one file."""
-    with files.undisturbed(), warnings.catch_warnings():
+    with files.signals_deferred(), warnings.catch_warnings():
         # That it is not in zarr's specification yet is no matter: without it, readers take the long way.
         warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
         zarr.consolidate_metadata(str(workdir / NAME), zarr_format=metadata.ZARR_FORMAT)
@@ -364,7 +364,7 @@ def _open(path: Path) -> xr.Dataset:
         raise UserError(f"{path}: is not there; run `python -m launch.sweep --workdir={path.parent}` first")
     metadata.check(path)
     try:
-        with files.undisturbed():
+        with files.signals_deferred():
             return xr.open_zarr(path, consolidated=False, chunks=None, zarr_format=metadata.ZARR_FORMAT)
     except Exception as error:
         raise digests.unreadable(path, error) from error

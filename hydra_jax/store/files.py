@@ -49,7 +49,7 @@ def directory(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[None]:
+def exclusive(workdir: Path) -> Iterator[None]:
     """Keep others from working in a directory that is there, for as long as this process lives and works in it.
 
     Raises:
@@ -85,7 +85,7 @@ def await_path(path: Path, seconds: float = SEEN_SECONDS) -> None:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait until this is done: zarr works in threads, which would go on writing behind them."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ours = {number: handler for number, handler in handlers.items() if callable(handler)}

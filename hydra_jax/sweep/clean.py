@@ -15,10 +15,10 @@ from tqdm import tqdm
 from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.batched import PREFILL_TOKENS, ablatable_batch, prefill_batch, read_batch
 from hydra_jax.engine.batching import evenly, fill_up, round_up
 from hydra_jax.engine.cluster import Cluster
-from hydra_jax.engine.kernels import PREFILL_TOKENS, ablatable_batch, prefill_batch, read_batch
-from hydra_jax.engine.memory import Fit
+from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.engine.mesh import Worker
 from hydra_jax.errors import UserError
 from hydra_jax.sweep.bank import COLUMNS, Bank
@@ -37,7 +37,7 @@ class CleanPass:
     Attributes:
       model: the model.
       ablation: which values are kept.
-      fit: how many prompts go at once.
+      sizer: how many prompts go at once.
       bank: where they go.
       cluster: the processes that share the work.
       progress: whether to show a bar.
@@ -45,7 +45,7 @@ class CleanPass:
 
     model: Model
     ablation: AblationConfig
-    fit: Fit
+    sizer: BatchSizer
     bank: Bank
     cluster: Cluster
     progress: bool = False
@@ -68,14 +68,14 @@ class CleanPass:
         bar.update(len(items) - len(missing))
         alone = self.cluster.count == 1
         worker = Worker(0, 1, True) if alone else meshes.worker(meshes.of(self.model.params))
-        size = self.fit.prompts(padded_length(len(missing[-1].tokens), self.model.config.context)) if missing else 1
+        size = self.sizer.prompts(padded_length(len(missing[-1].tokens), self.model.config.context)) if missing else 1
         size = min(self.cluster.gather(size))  # one of them may have run out of memory before
         parts = evenly(len(missing), min(size, -(-len(missing) // worker.count)))
         say = functools.partial(bar.write, file=sys.stderr)
         for part in worker.share(parts):
             chosen = missing[part]
             runs = functools.partial(self._runs, chosen, target)
-            columns, values = self.fit.run(runs, round_up(parts[0].stop, self.fit.least), say)
+            columns, values = self.sizer.run(runs, round_up(parts[0].stop, self.sizer.least), say)
             kept = np.array([keep(item, top) for item, top in zip(chosen, columns["top"].tolist(), strict=True)])
             if worker.leads:
                 self.bank.add([item.prompt.id for item in chosen], columns, kept, values[kept])

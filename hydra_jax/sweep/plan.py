@@ -12,7 +12,7 @@ import numpy as np
 from hydra_jax.config import AblationConfig
 from hydra_jax.core.edits import WHOLE, Component, WriteStatistics, draw_sources, prompt_keys
 from hydra_jax.engine.batching import fill_up
-from hydra_jax.engine.memory import Fit
+from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.errors import UserError
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.text import prompts as prompt_sets
@@ -90,7 +90,7 @@ class Plan:
       bank_ids: of those prompts that replacements, means and deviations come from.
       ablation: what is ablated, and how.
       seed: of the draws.
-      fit: how many prompts go at once.
+      sizer: how many prompts go at once.
       tolerance: of the identity, in logits.
       non_finite: the share of interventions whose values may be no numbers.
     """
@@ -102,7 +102,7 @@ class Plan:
     bank_ids: Sequence[str]
     ablation: AblationConfig
     seed: int
-    fit: Fit
+    sizer: BatchSizer
     tolerance: float
     non_finite: float
 

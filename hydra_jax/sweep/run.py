@@ -22,12 +22,12 @@ from hydra_jax.engine import memory
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
-from hydra_jax.engine.memory import Fit
+from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.errors import UserError, shown
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
-from hydra_jax.sweep.ablations import ablate_one, fill, frame
 from hydra_jax.sweep.bank import DIRECTORY, Bank
+from hydra_jax.sweep.chunks import ablate_one, fill, frame
 from hydra_jax.sweep.clean import CleanPass, choose
 from hydra_jax.sweep.plan import Item, Plan, facts_beside, itemise
 from hydra_jax.text import prompts as prompt_sets
@@ -99,7 +99,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
         failure, sweep = None, None
         try:
             if cluster.first:
-                held.enter_context(files.alone(workdir))
+                held.enter_context(files.exclusive(workdir))
             sweep = _Sweep(config, workdir, cluster, progress and cluster.first)
         except UserError as error:
             failure = error
@@ -127,11 +127,11 @@ class _Sweep:
         self.bank = Bank(self.model.config.dtype, workdir / DIRECTORY, self.digest)
         self.worker = meshes.worker(mesh)
 
-    def _fit(self) -> Fit:
+    def _sizer(self) -> BatchSizer:
         """How many prompts go at once, the same in all processes: they divide the work by it."""
         config = self.config
         free = min(self.cluster.gather(memory.left(config.memory, self.model.config, self.mesh)))
-        return Fit(self.model.config, self.mesh, config.ablation.draws, config.ablation.edges, config.rows, free)
+        return BatchSizer(self.model.config, self.mesh, config.ablation.draws, config.ablation.edges, config.rows, free)
 
     @property
     def agreed(self) -> str:
@@ -145,7 +145,7 @@ class _Sweep:
         if left == [] and store.has_examples(self.workdir, self.config.example):
             self._end()
             return store.open_effects(self.workdir)
-        self.fit = self._fit()
+        self.sizer = self._sizer()
         if self.progress:
             print(self._layout(), flush=True)
         self.bank.refresh(self.cluster)
@@ -181,7 +181,7 @@ class _Sweep:
         several = f"process {self.cluster.process} of {self.cluster.count}: " if self.cluster.count > 1 else ""
         return (
             f"{several}{self.mesh.size} {self.mesh.devices.flat[0].platform} devices, data {shape[meshes.DATA]} x model"
-            f" {shape[meshes.MODEL]}, {c.dtype}; up to {self.fit.wanted:,} prompts at once"
+            f" {shape[meshes.MODEL]}, {c.dtype}; up to {self.sizer.wanted:,} prompts at once"
         )
 
     def _end(self) -> None:
@@ -209,7 +209,7 @@ class _Sweep:
     def _plan(self) -> Plan:
         """The clean pass, if it is still to be done, and the store, made if it is not there."""
         config = self.config
-        clean = CleanPass(self.model, config.ablation, self.fit, self.bank, self.cluster, self.progress)
+        clean = CleanPass(self.model, config.ablation, self.sizer, self.bank, self.cluster, self.progress)
         if self.resumed:
             old = store.open_effects(self.workdir)
             by_id = {item.prompt.id: item for item in self.items}
@@ -236,7 +236,7 @@ class _Sweep:
             bank_ids=[item.prompt.id for item in pool],
             ablation=config.ablation,
             seed=config.seed,
-            fit=self.fit,
+            sizer=self.sizer,
             tolerance=config.identity_tolerance,
             non_finite=config.non_finite,
         )
@@ -258,7 +258,7 @@ class _Sweep:
         table = examined_table(plan, examined)
         beside = {EXAMINED: lambda part: table.to_csv(part, index=False)}
         # As many as fill a worker's devices, but so that every worker has some.
-        most = min(self.fit.wanted, -(-len(plan.items) // self.worker.count))
+        most = min(self.sizer.wanted, -(-len(plan.items) // self.worker.count))
         chunk = evenly(len(plan.items), most)[0].stop
         store.create(self.workdir, dataset, chunk, self.config.ablation.edges, beside)
 

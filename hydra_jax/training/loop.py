@@ -68,7 +68,7 @@ def train(config: TrainConfig, workdir: Path, progress: bool = True) -> None:
             f"config.batch: {config.batch} in {config.accumulate} parts does not divide over {devices} devices; give"
             f" a multiple of {devices * config.accumulate}"
         )
-    mine = files.alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    mine = files.exclusive(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     with files.directory(workdir), contextlib.ExitStack() as held:
         failure, corpus = None, None
         try:

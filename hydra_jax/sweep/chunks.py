@@ -19,8 +19,8 @@ from hydra_jax.core.edits import SITES, WHOLE, Component, WriteStatistics, all_c
 from hydra_jax.core.effects import Effects
 from hydra_jax.core.prefill import Clean
 from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.batched import AblationSummary, CleanSummary, ablate_batch, prefill_batch, read_batch, summarise
 from hydra_jax.engine.batching import evenly, fill_up, round_up
-from hydra_jax.engine.kernels import Ablated, Read, ablate_batch, prefill_batch, read_batch, summarise
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
 from hydra_jax.sweep.plan import Item, Plan, batch_of, places
@@ -34,7 +34,7 @@ Write = Callable[[slice, dict[str, np.ndarray]], None]
 """Stores a chunk's variables."""
 
 
-class Piece:
+class Batch:
     """As many prompts as go at once, on the devices: their clean runs are `clean`.
 
     Args:
@@ -55,7 +55,7 @@ class Piece:
         )
         self._keys = meshes.put(mesh, plan.keys[self.places], meshes.Spec(meshes.DATA))
 
-    def read(self) -> Read:
+    def read(self) -> CleanSummary:
         """Its clean runs."""
         return self._host(read_batch(self.plan.model.params, self.clean))
 
@@ -81,7 +81,7 @@ class Piece:
             edges=plan.ablation.edges,
         )
 
-    def summary(self, component: Component) -> Callable[[], Ablated]:
+    def summary(self, component: Component) -> Callable[[], AblationSummary]:
         """Begin one component's ablations; what is returned waits for them.
 
         Raises:
@@ -89,7 +89,7 @@ class Piece:
         """
         begun = summarise(self.plan.model.params, *self.ablated(component))
 
-        def end() -> Ablated:
+        def end() -> AblationSummary:
             found = self._host(begun)
             self._check_identity(component, found.residual)
             return found
@@ -109,9 +109,9 @@ class Piece:
             )
 
 
-def _ahead(begun: Iterable[Callable[[], Ablated]]) -> Iterator[Ablated]:
+def _ahead(begun: Iterable[Callable[[], AblationSummary]]) -> Iterator[AblationSummary]:
     """The ends of what was begun, in order, the devices kept busy meanwhile."""
-    waiting: deque[Callable[[], Ablated]] = deque()
+    waiting: deque[Callable[[], AblationSummary]] = deque()
     for end in begun:
         waiting.append(end)
         if len(waiting) > AHEAD:
@@ -149,13 +149,13 @@ def ablate_chunk(
     own_places = places(plan.components, c.heads)
     for part in parts:
         here = slice(chunk.start + part.start, chunk.start + part.stop)
-        piece = Piece(plan, here, size, sources)
-        read = piece.read()
+        batch = Batch(plan, here, size, sources)
+        read = batch.read()
         own = read.head_unembed if plan.ablation.by_head else read.delta_unembed
         for name in ("clean_logit", "clean_probability", "final_scale", "delta_unembed"):
             columns[name][part] = getattr(read, name)
         columns["ablated_delta_unembed"][part] = own[:, own_places]
-        begun = (piece.summary(plan.components[turn]) for turn in turns)
+        begun = (batch.summary(plan.components[turn]) for turn in turns)
         for turn, found in zip(turns, _ahead(begun), strict=True):
             for name in columns.keys() - store.CLEAN.keys():
                 columns[name][part, turn] = getattr(found, name)
@@ -221,9 +221,9 @@ def fill(
 
             longest = padded_length(len(plan.items[chunk.stop - 1].tokens), plan.model.config.context)
             # The same for all chunks, the last and smaller one too, so that they share a compilation.
-            parts = evenly(largest, plan.fit.prompts(longest))
-            size = round_up(parts[0].stop, plan.fit.least)
-            columns = plan.fit.run(attempt, size, say)
+            parts = evenly(largest, plan.sizer.prompts(longest))
+            size = round_up(parts[0].stop, plan.sizer.least)
+            columns = plan.sizer.run(attempt, size, say)
             lost += _lost(plan, chunk, columns[store.NON_FINITE], say)
             if lost > plan.non_finite * every:
                 raise UserError(
@@ -269,9 +269,9 @@ def frame(plan: Plan) -> xr.Dataset:
 
 def ablate_one(plan: Plan, place: int, component: Component) -> xr.Dataset:
     """Everything about one ablation in one prompt: a dataset of (replacement, component)."""
-    piece = Piece(plan, slice(place, place + 1), plan.fit.least, Sources(plan, resident=False))
-    read: Read = jax.tree.map(lambda array: array[0], piece.read())
-    found: Effects = jax.tree.map(lambda array: array[0], jax.device_get(piece.ablated(component)[0]))
+    batch = Batch(plan, slice(place, place + 1), plan.sizer.least, Sources(plan, resident=False))
+    read: CleanSummary = jax.tree.map(lambda array: array[0], batch.read())
+    found: Effects = jax.tree.map(lambda array: array[0], jax.device_get(batch.ablated(component)[0]))
     compensation = found.compensation.reshape(len(found.compensation), -1)
     # The ablated component's own change is its direct effect: it is not among the compensations.
     ablated = read.delta_unembed + compensation

@@ -7,7 +7,7 @@ import pytest
 
 from hydra_jax.models.shapes import SHAPES
 from hydra_jax.models.transformer import forward
-from hydra_jax.sweep.describe import cost, describe, parameters
+from hydra_jax.sweep.cost import cost, describe, parameters
 from hydra_jax.weights.load import load, read_config
 from tests.helpers import checkpoints
 from tests.helpers import models as toys

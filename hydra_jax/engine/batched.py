@@ -27,7 +27,7 @@ PREFILL_TOKENS = 4096
 """Tokens of clean runs at once: what a layer computes of them is in memory, whatever their number."""
 
 
-class Read(flax.struct.PyTreeNode):
+class CleanSummary(flax.struct.PyTreeNode):
     """What the host reads of P clean runs.
 
     Attributes:
@@ -49,7 +49,7 @@ class Read(flax.struct.PyTreeNode):
     final_scale: jax.Array
 
 
-class Ablated(flax.struct.PyTreeNode):
+class AblationSummary(flax.struct.PyTreeNode):
     """One component's ablations in P prompts, as a result store has them: where values are not finite, NaN.
 
     Attributes:
@@ -77,15 +77,15 @@ class Ablated(flax.struct.PyTreeNode):
 
 def prefill_batch(params: Params, tokens: jax.Array, lengths: jax.Array, targets: jax.Array) -> Clean:
     """`prefill` of [P, T] tokens, [P] lengths and [P] targets."""
-    return prefilling(params)(params, tokens, lengths, targets)
+    return prefill_program(params)(params, tokens, lengths, targets)
 
 
-def prefilling(params: Params) -> jax.stages.Wrapped:
+def prefill_program(params: Params) -> jax.stages.Wrapped:
     """The jitted program behind `prefill_batch`, to be lowered or called."""
     return _prefill_program(meshes.of(params), params.config)
 
 
-def read_batch(params: Params, clean: Clean) -> Read:
+def read_batch(params: Params, clean: Clean) -> CleanSummary:
     """What the host reads of P clean runs."""
     return _program(meshes.of(params), _read, (0,))(params, clean)
 
@@ -118,15 +118,15 @@ def ablate_batch(
       kind: of ablation.
       edges: whether to compute the direct edges; else they are None.
     """
-    return ablating(params, kind, edges)(params, clean, component, sources, statistics, keys)
+    return ablate_program(params, kind, edges)(params, clean, component, sources, statistics, keys)
 
 
-def ablating(params: Params, kind: str, edges: bool) -> jax.stages.Wrapped:
+def ablate_program(params: Params, kind: str, edges: bool) -> jax.stages.Wrapped:
     """The jitted program behind `ablate_batch`, to be lowered or called."""
     return _program(meshes.of(params), _ablate, (0, 2, 4), kind=kind, edges=edges)
 
 
-def summarise(params: Params, found: Effects, edges: jax.Array | None) -> Ablated:
+def summarise(params: Params, found: Effects, edges: jax.Array | None) -> AblationSummary:
     """One component's effects as a result store has them."""
     return _program(meshes.of(params), _summarise, ())(found, edges)
 
@@ -139,8 +139,8 @@ def _prefill_program(mesh: Mesh, config: ModelConfig) -> jax.stages.Wrapped:
 
 
 @functools.cache
-def _program(mesh: Mesh, run: Callable[..., Any], whole: tuple[int, ...], **switches: Any) -> jax.stages.Wrapped:
-    return meshes.spread(mesh, functools.partial(run, **switches), whole)
+def _program(mesh: Mesh, run: Callable[..., Any], replicated: tuple[int, ...], **switches: Any) -> jax.stages.Wrapped:
+    return meshes.spread(mesh, functools.partial(run, **switches), replicated)
 
 
 def _prefill(params: Params, tokens: jax.Array, lengths: jax.Array, targets: jax.Array) -> Clean:
@@ -149,9 +149,9 @@ def _prefill(params: Params, tokens: jax.Array, lengths: jax.Array, targets: jax
     return jax.lax.map(lambda each: run(*each), (tokens, lengths, targets), batch_size=together)
 
 
-def _read(params: Params, clean: Clean) -> Read:
+def _read(params: Params, clean: Clean) -> CleanSummary:
     count = len(clean.target)
-    return Read(
+    return CleanSummary(
         top=clean.top,
         target=clean.target,
         delta_unembed=jax.vmap(delta_unembed)(clean).reshape(count, -1),
@@ -198,7 +198,7 @@ def _ablate(
     return jax.vmap(prompt)(clean, sources, keys)
 
 
-def _summarise(found: Effects, edges: jax.Array | None) -> Ablated:
+def _summarise(found: Effects, edges: jax.Array | None) -> AblationSummary:
     changes = [each for each in (found.compensation, edges) if each is not None]
     parts = [found.total_effect, found.direct_effect, found.norm_compensation, found.residual]
     finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, parts))
@@ -212,7 +212,7 @@ def _summarise(found: Effects, edges: jax.Array | None) -> Ablated:
         kept = jnp.where(finite[..., None, None], values, 0).sum(axis=1).reshape(len(values), -1)
         return kept / finite.sum(axis=1).astype(kept.dtype)[:, None]
 
-    return Ablated(
+    return AblationSummary(
         total_effect=known(found.total_effect),
         direct_effect=known(found.direct_effect),
         attn_compensation=known(found.attn_compensation),
