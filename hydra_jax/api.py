@@ -1,25 +1,27 @@
-"""What the README shows: a sweep in memory, and one ablation of one prompt."""
+"""The Python interface: a sweep in memory, and one ablation of one prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 import xarray as xr
 
-from hydra_jax.config import HEADS, AblationConfig, PromptsConfig, SweepConfig
-from hydra_jax.core.edits import ATTN, SITES, Component
+from hydra_jax.config import HEADS, AblationConfig, sweep_config
+from hydra_jax.core.edits import ATTN, SITES, WHOLE, Component
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer, free_bytes
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, shown
 from hydra_jax.store import effects as store
+from hydra_jax.store import variables
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.sweep.chunks import ablate_one, fill, frame
 from hydra_jax.sweep.clean import CleanPass, choose
-from hydra_jax.sweep.plan import Item, Plan, facts_beside, itemise
-from hydra_jax.sweep.run import protocol
+from hydra_jax.sweep.plan import Plan, facts_beside, itemise
+from hydra_jax.sweep.protocol import protocol
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.weights.load import Model
@@ -62,20 +64,28 @@ def sweep(
     Raises:
       UserError: if an argument is out of range or a prompt cannot be swept.
     """
-    config = SweepConfig(
-        model=model.name,
-        dtype=model.config.dtype,
-        precision=model.config.precision,
-        prompts=PromptsConfig(correct_only=correct_only, limit=limit),
-        ablation=AblationConfig(kind=kind, replacements=replacements, sites=sites, layers=layers, edges=edges),
-        seed=seed,
-        rows=rows,
+    config = sweep_config(
+        {
+            "model": model.name,
+            "dtype": model.config.dtype,
+            "precision": model.config.precision,
+            "prompts": {"correct_only": correct_only, "limit": limit},
+            "ablation": {
+                "kind": kind,
+                "replacements": replacements,
+                "sites": sites,
+                "layers": layers,
+                "edges": edges,
+            },
+            "seed": seed,
+            "rows": rows,
+        }
     )
     chosen = prompt_sets.builtin() if prompts is None else prompt_sets.as_prompts(prompts)
     clean = _clean_pass(model, config.ablation, rows, progress)
     kept, _ = choose(clean, itemise(model, chosen), config.prompts, seed)
-    plan = _plan(clean, kept, kept, config)
-    dataset = store.in_memory(frame(plan), edges)
+    plan = Plan.build(model, clean.bank, clean.sizer, config, kept)
+    dataset = variables.in_memory(frame(plan), edges)
     dataset.attrs = store.protocol_attributes(protocol(config, model, chosen))
 
     def write(chunk: slice, arrays: dict[str, np.ndarray]) -> None:
@@ -91,7 +101,7 @@ def ablate(
     model: Model,
     prompt: str,
     site: str,
-    layer: int,
+    layer: int | None = None,
     head: int | None = None,
     *,
     kind: str = "resample",
@@ -104,9 +114,10 @@ def ablate(
     Args:
       model: from `load`.
       prompt: the text; its last token is where the ablation takes place.
-      site: "attn" or "mlp".
-      layer: which.
-      head: of attention, to ablate its share alone; None for all of the write.
+      site: the component, as in "attn 23", "mlp 29" or, for one head, "attn 23.4"; or "attn" or "mlp" alone, with
+        `layer` and `head` beside it.
+      layer: its layer, where `site` does not say it.
+      head: one head of attention, to ablate its share alone; None for all of the write.
       kind: "resample", "mean", "zero" or "noise".
       replacements: R, where the kind is random.
       sources: other prompts, for replacements, means and deviations; None draws 64 of the built-in ones.
@@ -120,51 +131,48 @@ def ablate(
       UserError: if an argument is out of range.
     """
     component = _component(model, site, layer, head)
-    ablation = AblationConfig(kind=kind, replacements=replacements, sites=site if head is None else HEADS, edges=False)
-    config = SweepConfig(ablation=ablation, seed=seed)
-    if kind == "zero":
+    sites = SITES[component.site] if component.head == WHOLE else HEADS
+    ablation = {"kind": kind, "replacements": replacements, "sites": sites, "edges": False}
+    config = sweep_config({"ablation": ablation, "seed": seed})
+    if not (config.ablation.kind.needs_sources or config.ablation.kind.needs_statistics):
         others: list[str] = []
     elif sources is None:
         others = [fact.text for fact in facts_beside(prompt, replacements, seed)]
     else:
         others = [text for text in dict.fromkeys(sources) if text != prompt]
     items = itemise(model, prompt_sets.as_prompts([prompt, *others]))
-    clean = _clean_pass(model, ablation)
+    clean = _clean_pass(model, config.ablation)
     with clean.bar(len(items)) as bar:
         clean.run(items, bar)
-    return ablate_one(_plan(clean, items[:1], items, config), 0, component)
+    return ablate_one(Plan.build(model, clean.bank, clean.sizer, config, items[:1], items), 0, component)
 
 
 def _clean_pass(model: Model, ablation: AblationConfig, rows: int = 0, progress: bool = False) -> CleanPass:
-    """One in memory, by this process alone, on the devices that the model is on."""
+    """Return a clean pass in memory, by this process alone, on the devices that the model is on."""
     mesh = meshes.of(model.params)
     sizer = BatchSizer(model.config, mesh, ablation.draws, ablation.edges, rows, free_bytes(mesh.local_devices[0]))
     return CleanPass(model, ablation, sizer, Bank(model.config.dtype), Cluster(0, 1), progress)
 
 
-def _plan(clean: CleanPass, kept: Sequence[Item], pool: Sequence[Item], config: SweepConfig) -> Plan:
-    return Plan(
-        model=clean.model,
-        items=kept,
-        targets=np.array([clean.bank.rows[item.prompt.id].target for item in kept]),
-        bank=clean.bank,
-        bank_ids=[item.prompt.id for item in pool],
-        ablation=config.ablation,
-        seed=config.seed,
-        sizer=clean.sizer,
-        tolerance=config.identity_tolerance,
-        non_finite=config.non_finite,
-    )
-
-
-def _component(model: Model, site: str, layer: int, head: int | None) -> Component:
-    c = model.config
-    if site not in SITES or not 0 <= layer < c.layers:
+def _component(model: Model, site: str, layer: int | None, head: int | None) -> Component:
+    """Return the component that `ablate` is asked for, one of the model's."""
+    if layer is None:
+        component = Component.parse(site)
+        if component.head != WHOLE and head is not None:
+            raise UserError(f"component {site!r}: names a head, and so does head={head}; give one of the two")
+    elif site in SITES:
+        component = Component(layer, SITES.index(site))
+    else:
         raise UserError(
-            f"{site} {layer}: is not a component of {model.name}; sites are {', '.join(SITES)}, layers 0-{c.layers - 1}"
+            f"site {shown(site)}: is not attn or mlp; give one of the two, or e.g. 'attn 23' without a layer"
         )
-    if head is None:
-        return Component(layer, SITES.index(site))
-    if site != SITES[ATTN] or not 0 <= head < c.heads:
-        raise UserError(f"{site} {layer} head {head}: is not a head of {model.name}; attention has 0-{c.heads - 1}")
-    return Component(layer, ATTN, head)
+    if head is not None:
+        component = dataclasses.replace(component, head=head)
+    c = model.config
+    whole = head is None and component.head == WHOLE
+    if not (0 <= component.layer < c.layers and (whole or (component.site == ATTN and 0 <= component.head < c.heads))):
+        raise UserError(
+            f"{component}: is not a component of {model.name}; it has layers 0-{c.layers - 1} of {', '.join(SITES)},"
+            f" and attention has heads 0-{c.heads - 1}"
+        )
+    return component

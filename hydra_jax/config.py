@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hydra_jax.core.edits import ATTN, KINDS, RANDOM_KINDS, SITES, Component
+from hydra_jax.core.edits import ATTN, SITES, Component, Kind
 from hydra_jax.errors import UserError, shown
 from hydra_jax.models.config import DTYPES, PRECISIONS, ModelConfig
 from hydra_jax.parsing import one_of, parse
@@ -67,16 +67,20 @@ class AblationConfig:
       edges: also compute direct edges, at about the cost of the rest.
     """
 
-    kind: str = "resample"
+    kind: Kind = Kind.RESAMPLE
     replacements: int = 15
     sites: str = "attn,mlp"
     layers: str = "all"
     edges: bool = True
 
+    def __post_init__(self) -> None:
+        # Python callers give kinds by name, as the commands do.
+        object.__setattr__(self, "kind", Kind(one_of("ablation.kind", self.kind, tuple(Kind))))
+
     @property
     def draws(self) -> int:
         """R as it is computed: one where every replacement would be the same."""
-        return self.replacements if self.kind in RANDOM_KINDS else 1
+        return self.replacements if self.kind.draws else 1
 
     @property
     def by_head(self) -> bool:
@@ -189,7 +193,6 @@ class SweepConfig:
     example: str = ""
 
     def __post_init__(self) -> None:
-        one_of("ablation.kind", self.ablation.kind, KINDS)
         one_of("prompts.kind", self.prompts.kind, prompt_sets.KINDS)
         one_of("prompts.target", self.prompts.target, TARGETS)
         if self.prompts.kind == "text" and not self.prompts.path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,8 @@ def parse(kind: type, given: Any, where: str) -> Any:
         wanted = types[key]
         if dataclasses.is_dataclass(wanted):
             values[key] = parse(typing.cast(type, wanted), value, f"{where}.{key}")
+        elif issubclass(wanted, enum.StrEnum) and isinstance(value, str):
+            values[key] = wanted(one_of(f"{where}.{key}".removeprefix("config."), value, tuple(wanted)))
         elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
             values[key] = float(value)
         elif type(value) is wanted:

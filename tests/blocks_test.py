@@ -51,8 +51,8 @@ def test_replay_equals_the_full_forward(block, component):
     clean = clean_run(params)
     value = jax.random.normal(jax.random.key(3), (params.config.width,))
     delta = value - clean.writes[component.layer, component.site]
-    found = effects(clean, delta, jit_replay(params, clean, component[:2], delta))
-    edits = toys.edit(params.config, len(TOKENS), *component[:2], -1, value)
+    found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
+    edits = toys.edit(params.config, len(TOKENS), component.layer, component.site, -1, value)
     runs = [jit_forward(params, TOKENS, edits)[1] for edits in (None, edits)]
     logits = [unembed(params, run.resid_post[-1, -1]) for run in runs]
     target = int(logits[0].argmax())

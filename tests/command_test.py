@@ -12,7 +12,7 @@ import xarray as xr
 
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
-from hydra_jax.store import files
+from hydra_jax.store import files, variables
 from tests.helpers import checkpoints, commands
 from tests.helpers import effects as synthetic
 from tests.helpers.commands import ROOT, finish
@@ -222,7 +222,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(runs, good, stop):
     assert finished_chunks(workdir).items() > chunks.items()
     effects, expected = store.open_effects(workdir), store.open_effects(good)
     assert list(effects["prompt_id"].values) == list(expected["prompt_id"].values)
-    for name in store.DIMS:
+    for name in variables.VARIABLES:
         np.testing.assert_allclose(effects[name], expected[name], atol=1e-5)
 
 
@@ -245,7 +245,7 @@ def test_a_store_is_not_there_without_the_files_beside_it(tmp_path):
         part.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    frame = synthetic.effects(np.ones((2, 2, 1)), np.ones((2, 2, 1))).drop_vars(list(store.DIMS))
+    frame = synthetic.effects(np.ones((2, 2, 1)), np.ones((2, 2, 1))).drop_vars(list(variables.VARIABLES))
     with pytest.raises(OSError, match="No space left"):
         store.create(tmp_path, frame, 1, True, {"prompts.csv": fail})
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ ids = st.lists(st.text(min_size=1, max_size=6), min_size=4, max_size=12, unique=
 
 def test_components_come_in_forward_order():
     components = all_components(3)
-    assert [c.place for c in components] == list(range(6))
+    assert [c.index for c in components] == list(range(6))
     assert sorted(components) == components
     assert [str(c) for c in components[:3]] == ["attn 0", "mlp 0", "attn 1"]
     assert Component(2, SITES.index("mlp")) == components[-1]

@@ -24,10 +24,11 @@ import hydra_jax
 from configs import sweep as sweep_file
 from hydra_jax.analysis import results
 from hydra_jax.config import sweep_config
-from hydra_jax.core.edits import RANDOM_KINDS
+from hydra_jax.core.edits import Kind
 from hydra_jax.errors import UserError
 from hydra_jax.report import page as report
 from hydra_jax.store import effects as store
+from hydra_jax.store import variables
 from hydra_jax.sweep.run import run
 from hydra_jax.text import prompts
 from tests.helpers import checkpoints, corruption
@@ -96,7 +97,7 @@ class Inputs:
 def halve(workdir):
     """Leave of a finished sweep what one that is killed after its first chunk leaves."""
     shutil.rmtree(workdir / store.EXAMPLES)
-    for name in (*store.DIMS, "finished"):
+    for name in (*variables.VARIABLES, "finished"):
         for chunk in (workdir / store.NAME / name / "c").glob("[1-9]*"):
             shutil.rmtree(chunk) if chunk.is_dir() else chunk.unlink()
     path = workdir / store.NAME / "zarr.json"
@@ -182,7 +183,7 @@ def assert_same(found, expected):
 
 def config_input(random, inputs, path):
     """Settings of wrong kinds, sizes and names."""
-    tree = inputs.tree | dict(ablation=inputs.tree["ablation"] | dict(kind=corruption.pick(random, RANDOM_KINDS)))
+    tree = inputs.tree | dict(ablation=inputs.tree["ablation"] | dict(kind=corruption.pick(random, DRAWN)))
     tree = corruption.settings(random, tree, int(random.integers(1, 4)))
     with contextlib.suppress(Exception):  # of ml_collections, which takes less than a mapping
         tree = config_dict.ConfigDict(tree)
@@ -258,7 +259,7 @@ def swept(path, inputs, directory):
         assert np.isfinite(effects["total_effect"]).all()
         if alike(loaded, inputs.model):
             rows = [effects["prompt_id"].values.tolist().index(name) for name in inputs.effects["prompt_id"].values]
-            for name in store.EFFECTS:
+            for name in variables.EFFECTS:
                 np.testing.assert_allclose(effects[name].values[rows], inputs.effects[name].values, atol=1e-5)
 
 
@@ -307,6 +308,7 @@ def read_back(workdir, samples=10, seed=0):
     return found.effects
 
 
+DRAWN = [kind.value for kind in Kind if kind.draws]
 KINDS = {
     "config": config_input,
     "prompts": prompts_input,

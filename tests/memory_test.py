@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hydra_jax.config import MeshConfig
-from hydra_jax.core.edits import WriteStatistics
+from hydra_jax.core.edits import Kind, WriteStatistics
 from hydra_jax.engine import batched as kernels
 from hydra_jax.engine import memory, mesh
 from hydra_jax.errors import UserError
@@ -31,7 +31,7 @@ def test_what_is_planned_with_is_what_the_compiled_programs_take(prompts, length
     width = of((SHAPE.width,), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
     others = of((prompts, 3, SHAPE.width), jnp.float32), WriteStatistics(width, width), keys
-    ablate = kernels.ablate_program(params, "resample", False).lower(params, clean, edits, *others)
+    ablate = kernels.ablate_program(params, Kind.RESAMPLE, False).lower(params, clean, edits, *others)
     kept = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(clean))
     taken = max(kept + each.compile().memory_analysis().temp_size_in_bytes for each in (prefill, ablate))
     need = memory.needs(SHAPE, length, draws=3)

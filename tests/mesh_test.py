@@ -8,7 +8,7 @@ import pytest
 from hydra_jax.benchmarks import loading
 from hydra_jax.benchmarks.devices import collectives
 from hydra_jax.config import MeshConfig
-from hydra_jax.core.edits import WriteStatistics
+from hydra_jax.core.edits import Kind, WriteStatistics
 from hydra_jax.engine import batched as kernels
 from hydra_jax.engine import mesh
 from hydra_jax.engine.mesh import DATA, MODEL
@@ -16,6 +16,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import flat
 from hydra_jax.store import effects as store
+from hydra_jax.store import variables
 from tests.helpers import models as toys
 from tests.helpers import sweeps
 from tests.helpers.commands import finish
@@ -34,7 +35,9 @@ def batch(params, prompts=8, length=6, draws=3):
     c, on = params.config, mesh.of(params)
     over = lambda array: mesh.put(on, array, mesh.Spec(DATA))  # noqa: E731
     tokens = np.stack([np.asarray(toys.tokens(length, seed)) for seed in range(prompts)])
-    clean = kernels.prefill_batch(params, *map(over, (tokens, np.full(prompts, length), np.full(prompts, -1))))
+    clean = kernels.prefill_program(params)(
+        params, *map(over, (tokens, np.full(prompts, length), np.full(prompts, -1)))
+    )
     sources = np.random.default_rng(0).normal(size=(prompts, draws, c.width)).astype(np.float32)
     nothing = WriteStatistics(jnp.zeros(c.width), jnp.zeros(c.width))
     where = jnp.int32(1), jnp.int32(0), None
@@ -43,8 +46,8 @@ def batch(params, prompts=8, length=6, draws=3):
 
 
 def ablated(params):
-    found = kernels.ablate_batch(params, *batch(params), kind="resample", edges=True)
-    return jax.device_get(kernels.summarise(params, *found))
+    found = kernels.ablate_program(params, Kind.RESAMPLE, edges=True)(params, *batch(params))
+    return jax.device_get(kernels.ablation_summary_program(params)(*found))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_nothing_passes_between_devices_that_take_other_prompts(shape):
         kernels.prefill_program(params).lower(
             params, *(mesh.put(on, np.ones(s, np.int32), mesh.Spec(DATA)) for s in ((8, 6), (8,), (8,)))
         ),
-        kernels.ablate_program(params, "resample", edges=False).lower(params, clean, where, *others),
+        kernels.ablate_program(params, Kind.RESAMPLE, edges=False).lower(params, clean, where, *others),
     ]
     for program in programs:
         found = collectives(program.compile().as_text())
@@ -138,7 +141,7 @@ def assert_same(workdir, expected):
     assert found["finished"].values.all()
     for name in (*found.coords, "source"):
         np.testing.assert_array_equal(found[name], expected[name])
-    for name in store.DIMS:
+    for name in variables.VARIABLES:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5, err_msg=name)
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_jax.core.edits import KINDS, SITES, WriteStatistics, all_components, replacement
+from hydra_jax.core.edits import SITES, Kind, WriteStatistics, all_components, replacement
 from hydra_jax.core.effects import delta_unembed, effects, head_unembed
 from hydra_jax.core.prefill import MOST_LIKELY, prefill
 from hydra_jax.core.replay import direct_edges, replay
@@ -37,7 +37,7 @@ def full_forward_effects(params, tokens, layer, site, value):
     return centred(logits) - centred(ablated_logits), moved @ np.asarray(direction) / sigma
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", Kind)
 @pytest.mark.parametrize("component", all_components(toys.config().layers), ids=str)
 def test_replay_equals_the_full_forward(component, kind):
     params, tokens = toys.params(), toys.tokens(9)
@@ -46,12 +46,12 @@ def test_replay_equals_the_full_forward(component, kind):
     source, mean, deviation = jax.random.normal(key, (3, params.config.width))
     value = replacement(kind, source, WriteStatistics(mean, deviation), key)
     delta = value - clean.writes[component.layer, component.site]
-    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component[:2])), delta))
-    total, compensation = full_forward_effects(params, tokens, *component[:2], value)
+    found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
+    total, compensation = full_forward_effects(params, tokens, component.layer, component.site, value)
     np.testing.assert_allclose(found.total_effect, total, atol=1e-5)
     np.testing.assert_allclose(found.compensation, compensation, atol=1e-5)
     assert abs(total) > 1e-2
-    assert (found.compensation.ravel()[: component.place + 1] == 0).all()
+    assert (found.compensation.ravel()[: component.index + 1] == 0).all()
 
 
 @given(seeds, lengths, st.sampled_from(all_components(4)), st.floats(0.01, 10))
@@ -59,7 +59,7 @@ def test_total_effect_is_direct_effect_less_compensation(seed, length, component
     params = toys.params(seed)
     clean = jit_prefill(params, toys.tokens(length, seed), length)
     delta = size * jax.random.normal(jax.random.key(seed), (params.config.width,))
-    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component[:2])), delta))
+    found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
     downstream = found.attn_compensation + found.mlp_compensation + found.norm_compensation
     np.testing.assert_allclose(found.total_effect, found.direct_effect - downstream, atol=1e-4)
     np.testing.assert_allclose(found.residual, 0, atol=1e-4)
@@ -78,7 +78,7 @@ def test_an_edit_that_changes_nothing_has_no_effect(component):
     params = toys.params()
     clean = jit_prefill(params, toys.tokens(8), 8)
     delta = jnp.zeros(params.config.width)
-    found = effects(clean, delta, jit_replay(params, clean, tuple(map(jnp.int32, component[:2])), delta))
+    found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
     jax.tree.map(lambda leaf: np.testing.assert_allclose(leaf, 0, atol=1e-5), found)
 
 
@@ -146,7 +146,7 @@ def test_all_components_share_one_compilation():
     clean = jit_prefill(params, toys.tokens(8), 8)
     fresh = jax.jit(lambda *arguments: replay(*arguments))
     for component in all_components(params.config.layers):
-        fresh(params, clean, tuple(map(jnp.int32, component[:2])), jnp.ones(params.config.width))
+        fresh(params, clean, component.arrays()[:2], jnp.ones(params.config.width))
     assert fresh._cache_size() == 1
 
 
@@ -180,7 +180,7 @@ def test_a_direct_edge_is_the_change_of_a_component_that_alone_sees_the_edit(com
     params, tokens = toys.params(), toys.tokens(7)
     clean = jit_prefill(params, tokens, 7)
     delta = jax.random.normal(jax.random.key(1), (params.config.width,))
-    found = jax.jit(direct_edges)(params, clean, tuple(map(jnp.int32, component[:2])), delta)
+    found = jax.jit(direct_edges)(params, clean, component.arrays()[:2], delta)
     held = clean.writes.at[component.layer, component.site].add(delta)
     for other in all_components(4):
         if other <= component:
@@ -198,8 +198,8 @@ def test_the_first_component_downstream_has_nothing_passed_on_to_it(component):
     params = toys.params()
     clean = jit_prefill(params, toys.tokens(8), 8)
     delta = jax.random.normal(jax.random.key(0), (params.config.width,))
-    where = tuple(map(jnp.int32, component[:2]))
-    first = component.place + 1
+    where = component.arrays()[:2]
+    first = component.index + 1
     edges, whole = (of(params, clean, where, delta) for of in (jax.jit(direct_edges), jit_replay))
     np.testing.assert_allclose(edges.ravel()[first], whole.compensation.ravel()[first], atol=1e-6)
     assert abs(edges.ravel()[first]) > 1e-4

@@ -7,13 +7,14 @@ import xarray as xr
 
 import hydra_jax
 from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig
-from hydra_jax.core.edits import KINDS
+from hydra_jax.core.edits import Kind
 from hydra_jax.engine import mesh
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
-from hydra_jax.store.effects import EFFECTS
+from hydra_jax.store import variables
+from hydra_jax.store.variables import EFFECTS
 from hydra_jax.sweep import chunks as ablations
 from hydra_jax.sweep import plan
 from hydra_jax.sweep.bank import Bank
@@ -48,7 +49,7 @@ def assert_same(left: xr.Dataset, right: xr.Dataset):
         np.testing.assert_allclose(left[name], right[name], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", Kind)
 def test_order_and_chunking_change_nothing(model, kind):
     first = hydra_jax.sweep(model, TEXTS, kind=kind, replacements=3)
     second = hydra_jax.sweep(model, TEXTS[::-1], kind=kind, replacements=3, rows=6)
@@ -115,7 +116,7 @@ def test_values_that_are_no_numbers_are_recorded_and_left_out(model, tmp_path, c
     assert 0 < len(spoilt) < len(TEXTS)
     items = sorted(plan.itemise(broken, [Prompt(text, text) for text in TEXTS]), key=plan.by_length)
     made = planned(broken, items, AblationConfig(replacements=2), non_finite=1.0)
-    dataset = store.in_memory(ablations.frame(made), edges=True)
+    dataset = variables.in_memory(ablations.frame(made), edges=True)
 
     def write(chunk, arrays):
         for name, array in arrays.items():
@@ -171,7 +172,7 @@ def test_a_resampled_write_is_the_sources_own(model):
             np.testing.assert_allclose(one["total_effect"].values[0], swept, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", Kind)
 def test_heads_are_swept_like_writes(model, kind):
     effects = hydra_jax.sweep(model, TEXTS, kind=kind, replacements=2, sites="heads")
     assert effects["ablated_head"].values.tolist() == [0, 1, 2, 3] * 2

@@ -36,7 +36,7 @@ def test_the_trace_adds_up():
 def test_an_edit_replaces_one_write_and_what_follows_from_it(component, position):
     params, tokens = toys.params(), toys.tokens(7)
     value = jnp.linspace(-1, 1, params.config.width)
-    edits = toys.edit(params.config, 7, *component[:2], position, value)
+    edits = toys.edit(params.config, 7, component.layer, component.site, position, value)
     clean, edited = jit_forward(params, tokens)[1], jit_forward(params, tokens, edits)[1]
     writes = ("attn_out", "mlp_out")
     np.testing.assert_array_equal(getattr(edited, writes[component.site])[component.layer, position], value)
@@ -44,7 +44,7 @@ def test_an_edit_replaces_one_write_and_what_follows_from_it(component, position
         name, upstream = writes[other.site], other < component
         same = getattr(clean, name)[other.layer] == getattr(edited, name)[other.layer]
         assert same[:position].all()
-        assert same.all() == upstream or other.place == component.place
+        assert same.all() == upstream or other.index == component.index
 
 
 def test_an_edit_with_what_is_written_anyway_changes_nothing():

@@ -18,6 +18,7 @@ from hydra_jax.analysis.findings import Finding, findings
 from hydra_jax.core.edits import SITES, WHOLE, Component
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
+from hydra_jax.store import variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Results:
     @functools.cached_property
     def means(self) -> xr.Dataset:
         """Effects as means over replacements, (prompt, ablated)."""
-        return self.effects[list(store.EFFECTS)].mean("replacement")
+        return self.effects[list(variables.EFFECTS)].mean("replacement")
 
     @property
     def kind(self) -> str:

@@ -13,6 +13,7 @@ import xarray as xr
 from hydra_jax.core.edits import ATTN, MLP, SITES, Component
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
+from hydra_jax.store import variables
 
 LEVEL = 0.95
 """Share of the bootstrap distribution inside an interval."""
@@ -27,7 +28,7 @@ _PAIRS = {part: ("direct_effect", f"{part}compensation") for part in PARTS}
 _PAIRS["total_"] = ("delta_unembed", "total_effect")
 """What is regressed: on what, and what is."""
 
-_RESAMPLED = (*store.EFFECTS, "compensation")
+_RESAMPLED = (*variables.EFFECTS, "compensation")
 _ENTERING = (*_RESAMPLED, "delta_unembed")
 
 GROUP, AGAIN = 10, 4
@@ -132,7 +133,7 @@ def bootstrap(effects: xr.Dataset, samples: int = 1000, seed: int = 0) -> Bootst
       UserError: if no prompt is finished.
     """
     effects = finished(effects)
-    arrays = {name: effects[name].transpose("prompt", "replacement", ...).values for name in store.EFFECTS}
+    arrays = {name: effects[name].transpose("prompt", "replacement", ...).values for name in variables.EFFECTS}
     parts = [arrays[f"{part}compensation"] for part in PARTS[1:]]
     arrays["compensation"] = parts[0] + parts[1] + parts[2]
     arrays["delta_unembed"] = effects["ablated_delta_unembed"].values[:, None]

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hydra_jax.config import MeshConfig
-from hydra_jax.core.edits import WriteStatistics, all_components
+from hydra_jax.core.edits import Kind, WriteStatistics, all_components
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batched import ablate_program, prefill_program
@@ -167,7 +167,7 @@ def measure(params: Params, devices: int, model: int, prompts: int, length: int,
         (params, clean, (jnp.int32(each.layer), jnp.int32(each.site), None), sources, nothing, keys)
         for each in components
     ]
-    kernel = ablate_program(params, "resample", edges=False).lower(*edits[0]).compile()
+    kernel = ablate_program(params, Kind.RESAMPLE, edges=False).lower(*edits[0]).compile()
     jax.block_until_ready(kernel(*edits[-1]))
     start = time.perf_counter()
     for each in edits:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hydra_jax.core.edits import Component, WriteStatistics, all_components
+from hydra_jax.core.edits import Component, Kind, WriteStatistics, all_components
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine.batched import ablate_program, prefill_program
 from hydra_jax.models import transformer
@@ -131,7 +131,7 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
 
     components = all_components(config.layers)[::step]
     start = time.perf_counter()
-    kernel = ablate_program(params, "resample", False).lower(*edits(components[0])).compile()
+    kernel = ablate_program(params, Kind.RESAMPLE, False).lower(*edits(components[0])).compile()
     compile_seconds += time.perf_counter() - start
 
     gemm, gemm_operations = layer_products(config, prompts * draws)

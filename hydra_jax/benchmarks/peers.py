@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from hydra_jax.core.edits import ATTN, SITES, Component, WriteStatistics, all_components
+from hydra_jax.core.edits import ATTN, SITES, Component, Kind, WriteStatistics, all_components
 from hydra_jax.core.prefill import MOST_LIKELY
-from hydra_jax.engine.batched import ablate_batch, prefill_batch
+from hydra_jax.engine.batched import ablate_program, prefill_program
 from hydra_jax.errors import UserError, reason
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
@@ -289,9 +289,8 @@ def measure(
     """
     prompts = max(1, rows // draws)
     tokens = jax.random.randint(jax.random.key(seed), (prompts, length), 0, params.config.vocab_size, jnp.int32)
-    prefill = functools.partial(
-        prefill_batch, params, tokens, jnp.full(prompts, length), jnp.full(prompts, MOST_LIKELY)
-    )
+    lengths, targets = jnp.full(prompts, length), jnp.full(prompts, MOST_LIKELY)
+    prefill = functools.partial(prefill_program(params), params, tokens, lengths, targets)
     clean = prefill()
     # Each prompt's replacements are other prompts' writes, as in a sweep.
     sources = jnp.stack([jnp.roll(clean.writes, draw + 1, axis=0) for draw in range(draws)], axis=1)
@@ -299,9 +298,9 @@ def measure(
     keys = jax.random.split(jax.random.key(seed), prompts)
 
     def kernel(component: Component) -> jax.Array:
-        where = jnp.int32(component.layer), jnp.int32(component.site), None
         new = sources[:, :, component.layer, component.site]
-        return ablate_batch(params, clean, where, new, nothing, keys, kind="resample")[0].total_effect
+        run = ablate_program(params, Kind.RESAMPLE, edges=False)
+        return run(params, clean, component.arrays(), new, nothing, keys)[0].total_effect
 
     every = all_components(params.config.layers)
     components = _spread(every, -(-len(every) // step))
@@ -314,7 +313,8 @@ def measure(
         if component not in shared:
             continue
         times["prefill"].append(_timed(prefill)[0])
-        prompt, (layer, site, _) = (turn * PAIRS + shared.index(component)) % prompts, component
+        prompt = (turn * PAIRS + shared.index(component)) % prompts
+        layer, site = component.layer, component.site
         ids, target = np.array(tokens[prompt], np.int64), int(clean.target[prompt])
         old, new = np.array(clean.writes[prompt, layer, site]), np.array(sources[prompt, :, layer, site])
         ours = np.asarray(effects[prompt])

@@ -20,7 +20,7 @@ import xarray as xr
 from hydra_jax.analysis import stats
 from hydra_jax.analysis.findings import LATE
 from hydra_jax.core.edits import MLP, SITES
-from hydra_jax.store import effects as store
+from hydra_jax.store import variables
 from hydra_jax.training.config import REFERENCE
 
 MATTERS = 0.1
@@ -105,7 +105,7 @@ def _of_site(effects: xr.Dataset, site: str, draws: Draws) -> dict[str, np.ndarr
     direct = effects["direct_effect"].values.mean(axis=(0, 2))
     least = MATTERS * direct.max() if direct.max() > 0 else -np.inf
     effects = effects.isel(ablated=np.flatnonzero(direct >= least))
-    arrays = {name: effects[name].values for name in store.EFFECTS}
+    arrays = {name: effects[name].values for name in variables.EFFECTS}
     arrays["compensation"] = np.sum([arrays[f"{part}compensation"] for part in stats.PARTS[1:]], axis=0)
     # [P, S, A]: means over the replacements that a sample drew.
     means = {

@@ -19,7 +19,7 @@ from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig
 from hydra_jax.errors import UserError
 from hydra_jax.parsing import differences
 from hydra_jax.store import effects as store
-from hydra_jax.store import files
+from hydra_jax.store import files, variables
 from hydra_jax.sweep import run
 from hydra_jax.text.prompts import Prompt, json_lines
 from hydra_jax.text.prompts import read as read_prompts
@@ -277,7 +277,7 @@ def _by_layer(layers: dict[Key, xr.Dataset], samples: int, seed: int) -> pd.Data
     for arm in dict.fromkeys(key.arm for key in layers):
         here = [effects for key, effects in layers.items() if key.arm == arm]
         times = random.multinomial(len(here), np.full(len(here), 1 / len(here)), size=samples) / len(here)
-        for name in store.EFFECTS:
+        for name in variables.EFFECTS:
             means = np.stack([effects[name].values.mean(axis=2) for effects in here])
             resampled = np.einsum("sn,sp,npa->sa", times, weights, means, optimize=True)
             low, high = stats.interval(resampled)

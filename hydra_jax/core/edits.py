@@ -1,8 +1,11 @@
-"""What is ablated, and by what it is replaced: components, ablation kinds, and their randomness."""
+"""The things that are ablated and what replaces them: components, ablation kinds, and their randomness."""
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,21 +13,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, shown
 
 SITES = ("attn", "mlp")
 ATTN, MLP = range(2)
 
-KINDS = ("resample", "mean", "zero", "noise")
-RANDOM_KINDS = ("resample", "noise")
-"""The kinds of which several replacements are drawn; the others have just one."""
-
-
 WHOLE = -1
 """In place of a head: all of the layer's write."""
 
+NAME = re.compile(r"\s*(?P<site>attn|mlp)\s+(?P<layer>[0-9]{1,9})(\.(?P<head>[0-9]{1,9}))?\s*")
+"""A component as text: "attn 23", "mlp 29", or for a head "attn 23.4"."""
 
-class Component(NamedTuple):
+
+class Kind(enum.StrEnum):
+    """How an ablation chooses what takes a write's place."""
+
+    RESAMPLE = "resample"  # the same write of another prompt
+    MEAN = "mean"  # its mean over the prompt set
+    ZERO = "zero"
+    NOISE = "noise"  # Gaussian, with its mean and deviation over the prompt set
+
+    @property
+    def draws(self) -> bool:
+        """Whether one replacement differs from the next, so that several of them say more than one."""
+        return self in (Kind.RESAMPLE, Kind.NOISE)
+
+    @property
+    def needs_sources(self) -> bool:
+        """Whether it takes values of single other prompts."""
+        return self is Kind.RESAMPLE
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it takes means and deviations over the prompt set."""
+        return self in (Kind.MEAN, Kind.NOISE)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Component:
     """One write: of attention (site 0) or MLP (site 1) of a layer, or one head's share of an attention write."""
 
     layer: int
@@ -32,55 +58,80 @@ class Component(NamedTuple):
     head: int = WHOLE
 
     @classmethod
+    def parse(cls, text: str) -> Component:
+        """Return the component of a name such as "attn 23", "mlp 29" or, for a head, "attn 23.4": what `str` gives.
+
+        Raises:
+          UserError: if it is not a component's name.
+        """
+        match = NAME.fullmatch(text)
+        if match is None or (match["head"] and match["site"] != SITES[ATTN]):
+            raise UserError(
+                f"component {shown(text)}: is not a component; give e.g. 'attn 23', 'mlp 29' or 'attn 23.4'"
+            )
+        return cls(
+            int(match["layer"]), SITES.index(match["site"]), WHOLE if match["head"] is None else int(match["head"])
+        )
+
+    @classmethod
     def named(cls, layer: Any, site: Any, head: Any = WHOLE) -> Component:
-        """The component that results label so, in scalars of whatever library."""
+        """Return the component that results label so, in scalars of whatever library."""
         return cls(int(layer), SITES.index(str(site)), int(head))
 
     @property
-    def place(self) -> int:
-        """Its place in forward order: attn 0, mlp 0, attn 1, mlp 1, ..."""
+    def index(self) -> int:
+        """Its place among the writes in forward order: attn 0, mlp 0, attn 1, mlp 1, ..."""
         return 2 * self.layer + self.site
 
+    def unit(self, heads: int) -> int:
+        """Return its place among all things alike: the 2L writes or, of a head, the L * `heads` heads."""
+        return self.index if self.head == WHOLE else self.layer * heads + self.head
+
+    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Return it as the kernels take it: layer [], site [] and head [], None where it is a whole write."""
+        return jnp.int32(self.layer), jnp.int32(self.site), None if self.head == WHOLE else jnp.int32(self.head)
+
     def __str__(self) -> str:
-        return f"{SITES[self.site]} {self.layer}" + ("" if self.head == WHOLE else f" head {self.head}")
+        return f"{SITES[self.site]} {self.layer}" + ("" if self.head == WHOLE else f".{self.head}")
 
 
 def all_components(layers: int) -> list[Component]:
-    """Every component of a model of `layers` layers, in forward order."""
+    """Return every component of a model of `layers` layers, in forward order."""
     return [Component(layer, site) for layer in range(layers) for site in range(len(SITES))]
 
 
 class WriteStatistics(NamedTuple):
-    """Of one component's last-token writes over the prompt set: per-dimension mean and deviation, [E] arrays."""
+    """Mean and deviation of one component's last-token writes over the prompt set, per dimension: [E] arrays."""
 
     mean: Any
     deviation: Any
 
 
-def replacement(kind: str, source: jax.Array, statistics: WriteStatistics, key: jax.Array) -> jax.Array:
-    """What takes the place of a write, or of what a head mixed: [E].
+def replacement(kind: Kind, source: jax.Array, statistics: WriteStatistics, key: jax.Array) -> jax.Array:
+    """Return what takes the place of a write, or of what a head mixed: [E].
 
     Args:
-      kind: "resample" (the same one of another prompt), "mean" (over the prompt set), "zero", or
-        "noise" (Gaussian with its own mean and deviation over the prompt set).
-      source: [E], the other prompt's; read by "resample" only.
-      statistics: read by "mean" and "noise".
-      key: read by "noise".
+      kind: of the ablation.
+      source: [E], the same thing in another prompt; read by RESAMPLE alone.
+      statistics: read by MEAN and NOISE.
+      key: read by NOISE.
+
+    Raises:
+      ValueError: if `kind` is a string that names no kind.
     """
-    match kind:
-        case "resample":
+    match Kind(kind):
+        case Kind.RESAMPLE:
             return source
-        case "mean":
+        case Kind.MEAN:
             return jnp.asarray(statistics.mean)
-        case "zero":
+        case Kind.ZERO:
             return jnp.zeros_like(source)
-        case "noise":
+        case Kind.NOISE:
             return statistics.mean + statistics.deviation * jax.random.normal(key, source.shape, source.dtype)
-    raise ValueError(f"ablation kind {kind!r} is not one of {', '.join(KINDS)}")
 
 
 def prompt_keys(seed: int, prompt_ids: Sequence[str]) -> jax.Array:
-    """[P] keys made of the seed and each prompt's id alone, so that order and sharding change nothing."""
+    """Return [P] keys made of the seed and each prompt's id alone, so that order and sharding change nothing."""
     words = np.stack([np.frombuffer(hashlib.sha256(i.encode()).digest()[:8], "<u4") for i in prompt_ids])
     fold = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1]))
     return fold(jnp.asarray(words))
@@ -100,7 +151,7 @@ def check_enough(prompts: int, replacements: int) -> None:
 
 
 def draw_sources(keys: jax.Array, prompt_ids: Sequence[str], replacements: int) -> np.ndarray:
-    """[P, R], for each prompt the indices of `replacements` different other prompts.
+    """Return [P, R], for each prompt the indices of `replacements` different other prompts.
 
     The draw is over prompts in order of id, so that the order they come in changes nothing.
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hydra_jax.core.edits import WriteStatistics, replacement
+from hydra_jax.core.edits import Kind, WriteStatistics, replacement
 from hydra_jax.core.effects import Effects, delta_unembed, effects, head_unembed
 from hydra_jax.core.prefill import Clean, prefill
 from hydra_jax.core.replay import direct_edges, replay
@@ -28,7 +28,7 @@ PREFILL_TOKENS = 4096
 
 
 class CleanSummary(flax.struct.PyTreeNode):
-    """What the host reads of P clean runs.
+    """P clean runs as the host reads them.
 
     Attributes:
       top: [P] int, the most likely next token.
@@ -50,7 +50,7 @@ class CleanSummary(flax.struct.PyTreeNode):
 
 
 class AblationSummary(flax.struct.PyTreeNode):
-    """One component's ablations in P prompts, as a result store has them: where values are not finite, NaN.
+    """One component's ablations in P prompts, as a result store has them: values that are not finite are NaN.
 
     Attributes:
       total_effect: [P, R].
@@ -75,60 +75,48 @@ class AblationSummary(flax.struct.PyTreeNode):
     residual: jax.Array
 
 
-def prefill_batch(params: Params, tokens: jax.Array, lengths: jax.Array, targets: jax.Array) -> Clean:
-    """`prefill` of [P, T] tokens, [P] lengths and [P] targets."""
-    return prefill_program(params)(params, tokens, lengths, targets)
-
-
 def prefill_program(params: Params) -> jax.stages.Wrapped:
-    """The jitted program behind `prefill_batch`, to be lowered or called."""
+    """Return the jitted `prefill` of P prompts: (params, tokens [P, T], lengths [P], targets [P]) -> Clean."""
     return _prefill_program(meshes.of(params), params.config)
 
 
-def read_batch(params: Params, clean: Clean) -> CleanSummary:
-    """What the host reads of P clean runs."""
-    return _program(meshes.of(params), _read, (0,))(params, clean)
+def clean_summary_program(params: Params) -> jax.stages.Wrapped:
+    """Return the jitted (params, Clean) -> CleanSummary of P clean runs."""
+    return _program(meshes.of(params), _summarise_clean, (0,))
 
 
-def ablatable_batch(params: Params, clean: Clean, by_head: bool) -> jax.Array:
-    """[P, U, E] in the model's dtype: every write (U = 2L, E = D), or what every head mixed (L * H, head_dim)."""
-    return _program(meshes.of(params), _ablatable, (0,), by_head=by_head)(params, clean)
+def values_program(params: Params, by_head: bool) -> jax.stages.Wrapped:
+    """Return the jitted (params, Clean) -> [P, U, E], the values that ablations replace, in the model's dtype.
+
+    They are every write (U = 2L, E = D) or, `by_head`, what every head mixed (U = L * H, E = head_dim).
+    """
+    return _program(meshes.of(params), _values, (0,), by_head=by_head)
 
 
-def ablate_batch(
-    params: Params,
-    clean: Clean,
-    component: tuple[jax.Array, jax.Array, jax.Array | None],
-    sources: jax.Array,
-    statistics: WriteStatistics,
-    keys: jax.Array,
-    *,
-    kind: str,
-    edges: bool = False,
-) -> tuple[Effects, jax.Array | None]:
-    """The effects of ablating one component in P prompts, R times each, and its direct edges [P, R, L, 2].
+def ablate_program(params: Params, kind: Kind, edges: bool) -> jax.stages.Wrapped:
+    """Return the jitted ablation of one component in P prompts, R times each.
 
     Args:
-      params: the model.
-      clean: of P prompts.
-      component: layer [], site [] and, where one head is ablated, head []; else None.
-      sources: [P, R, E], the component's writes (or what the head mixed) in the replacements' prompts.
-      statistics: of the component over the prompt set.
-      keys: [P], each prompt's.
-      kind: of ablation.
-      edges: whether to compute the direct edges; else they are None.
+      params: the model, of which the mesh is read.
+      kind: of the ablation.
+      edges: whether direct edges are computed, too.
+
+    Returns:
+      A function of
+        params: the model;
+        clean: of P prompts;
+        component: `Component.arrays`, layer [], site [] and head [] or None;
+        sources: [P, R, E], the component's writes (or what the head mixed) in the replacements' prompts;
+        statistics: of the component over the prompt set;
+        keys: [P], each prompt's;
+      that returns the effects [P, R, ...], and the direct edges [P, R, L, 2] or None.
     """
-    return ablate_program(params, kind, edges)(params, clean, component, sources, statistics, keys)
-
-
-def ablate_program(params: Params, kind: str, edges: bool) -> jax.stages.Wrapped:
-    """The jitted program behind `ablate_batch`, to be lowered or called."""
     return _program(meshes.of(params), _ablate, (0, 2, 4), kind=kind, edges=edges)
 
 
-def summarise(params: Params, found: Effects, edges: jax.Array | None) -> AblationSummary:
-    """One component's effects as a result store has them."""
-    return _program(meshes.of(params), _summarise, ())(found, edges)
+def ablation_summary_program(params: Params) -> jax.stages.Wrapped:
+    """Return the jitted (Effects, direct edges or None) -> AblationSummary of one component's ablations."""
+    return _program(meshes.of(params), _summarise_ablations, ())
 
 
 @functools.cache
@@ -146,10 +134,10 @@ def _program(mesh: Mesh, run: Callable[..., Any], replicated: tuple[int, ...], *
 def _prefill(params: Params, tokens: jax.Array, lengths: jax.Array, targets: jax.Array) -> Clean:
     together = max(1, PREFILL_TOKENS // tokens.shape[1])
     run = functools.partial(prefill, params)
-    return jax.lax.map(lambda each: run(*each), (tokens, lengths, targets), batch_size=together)
+    return jax.lax.map(lambda prompt: run(*prompt), (tokens, lengths, targets), batch_size=together)
 
 
-def _read(params: Params, clean: Clean) -> CleanSummary:
+def _summarise_clean(params: Params, clean: Clean) -> CleanSummary:
     count = len(clean.target)
     return CleanSummary(
         top=clean.top,
@@ -162,7 +150,7 @@ def _read(params: Params, clean: Clean) -> CleanSummary:
     )
 
 
-def _ablatable(params: Params, clean: Clean, by_head: bool) -> jax.Array:
+def _values(params: Params, clean: Clean, by_head: bool) -> jax.Array:
     values = clean.mixed if by_head else clean.writes
     return values.reshape(len(values), -1, values.shape[-1]).astype(params.config.dtype)
 
@@ -174,7 +162,7 @@ def _ablate(
     sources: jax.Array,
     statistics: WriteStatistics,
     keys: jax.Array,
-    kind: str,
+    kind: Kind,
     edges: bool,
 ) -> tuple[Effects, jax.Array | None]:
     layer, site, head = component
@@ -188,8 +176,8 @@ def _ablate(
     def prompt(clean: Clean, sources: jax.Array, key: jax.Array) -> tuple[Effects, jax.Array | None]:
         def edit(source: jax.Array, key: jax.Array) -> tuple[Effects, jax.Array | None]:
             delta = change(clean, source, key)
-            found = effects(clean, delta, replay(params, clean, (layer, site), delta))
-            return found, direct_edges(params, clean, (layer, site), delta) if edges else None
+            caused = effects(clean, delta, replay(params, clean, (layer, site), delta))
+            return caused, direct_edges(params, clean, (layer, site), delta) if edges else None
 
         own = jax.random.fold_in(key, 2 * layer + site)
         draws = jax.random.split(own if head is None else jax.random.fold_in(own, head), sources.shape[0])
@@ -198,12 +186,12 @@ def _ablate(
     return jax.vmap(prompt)(clean, sources, keys)
 
 
-def _summarise(found: Effects, edges: jax.Array | None) -> AblationSummary:
-    changes = [each for each in (found.compensation, edges) if each is not None]
-    parts = [found.total_effect, found.direct_effect, found.norm_compensation, found.residual]
+def _summarise_ablations(caused: Effects, edges: jax.Array | None) -> AblationSummary:
+    changes = [change for change in (caused.compensation, edges) if change is not None]
+    parts = [caused.total_effect, caused.direct_effect, caused.norm_compensation, caused.residual]
     finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, parts))
-    for each in changes:
-        finite &= jnp.isfinite(each).all(axis=(2, 3))
+    for change in changes:
+        finite &= jnp.isfinite(change).all(axis=(2, 3))
 
     def known(values: jax.Array) -> jax.Array:
         return jnp.where(finite, values, jnp.nan)
@@ -213,13 +201,13 @@ def _summarise(found: Effects, edges: jax.Array | None) -> AblationSummary:
         return kept / finite.sum(axis=1).astype(kept.dtype)[:, None]
 
     return AblationSummary(
-        total_effect=known(found.total_effect),
-        direct_effect=known(found.direct_effect),
-        attn_compensation=known(found.attn_compensation),
-        mlp_compensation=known(found.mlp_compensation),
-        norm_compensation=known(found.norm_compensation),
-        compensation=mean(found.compensation),
+        total_effect=known(caused.total_effect),
+        direct_effect=known(caused.direct_effect),
+        attn_compensation=known(caused.attn_compensation),
+        mlp_compensation=known(caused.mlp_compensation),
+        norm_compensation=known(caused.norm_compensation),
+        compensation=mean(caused.compensation),
         direct_edge=None if edges is None else mean(edges),
         non_finite=(~finite).sum(axis=1),
-        residual=jnp.where(finite, jnp.abs(found.residual), 0).max(axis=1),
+        residual=jnp.where(finite, jnp.abs(caused.residual), 0).max(axis=1),
     )

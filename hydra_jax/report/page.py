@@ -24,8 +24,7 @@ from hydra_jax.core.edits import SITES, Component
 from hydra_jax.report import figures
 from hydra_jax.report.figures.motifs import MOTIFS
 from hydra_jax.report.figures.style import reach
-from hydra_jax.store import effects as store
-from hydra_jax.store import files
+from hydra_jax.store import files, variables
 
 PAGE = "report.html"
 PROMPT_BYTES = 7_000_000
@@ -219,7 +218,7 @@ def payload(results: Results, kinds: Sequence[Results], heads: Results | None) -
     compensation = effects["compensation"].values
     firsts = [_first_downstream(compensation[:, place]) for place in range(ablated)]
     components = compensation.shape[2]
-    size = 2 * sum(components - first for first in firsts) + 4 * ((len(store.EFFECTS) + 1) * ablated + components)
+    size = 2 * sum(components - first for first in firsts) + 4 * ((len(variables.EFFECTS) + 1) * ablated + components)
     size += 2 * int(np.mean([len(text) for text in effects["text"].values]))
     random = np.random.default_rng(results.seed)
     kept = np.sort(random.permutation(prompts)[: max(1, PROMPT_BYTES // size)])
@@ -260,7 +259,7 @@ def payload(results: Results, kinds: Sequence[Results], heads: Results | None) -
             if len(kept) == prompts
             else f"{len(kept):,} of {prompts:,} prompts, drawn at random; statistics are of all",
         },
-        "effects": {name: _base64(means[name].values) for name in store.EFFECTS},
+        "effects": {name: _base64(means[name].values) for name in variables.EFFECTS},
         "delta_unembed": _base64(effects["delta_unembed"].values[kept]),
         "compensation": packed,
         "scale": scale,

@@ -69,7 +69,7 @@ def one_prompt(results: Results) -> str:
         f"{text} ->{example['target_text'].item()} (p = {example['clean_probability'].item():.2f})\n"
         f"{results.kind} ablation of {ablated}, the attention {'layer' if ablated.head < 0 else 'head'} of the largest"
         f" direct effect, mean over {example.sizes['replacement']} replacements; contributions in logits:\n\n"
-        + table.iloc[ablated.place :].to_string(index=False, float_format="{:+.3f}".format)
+        + table.iloc[ablated.index :].to_string(index=False, float_format="{:+.3f}".format)
         + f"\n\ndirect effect {direct:.3f}, total effect {total:.3f}; the final norm restores {norm:+.3f};"
         f" components before {ablated} do not change"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,125 +18,24 @@ import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from hydra_jax.core.edits import SITES, Component, all_components
 from hydra_jax.errors import UserError
 from hydra_jax.parsing import differences
 from hydra_jax.store import digests, files, metadata
+from hydra_jax.store.variables import (
+    FILLED,
+    NON_FINITE,
+    VARIABLES,
+    shapes,
+)
 
 NAME = "effects.zarr"
 EXAMPLES = "examples.zarr"
-
-LOGITS = "logits"
-EFFECTS = {
-    "total_effect": "drop of the target's centred logit under the ablation",
-    "direct_effect": "drop if only the direct path were cut",
-    "attn_compensation": "repair by downstream attention",
-    "mlp_compensation": "repair by downstream MLPs",
-    "norm_compensation": "repair by the final norm's rescaling",
-}
-"""The variables of (prompt, ablated, replacement), and what they mean."""
-
-BY_COMPONENT = {
-    "compensation": "change of a component's contribution, mean over replacements",
-    "direct_edge": "the same where it alone sees the edit, all between frozen",
-}
-"""The variables of (prompt, ablated, component), and what they mean; `direct_edge` where it was asked for."""
-
-CLEAN = {
-    "clean_logit": ("centred logit of the target", ()),
-    "clean_probability": ("probability of the target", ()),
-    "final_scale": ("the final norm's divisor", ()),
-    "delta_unembed": ("direct contribution to the target's centred logit", ("component",)),
-    "ablated_delta_unembed": ("the same of what is ablated, a single head where heads are", ("ablated",)),
-}
-"""The variables of the clean run: what they mean, and their dimensions after `prompt`."""
-
-NO_UNIT = ("clean_probability", "final_scale")
-
-NON_FINITE = "non_finite"
-"""The variable that counts replacements whose values are not finite; NaN stands in their place."""
-
-DIMS = {name: ("prompt", *dims) for name, (_, dims) in CLEAN.items()}
-DIMS |= dict.fromkeys(EFFECTS, ("prompt", "ablated", "replacement"))
-DIMS |= dict.fromkeys(BY_COMPONENT, ("prompt", "ablated", "component"))
-DIMS[NON_FINITE] = ("prompt", "ablated")
-"""Dimensions of what a chunk writes."""
-
-MEANINGS = {name: meaning for name, (meaning, _) in CLEAN.items()} | EFFECTS | BY_COMPONENT
-MEANINGS[NON_FINITE] = "replacements whose values are not finite, and left out"
-FILLED = (*DIMS, "finished")
-"""What is written chunk by chunk."""
 
 CHECKED = {"compressors": [ZstdCodec(), Crc32cCodec()]}
 """How chunks are stored: compressed, and with a checksum, so that a damaged one is found when it is read."""
 
 FORMAT = 3
 """Of the store; it changes whenever an older store could not be read as if it were new."""
-
-
-def labels(dim: str, components: Sequence[Component], prefix: str = "") -> dict[str, Any]:
-    """Coordinates `layer` and `site` along `dim`, their names prefixed."""
-    # Fixed-width strings have no place in zarr's specification; objects become variable-length ones.
-    sites = np.array([SITES[c.site] for c in components], dtype=object)
-    return {f"{prefix}layer": (dim, np.array([c.layer for c in components])), f"{prefix}site": (dim, sites)}
-
-
-def frame(
-    prompts: Mapping[str, Sequence[Any]], ablated: Sequence[Component], layers: int, source: np.ndarray
-) -> xr.Dataset:
-    """A dataset with every coordinate, and what is known before anything is computed.
-
-    Args:
-      prompts: columns of P values: `prompt_id`, `text`, `relation`, `answer_text`, `target_id`,
-        `target_text`, `length`.
-      ablated: the components to be ablated.
-      layers: L; the components that respond are all 2L.
-      source: [P, R], the position in this dataset of each replacement's prompt; -1 where there is none.
-    """
-    text = {"prompt_id", "text", "relation", "answer_text", "target_text"}
-    coordinates = {
-        name: ("prompt", np.asarray(values, dtype=object if name in text else np.int64))
-        for name, values in prompts.items()
-    }
-    coordinates |= {
-        **labels("ablated", ablated, "ablated_"),
-        "ablated_head": ("ablated", np.array([c.head for c in ablated])),
-        **labels("component", all_components(layers)),
-    }
-    variables = {
-        "source": (("prompt", "replacement"), source, {"long_name": "position of the replacement's prompt; -1: none"}),
-        "finished": (
-            "prompt",
-            np.zeros(len(source), bool),
-            {"long_name": "whether the prompt's effects are computed"},
-        ),
-    }
-    return xr.Dataset(variables, coordinates)
-
-
-def empty(sizes: Mapping[Hashable, int], edges: bool) -> dict[str, np.ndarray]:
-    """Arrays for what a chunk writes, of `sizes` by dimension, nothing in them yet."""
-    return {
-        name: np.zeros(shape, np.int16) if name == NON_FINITE else np.full(shape, np.nan, np.float32)
-        for name, shape in shapes(sizes, edges).items()
-    }
-
-
-def shapes(sizes: Mapping[Hashable, int], edges: bool) -> dict[str, tuple[int, ...]]:
-    """Of every variable that chunks write."""
-    return {name: tuple(sizes[dim] for dim in dims) for name, dims in DIMS.items() if edges or name != "direct_edge"}
-
-
-def attributes(name: str) -> dict[str, Any]:
-    """Of a variable that chunks write."""
-    unit = {} if name in NO_UNIT or name == NON_FINITE else {"units": LOGITS}
-    return unit | {"long_name": MEANINGS[name]}
-
-
-def in_memory(frame: xr.Dataset, edges: bool) -> xr.Dataset:
-    """A frame with arrays for what chunks write."""
-    arrays = empty(frame.sizes, edges)
-    return frame.assign({name: (DIMS[name], array, attributes(name)) for name, array in arrays.items()})
 
 
 def exists(workdir: Path) -> bool:
@@ -168,15 +67,15 @@ def create(
         group = zarr.open_group(str(part), mode="r+", zarr_format=metadata.ZARR_FORMAT)
         for name, shape in shapes(sizes, edges).items():
             # Only described: whatever the number of prompts, chunks alone write values.
-            counts = name == NON_FINITE
+            variable = VARIABLES[name]
             group.create_array(
                 name,
                 shape=shape,
                 chunks=(chunk, *shape[1:]),
-                dtype="int16" if counts else "float32",
-                fill_value=-1 if counts else np.nan,
-                dimension_names=DIMS[name],
-                attributes=attributes(name),
+                dtype=variable.dtype,
+                fill_value=variable.missing,
+                dimension_names=variable.dims,
+                attributes=variable.attributes,
                 compressors=CHECKED["compressors"],
             )
         digests.write(part, FILLED)
@@ -232,8 +131,8 @@ def write_examples(workdir: Path, dataset: xr.Dataset) -> None:
 
 
 def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the effects of one run of prompts (see `DIMS`), then its flags."""
-    effects = xr.Dataset({name: (DIMS[name], array) for name, array in arrays.items()})
+    """Write the effects of one run of prompts (see `VARIABLES`), then its flags."""
+    effects = xr.Dataset({name: (VARIABLES[name].dims, array) for name, array in arrays.items()})
     flags = xr.Dataset({"finished": ("prompt", np.ones(effects.sizes["prompt"], bool))})
     with files.signals_deferred():
         for part in (effects, flags):
@@ -245,7 +144,7 @@ def sound(effects: xr.Dataset, chunk: slice) -> bool:
     try:
         if not effects["finished"][chunk].values.all():
             return False
-        return not holes(effects.isel(prompt=chunk)[[name for name in DIMS if name in effects]].load())
+        return not holes(effects.isel(prompt=chunk)[[name for name in VARIABLES if name in effects]].load())
     except Exception:  # of zarr and its codecs
         return False
 
@@ -254,11 +153,11 @@ def holes(effects: xr.Dataset) -> list[str]:
     """Variables with values missing, of effects in memory; those that are known not to be finite are not."""
     lost = effects[NON_FINITE]
     missing = [NON_FINITE] if (lost < 0).any() else []
-    for name in DIMS.keys() & set(effects.data_vars) - {NON_FINITE}:
+    for name in VARIABLES.keys() & set(effects.data_vars) - {NON_FINITE}:
         empty = effects[name].isnull()
         if "replacement" in empty.dims:
             wrong = empty.sum("replacement") != lost
-        elif "ablated" in empty.dims and name not in CLEAN:
+        elif "ablated" in empty.dims and not VARIABLES[name].clean:
             wrong = empty.any("component") & (lost == 0)
         else:
             wrong = empty & (lost.sum("ablated") == 0)
@@ -326,8 +225,7 @@ def load_effects(workdir: str | Path) -> xr.Dataset:
     """
     path = Path(workdir) / NAME
     effects = open_effects(workdir)
-    optional = {"direct_edge"}
-    missing = [name for name in DIMS if name not in effects and name not in optional]
+    missing = [name for name, variable in VARIABLES.items() if name not in effects and not variable.optional]
     try:
         finished = np.flatnonzero(effects["finished"].values)
         if finished.size and not missing:

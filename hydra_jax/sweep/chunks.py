@@ -1,11 +1,11 @@
-"""Ablations of a plan's prompts: in batches on the devices, chunk by chunk into labelled arrays."""
+"""Ablations of a plan's prompts: chunk by chunk into labelled arrays, in batches that go to the devices at once."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,15 +15,22 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax.core.edits import SITES, WHOLE, Component, WriteStatistics, all_components
+from hydra_jax.core.edits import SITES, Component, WriteStatistics, all_components
 from hydra_jax.core.effects import Effects
 from hydra_jax.core.prefill import Clean
 from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.batched import AblationSummary, CleanSummary, ablate_batch, prefill_batch, read_batch, summarise
+from hydra_jax.engine.batched import (
+    AblationSummary,
+    CleanSummary,
+    ablate_program,
+    ablation_summary_program,
+    clean_summary_program,
+    prefill_program,
+)
 from hydra_jax.engine.batching import evenly, fill_up, round_up
 from hydra_jax.errors import UserError
-from hydra_jax.store import effects as store
-from hydra_jax.sweep.plan import Item, Plan, batch_of, places
+from hydra_jax.store import variables
+from hydra_jax.sweep.plan import Plan, batch_of
 from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.padding import padded_length
 
@@ -35,95 +42,79 @@ Write = Callable[[slice, dict[str, np.ndarray]], None]
 
 
 class Batch:
-    """As many prompts as go at once, on the devices: their clean runs are `clean`.
+    """As many prompts as go at once, on the devices: their clean runs are `clean`, their indices in the plan `prompts`.
 
     Args:
       plan: the sweep.
       part: which of its prompts.
-      size: what they are filled up to, so that all of a sweep's pieces share a compilation.
+      size: how many they are filled up to, so that all of a sweep's batches share a compilation.
       sources: of replacements.
     """
 
     def __init__(self, plan: Plan, part: slice, size: int, sources: Sources):
         self.plan, self.items, self._sources = plan, plan.items[part], sources
-        mesh = meshes.of(plan.model.params)
+        self.params = plan.model.params
+        mesh = meshes.of(self.params)
         over = functools.partial(meshes.put, mesh, spec=meshes.Spec(meshes.DATA))
-        self.places = np.array(fill_up(range(part.start, part.stop), size))
+        self.prompts = np.array(fill_up(range(part.start, part.stop), size))
         tokens, lengths = batch_of(self.items, size, plan.model.config.context)
-        self.clean: Clean = prefill_batch(
-            plan.model.params, over(tokens), over(lengths), over(plan.targets[self.places].astype(np.int32))
-        )
-        self._keys = meshes.put(mesh, plan.keys[self.places], meshes.Spec(meshes.DATA))
+        targets = plan.targets[self.prompts].astype(np.int32)
+        self.clean: Clean = prefill_program(self.params)(self.params, over(tokens), over(lengths), over(targets))
+        self._keys = over(plan.keys[self.prompts])
 
-    def read(self) -> CleanSummary:
-        """Its clean runs."""
-        return self._host(read_batch(self.plan.model.params, self.clean))
+    def clean_summary(self) -> CleanSummary:
+        """Return its clean runs as the host reads them."""
+        return self._host(clean_summary_program(self.params)(self.params, self.clean))
 
-    def ablated(self, component: Component, sources: jax.Array | None = None) -> tuple[Effects, jax.Array | None]:
-        """The effects of one component's ablations, still on the devices, and perhaps not yet there.
+    def ablate(self, component: Component, sources: jax.Array | None = None) -> tuple[Effects, jax.Array | None]:
+        """Begin one component's ablations; effects and direct edges are on the devices, and perhaps not yet there.
 
         Args:
           component: which.
           sources: its replacements' values, where they are at hand.
         """
         plan = self.plan
-        of = plan.components.index(component)
-        statistics = WriteStatistics(*(jnp.asarray(each[of]) for each in plan.statistics))
-        head = None if component.head == WHOLE else jnp.int32(component.head)
-        return ablate_batch(
-            plan.model.params,
-            self.clean,
-            (jnp.int32(component.layer), jnp.int32(component.site), head),
-            self._sources(self.places, of) if sources is None else sources,
-            statistics,
-            self._keys,
-            kind=plan.ablation.kind,
-            edges=plan.ablation.edges,
-        )
+        unit = plan.components.index(component)
+        statistics = WriteStatistics(*(jnp.asarray(array[unit]) for array in plan.statistics))
+        values = self._sources(self.prompts, unit) if sources is None else sources
+        run = ablate_program(self.params, plan.ablation.kind, plan.ablation.edges)
+        return run(self.params, self.clean, component.arrays(), values, statistics, self._keys)
 
-    def summary(self, component: Component) -> Callable[[], AblationSummary]:
-        """Begin one component's ablations; what is returned waits for them.
+    def summaries(self, components: Sequence[Component]) -> Iterator[AblationSummary]:
+        """Yield each component's ablations, in order, with the devices kept busy meanwhile.
 
         Raises:
-          UserError: there, if the identity of `effects` fails in a prompt.
+          UserError: if the identity of `core.effects` fails in a prompt.
         """
-        begun = summarise(self.plan.model.params, *self.ablated(component))
+        summarise = ablation_summary_program(self.params)
+        begun: deque[tuple[Component, AblationSummary]] = deque()
+        for component in components:
+            begun.append((component, summarise(*self.ablate(component))))
+            if len(begun) > AHEAD:
+                yield self._finish(*begun.popleft())
+        while begun:
+            yield self._finish(*begun.popleft())
 
-        def end() -> AblationSummary:
-            found = self._host(begun)
-            self._check_identity(component, found.residual)
-            return found
-
-        return end
-
-    def _host(self, tree: Any) -> Any:
-        return jax.tree.map(lambda array: array[: len(self.items)], jax.device_get(tree))
-
-    def _check_identity(self, component: Component, worst: np.ndarray) -> None:
-        wrong = np.flatnonzero(worst > self.plan.tolerance)
+    def _finish(self, component: Component, begun: AblationSummary) -> AblationSummary:
+        """Wait for one component's ablations, and check the identity."""
+        summary: AblationSummary = self._host(begun)
+        wrong = np.flatnonzero(summary.residual > self.plan.tolerance)
         if wrong.size:
             raise UserError(
                 f"prompt {self.items[wrong[0]].prompt.name}, {component}: total effect is not direct effect less"
-                f" compensation, by {worst[wrong[0]]:.2g} logits (more than {self.plan.tolerance:g}); the activations"
-                " lose precision: use float32 and precision=highest, or raise identity_tolerance"
+                f" compensation, by {summary.residual[wrong[0]]:.2g} logits (more than {self.plan.tolerance:g}); the"
+                " activations lose precision: use float32 and precision=highest, or raise identity_tolerance"
             )
+        return summary
 
-
-def _ahead(begun: Iterable[Callable[[], AblationSummary]]) -> Iterator[AblationSummary]:
-    """The ends of what was begun, in order, the devices kept busy meanwhile."""
-    waiting: deque[Callable[[], AblationSummary]] = deque()
-    for end in begun:
-        waiting.append(end)
-        if len(waiting) > AHEAD:
-            yield waiting.popleft()()
-    while waiting:
-        yield waiting.popleft()()
+    def _host(self, tree: Any) -> Any:
+        return jax.tree.map(lambda array: array[: len(self.items)], jax.device_get(tree))
 
 
 def ablate_chunk(
     plan: Plan, chunk: slice, sources: Sources, size: int, progress: Callable[[int], object] = lambda done: None
 ) -> dict[str, np.ndarray]:
-    """Every ablation in one chunk's prompts, as a result store has them.
+    """Make every ablation in one chunk's prompts; returns the variables of a result store.
 
     Args:
       plan: the sweep.
@@ -133,32 +124,31 @@ def ablate_chunk(
       progress: told of how many more interventions are done.
 
     Raises:
-      UserError: if the identity of `effects` fails in a prompt.
+      UserError: if the identity of `core.effects` fails in a prompt.
     """
-    count, draws, c = chunk.stop - chunk.start, plan.ablation.draws, plan.model.config
-    parts = evenly(count, size)
+    components, draws, c = plan.components, plan.ablation.draws, plan.model.config
     # Early layers cost more than late ones: first and last in turn keep the bar's ETA true.
-    turns = sorted(range(len(plan.components)), key=lambda i: (min(i, len(plan.components) - 1 - i), i))
+    turns = sorted(range(len(components)), key=lambda i: (min(i, len(components) - 1 - i), i))
     sizes: dict[Hashable, int] = {
-        "prompt": count,
-        "ablated": len(turns),
+        "prompt": chunk.stop - chunk.start,
+        "ablated": len(components),
         "replacement": draws,
         "component": c.components,
     }
-    columns = store.empty(sizes, plan.ablation.edges)
-    own_places = places(plan.components, c.heads)
-    for part in parts:
-        here = slice(chunk.start + part.start, chunk.start + part.stop)
-        batch = Batch(plan, here, size, sources)
-        read = batch.read()
-        own = read.head_unembed if plan.ablation.by_head else read.delta_unembed
+    columns = variables.empty(sizes, plan.ablation.edges)
+    of_ablations = columns.keys() - set(variables.CLEAN)
+    units = [component.unit(c.heads) for component in components]
+    for part in evenly(sizes["prompt"], size):
+        batch = Batch(plan, slice(chunk.start + part.start, chunk.start + part.stop), size, sources)
+        clean = batch.clean_summary()
         for name in ("clean_logit", "clean_probability", "final_scale", "delta_unembed"):
-            columns[name][part] = getattr(read, name)
-        columns["ablated_delta_unembed"][part] = own[:, own_places]
-        begun = (batch.summary(plan.components[turn]) for turn in turns)
-        for turn, found in zip(turns, _ahead(begun), strict=True):
-            for name in columns.keys() - store.CLEAN.keys():
-                columns[name][part, turn] = getattr(found, name)
+            columns[name][part] = getattr(clean, name)
+        own = clean.head_unembed if plan.ablation.by_head else clean.delta_unembed
+        columns["ablated_delta_unembed"][part] = own[:, units]
+        summaries = batch.summaries([components[turn] for turn in turns])
+        for turn, summary in zip(turns, summaries, strict=True):
+            for name in of_ablations:
+                columns[name][part, turn] = getattr(summary, name)
             progress((part.stop - part.start) * draws)
     _leave_out(columns, draws)
     return columns
@@ -166,11 +156,11 @@ def ablate_chunk(
 
 def _leave_out(columns: dict[str, np.ndarray], draws: int) -> None:
     """Count everything of a prompt as lost whose clean run is not finite."""
-    clean = [columns[name].reshape(len(columns[name]), -1) for name in store.CLEAN]
+    clean = [columns[name].reshape(len(columns[name]), -1) for name in variables.CLEAN]
     broken = ~np.isfinite(np.concatenate(clean, axis=1)).all(axis=1)
-    for name in columns.keys() - store.CLEAN.keys() - {store.NON_FINITE}:
+    for name in columns.keys() - set(variables.CLEAN) - {variables.NON_FINITE}:
         columns[name][broken] = np.nan
-    columns[store.NON_FINITE][broken] = draws
+    columns[variables.NON_FINITE][broken] = draws
 
 
 def fill(
@@ -188,7 +178,7 @@ def fill(
 
     Args:
       plan: the sweep.
-      chunks: which of its prompts are left to this worker.
+      chunks: those of its prompts that are left to this worker.
       write: stores a chunk.
       progress: whether to show a bar.
       finished: chunks that are computed already.
@@ -224,7 +214,7 @@ def fill(
             parts = evenly(largest, plan.sizer.prompts(longest))
             size = round_up(parts[0].stop, plan.sizer.least)
             columns = plan.sizer.run(attempt, size, say)
-            lost += _lost(plan, chunk, columns[store.NON_FINITE], say)
+            lost += _report_lost(plan, chunk, columns[variables.NON_FINITE], say)
             if lost > plan.non_finite * every:
                 raise UserError(
                     f"{lost:,} of {every:,} interventions are no numbers, more than"
@@ -237,8 +227,8 @@ def fill(
             writing.result()
 
 
-def _lost(plan: Plan, chunk: slice, counts: np.ndarray, say: Callable[[str], None]) -> int:
-    """How many of a chunk's interventions are no numbers, of which a line is said; `counts` [prompts, A]."""
+def _report_lost(plan: Plan, chunk: slice, counts: np.ndarray, say: Callable[[str], None]) -> int:
+    """Say a line on a chunk's interventions that are no numbers; returns how many, of `counts` [prompts, A]."""
     prompts, ablated = np.nonzero(counts)
     if not len(prompts):
         return 0
@@ -252,7 +242,7 @@ def _lost(plan: Plan, chunk: slice, counts: np.ndarray, say: Callable[[str], Non
 
 
 def frame(plan: Plan) -> xr.Dataset:
-    """The result's coordinates and sources."""
+    """Return the result's coordinates and sources."""
     prompts: dict[str, Any] = {
         "prompt_id": plan.ids,
         "text": [item.prompt.text for item in plan.items],
@@ -262,39 +252,39 @@ def frame(plan: Plan) -> xr.Dataset:
         "target_text": [plan.model.tokenizer.decode([target]) for target in plan.targets.tolist()],
         "length": [len(item.tokens) for item in plan.items],
     }
-    # Places in the bank are places in the store only where the two are the same prompts.
-    source = plan.sources if list(plan.bank_ids) == plan.ids else np.full_like(plan.sources, -1)
-    return store.frame(prompts, plan.components, plan.model.config.layers, source)
+    # An index in the pool is one in the store only where the two are the same prompts.
+    source = plan.sources if list(plan.pool) == plan.ids else np.full_like(plan.sources, -1)
+    return variables.frame(prompts, plan.components, plan.model.config.layers, source)
 
 
-def ablate_one(plan: Plan, place: int, component: Component) -> xr.Dataset:
-    """Everything about one ablation in one prompt: a dataset of (replacement, component)."""
-    batch = Batch(plan, slice(place, place + 1), plan.sizer.least, Sources(plan, resident=False))
-    read: CleanSummary = jax.tree.map(lambda array: array[0], batch.read())
-    found: Effects = jax.tree.map(lambda array: array[0], jax.device_get(batch.ablated(component)[0]))
-    compensation = found.compensation.reshape(len(found.compensation), -1)
+def ablate_one(plan: Plan, index: int, component: Component) -> xr.Dataset:
+    """Ablate one component in one prompt; returns everything about it, a dataset of (replacement, component)."""
+    batch = Batch(plan, slice(index, index + 1), plan.sizer.least, Sources(plan, resident=False))
+    clean: CleanSummary = jax.tree.map(lambda array: array[0], batch.clean_summary())
+    effects: Effects = jax.tree.map(lambda array: array[0], jax.device_get(batch.ablate(component)[0]))
+    compensation = effects.compensation.reshape(len(effects.compensation), -1)
     # The ablated component's own change is its direct effect: it is not among the compensations.
-    ablated = read.delta_unembed + compensation
-    ablated[:, component.place] -= found.direct_effect
-    item: Item = plan.items[place]
+    ablated = clean.delta_unembed + compensation
+    ablated[:, component.index] -= effects.direct_effect
+    prompt = plan.items[index].prompt
     return xr.Dataset(
         {
-            "delta_unembed": ("component", read.delta_unembed, {"long_name": "contribution, clean run"}),
+            "delta_unembed": ("component", clean.delta_unembed, {"long_name": "contribution, clean run"}),
             "ablated_unembed": (("replacement", "component"), ablated, {"long_name": "contribution, ablated run"}),
             "compensation": (("replacement", "component"), compensation),
-            **{name: ("replacement", getattr(found, name)) for name in store.EFFECTS},
+            **{name: ("replacement", getattr(effects, name)) for name in variables.EFFECTS},
         },
-        store.labels("component", all_components(plan.model.config.layers)),
+        variables.labels("component", all_components(plan.model.config.layers)),
         {
-            "prompt_id": item.prompt.id,
-            "text": item.prompt.text,
-            "target_text": plan.model.tokenizer.decode([int(plan.targets[place])]),
-            "clean_logit": float(read.clean_logit),
-            "clean_probability": float(read.clean_probability),
+            "prompt_id": prompt.id,
+            "text": prompt.text,
+            "target_text": plan.model.tokenizer.decode([int(plan.targets[index])]),
+            "clean_logit": float(clean.clean_logit),
+            "clean_probability": float(clean.clean_probability),
             "ablated_layer": component.layer,
             "ablated_site": SITES[component.site],
             "ablated_head": component.head,
-            "kind": plan.ablation.kind,
-            "units": store.LOGITS,
+            "kind": str(plan.ablation.kind),
+            "units": variables.LOGITS,
         },
     )

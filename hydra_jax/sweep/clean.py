@@ -1,4 +1,4 @@
-"""The clean pass: every prompt's clean run, once; which prompts are swept; and what replacements are made of."""
+"""The clean pass: every prompt's clean run, made once; and which prompts are swept."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from tqdm import tqdm
 from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.batched import PREFILL_TOKENS, ablatable_batch, prefill_batch, read_batch
+from hydra_jax.engine.batched import PREFILL_TOKENS, clean_summary_program, prefill_program, values_program
 from hydra_jax.engine.batching import evenly, fill_up, round_up
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.engine.mesh import Worker
 from hydra_jax.errors import UserError
 from hydra_jax.sweep.bank import COLUMNS, Bank
-from hydra_jax.sweep.plan import Item, batch_of, by_length, places
+from hydra_jax.sweep.plan import Item, batch_of, by_length
 from hydra_jax.text.padding import padded_length
 from hydra_jax.weights.load import Model
 
 Keep = Callable[[Item, int], bool]
-"""Whether a prompt's values are kept, of the prompt and its most likely next token."""
+"""Says of a prompt and its most likely next token whether its values are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CleanPass:
-    """How clean runs are made.
+    """A maker of clean runs.
 
     Attributes:
       model: the model.
       ablation: which values are kept.
-      sizer: how many prompts go at once.
-      bank: where they go.
+      sizer: says how many prompts go at once.
+      bank: takes them in.
       cluster: the processes that share the work.
       progress: whether to show a bar.
     """
@@ -51,17 +51,17 @@ class CleanPass:
     progress: bool = False
 
     def bar(self, total: int) -> tqdm:
-        """Of the whole pass."""
+        """Return the bar of the whole pass."""
         return tqdm(total=total, desc="clean pass", unit=" prompts", disable=not self.progress)
 
     def run(self, items: Sequence[Item], bar: tqdm, keep: Keep = lambda item, top: True, target: str = TOP) -> None:
-        """Have the clean runs of `items` in the bank; those that are there are not made again.
+        """Make the clean runs of `items` that the bank does not have yet.
 
         Args:
           items: the prompts.
           bar: told of every prompt.
-          keep: whose values are kept.
-          target: whose logit is read.
+          keep: says whose values are kept.
+          target: the token whose logit is read, as `PromptsConfig.target`.
         """
         end = bar.n + len(items)
         missing = sorted((item for item in items if item.prompt.id not in self.bank.rows), key=by_length)
@@ -84,33 +84,35 @@ class CleanPass:
         self.bank.refresh(self.cluster)
 
     def _runs(self, items: Sequence[Item], target: str, size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The columns of a row [P], and values [P, A, E]."""
+        """Run `items`, `size` at once: the columns of the bank's rows [P], and values [P, A, E]."""
         answers = [item.answer if target == ANSWER else None for item in items]
         targets = [MOST_LIKELY if answer is None else answer for answer in answers]
-        mesh, c = meshes.of(self.model.params), self.model.config
-        zero = self.ablation.kind == "zero"  # which is made of nothing known from elsewhere
-        of = places([] if zero else self.ablation.components(c), c.heads).astype(int)
-        found = []
+        params, c, kind = self.model.params, self.model.config, self.ablation.kind
+        mesh = meshes.of(params)
+        # Zero ablation is made of nothing that clean runs know.
+        ablated = self.ablation.components(c) if kind.needs_sources or kind.needs_statistics else []
+        units = np.array([component.unit(c.heads) for component in ablated], int)
+        columns, values = [], []
         for part in evenly(len(items), size):
+            count = part.stop - part.start
             tokens, lengths = batch_of(items[part], size, c.context)
             asked = np.array(fill_up(targets[part], size), np.int32)
-            inputs = [meshes.put(mesh, each, meshes.Spec(meshes.DATA)) for each in (tokens, lengths, asked)]
-            clean = prefill_batch(self.model.params, *inputs)
-            count = part.stop - part.start
-            read = jax.device_get(read_batch(self.model.params, clean))
-            values = (
-                jax.device_get(ablatable_batch(self.model.params, clean, self.ablation.by_head))[:count, of]
-                if len(of)
-                else np.empty((count, 0, 1), np.float32)
-            )
-            columns = dict(top=read.top, target=read.target, probability=read.clean_probability)
-            found.append(({name: columns[name][:count].astype(kind) for name, kind in COLUMNS.items()}, values))
-        joined = {name: np.concatenate([columns[name] for columns, _ in found]) for name in COLUMNS}
-        return joined, np.concatenate([values for _, values in found])
+            inputs = [meshes.put(mesh, array, meshes.Spec(meshes.DATA)) for array in (tokens, lengths, asked)]
+            clean = prefill_program(params)(params, *inputs)
+            summary = jax.device_get(clean_summary_program(params)(params, clean))
+            read = dict(top=summary.top, target=summary.target, probability=summary.clean_probability)
+            columns.append({name: read[name][:count].astype(dtype) for name, dtype in COLUMNS.items()})
+            if len(units):
+                program = values_program(params, self.ablation.by_head)
+                values.append(jax.device_get(program(params, clean))[:count, units])
+            else:
+                values.append(np.empty((count, 0, 1), np.float32))
+        joined = {name: np.concatenate([part[name] for part in columns]) for name in COLUMNS}
+        return joined, np.concatenate(values)
 
 
 def choose(clean: CleanPass, items: Sequence[Item], wanted: PromptsConfig, seed: int) -> tuple[list[Item], list[Item]]:
-    """Which prompts are swept, and the clean runs of all that are examined.
+    """Choose the prompts that are swept, making the clean runs of all that are examined.
 
     Under a limit, prompts are examined in an order drawn from seed and id until enough are kept.
 

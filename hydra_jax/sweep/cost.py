@@ -12,7 +12,7 @@ from hydra_jax.core.edits import SITES, all_components
 from hydra_jax.engine.memory import ACCELERATOR_ROWS, default_rows, needs
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout
-from hydra_jax.store.effects import EFFECTS
+from hydra_jax.store.variables import EFFECTS
 from hydra_jax.sweep.roofline import intervention_flops
 from hydra_jax.text.padding import padded_length
 

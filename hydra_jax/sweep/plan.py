@@ -1,4 +1,4 @@
-"""What a sweep computes with: prompts as tokens, which of them are swept, and all draws."""
+"""Everything that a sweep computes with: prompts as tokens, which of them are swept, and all draws."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from hydra_jax.config import AblationConfig
-from hydra_jax.core.edits import WHOLE, Component, WriteStatistics, draw_sources, prompt_keys
+from hydra_jax.config import AblationConfig, SweepConfig
+from hydra_jax.core.edits import Component, WriteStatistics, draw_sources, prompt_keys
 from hydra_jax.engine.batching import fill_up
 from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.errors import UserError
@@ -25,7 +25,7 @@ POOL = 64
 """Built-in facts that replacements for a single prompt come from."""
 
 BLOCK_BYTES = 2**28
-"""Of the values that are summed at once for means and deviations."""
+"""Bytes of values that are summed at once for means and deviations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Item:
 
 
 def itemise(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
-    """Tokens of every prompt.
+    """Return every prompt with its tokens.
 
     Raises:
       UserError: if a prompt is longer than the model's context, or has a token that the model has no row for.
@@ -61,20 +61,20 @@ def itemise(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
     return items
 
 
-def facts_beside(text: str, replacements: int, seed: int) -> list[Prompt]:
-    """Built-in facts that replacements for a prompt of one's own come from, drawn by seed."""
-    facts = [fact for fact in prompt_sets.builtin() if fact.text != text]
-    drawn = np.random.default_rng(seed).choice(len(facts), min(len(facts), max(POOL, replacements + 1)), replace=False)
-    return [facts[place] for place in drawn]
-
-
 def batch_of(items: Sequence[Item], size: int, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [size, T] and lengths [size]; the last item fills what is left over."""
+    """Return tokens [size, T] and lengths [size]; the last item fills what is left over."""
     return padded([item.tokens for item in fill_up(items, size)], context)
 
 
+def facts_beside(text: str, replacements: int, seed: int) -> list[Prompt]:
+    """Draw, by seed, the built-in facts that replacements for a prompt of one's own come from."""
+    facts = [fact for fact in prompt_sets.builtin() if fact.text != text]
+    drawn = np.random.default_rng(seed).choice(len(facts), min(len(facts), max(POOL, replacements + 1)), replace=False)
+    return [facts[index] for index in drawn]
+
+
 def by_length(item: Item) -> tuple[int, str]:
-    """The order of prompts in a sweep: alike ones are padded little beside each other."""
+    """Return the key that sorts prompts in a sweep: those of like length are padded little beside each other."""
     return len(item.tokens), item.prompt.id
 
 
@@ -87,11 +87,11 @@ class Plan:
       items: the P prompts that are swept.
       targets: [P], the token that is read in each.
       bank: the clean runs.
-      bank_ids: of those prompts that replacements, means and deviations come from.
+      pool: ids of the prompts that replacements, means and deviations come from.
       ablation: what is ablated, and how.
       seed: of the draws.
-      sizer: how many prompts go at once.
-      tolerance: of the identity, in logits.
+      sizer: says how many prompts go at once.
+      tolerance: how far the identity of `core.effects` may be from holding, in logits.
       non_finite: the share of interventions whose values may be no numbers.
     """
 
@@ -99,12 +99,49 @@ class Plan:
     items: Sequence[Item]
     targets: np.ndarray
     bank: Bank
-    bank_ids: Sequence[str]
+    pool: Sequence[str]
     ablation: AblationConfig
     seed: int
     sizer: BatchSizer
     tolerance: float
     non_finite: float
+
+    @classmethod
+    def build(
+        cls,
+        model: Model,
+        bank: Bank,
+        sizer: BatchSizer,
+        config: SweepConfig,
+        items: Sequence[Item],
+        pool: Sequence[Item] | None = None,
+        targets: np.ndarray | None = None,
+    ) -> Plan:
+        """Return the plan of a sweep whose clean runs are made.
+
+        Args:
+          model: the model.
+          bank: with the clean runs of all prompts below.
+          sizer: says how many prompts go at once.
+          config: the sweep's settings.
+          items: the prompts that are swept.
+          pool: the prompts that replacements come from; None for the same.
+          targets: [P], the token to read in each; None for what the bank says.
+        """
+        if targets is None:
+            targets = np.array([bank.rows[item.prompt.id].target for item in items])
+        return cls(
+            model=model,
+            items=items,
+            targets=targets,
+            bank=bank,
+            pool=[item.prompt.id for item in (items if pool is None else pool)],
+            ablation=config.ablation,
+            seed=config.seed,
+            sizer=sizer,
+            tolerance=config.identity_tolerance,
+            non_finite=config.non_finite,
+        )
 
     @functools.cached_property
     def ids(self) -> list[str]:
@@ -113,23 +150,24 @@ class Plan:
 
     @functools.cached_property
     def keys(self) -> jax.Array:
-        """[P] keys."""
+        """[P] keys of the prompts' draws."""
         return prompt_keys(self.seed, self.ids)
 
     @functools.cached_property
     def sources(self) -> np.ndarray:
-        """[P, R], places among `bank_ids`; -1 where the kind takes nothing from another prompt."""
-        if self.ablation.kind == "resample":
-            drawn = draw_sources(prompt_keys(self.seed, self.bank_ids), self.bank_ids, self.ablation.draws)
-            places = {name: place for place, name in enumerate(self.bank_ids)}
-            return drawn[[places[name] for name in self.ids]]
-        if self.ablation.kind != "zero" and len(self.bank_ids) < 2:
-            raise UserError(f"prompts: a {self.ablation.kind} over one prompt says nothing; give more prompts")
+        """[P, R], each replacement's index in the pool; -1 where the kind takes nothing from single prompts."""
+        kind = self.ablation.kind
+        if kind.needs_sources:
+            drawn = draw_sources(prompt_keys(self.seed, self.pool), self.pool, self.ablation.draws)
+            index_of = {name: index for index, name in enumerate(self.pool)}
+            return drawn[[index_of[name] for name in self.ids]]
+        if kind.needs_statistics and len(self.pool) < 2:
+            raise UserError(f"prompts: a {kind} over one prompt says nothing; give more prompts")
         return np.full((len(self.ids), self.ablation.draws), -1)
 
     @functools.cached_property
     def components(self) -> list[Component]:
-        """The ablated ones."""
+        """The ablated components."""
         return self.ablation.components(self.model.config)
 
     @property
@@ -141,7 +179,7 @@ class Plan:
     def statistics(self) -> WriteStatistics:
         """[A, E], of every ablated component over the prompt set; zeros for the kinds that do not read them."""
         shape = len(self.components), self.values_size
-        if self.ablation.kind not in ("mean", "noise"):
+        if not self.ablation.kind.needs_statistics:
             return WriteStatistics(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
         sums = [(len(block), block.sum(axis=0)) for block in self._blocks()]
         count = sum(length for length, _ in sums)
@@ -150,17 +188,12 @@ class Plan:
         return WriteStatistics(mean.astype(np.float32), deviation.astype(np.float32))
 
     def _blocks(self) -> Iterator[np.ndarray]:
-        """Values [n, A, E] in float64, of prompts where all are finite.
+        """Yield the values [n, A, E] in float64 of those prompts in which all are finite.
 
         They come in order of id always, so that the order of prompts changes nothing.
         """
-        ids = sorted(self.bank_ids)
+        ids = sorted(self.pool)
         step = max(1, BLOCK_BYTES // (8 * len(self.components) * self.values_size))
         for start in range(0, len(ids), step):
             values = self.bank.values(ids[start : start + step]).astype(np.float64)
             yield values[np.isfinite(values).all(axis=(1, 2))]
-
-
-def places(components: Sequence[Component], heads: int) -> np.ndarray:
-    """[A], of components among all writes [2L], or of heads among all of them [L * H]."""
-    return np.array([c.place if c.head == WHOLE else c.layer * heads + c.head for c in components])

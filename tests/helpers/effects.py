@@ -4,6 +4,7 @@ import numpy as np
 
 from hydra_jax.core.edits import all_components
 from hydra_jax.store import effects as store
+from hydra_jax.store import variables
 
 
 def effects(direct, compensation, norm=0.0, texts=None, kind="resample", model="tiny"):
@@ -18,7 +19,7 @@ def effects(direct, compensation, norm=0.0, texts=None, kind="resample", model="
     clean["ablated_delta_unembed"] = clean["delta_unembed"]
     source = np.zeros((prompts, draws), int)
     components = all_components(ablated // 2)
-    dataset = store.in_memory(store.frame(columns, components, ablated // 2, source), edges=True)
+    dataset = variables.in_memory(variables.frame(columns, components, ablated // 2, source), edges=True)
     for name, array in clean.items():
         dataset[name][:] = array
     dataset["direct_effect"][:] = direct
@@ -43,6 +44,6 @@ def effects(direct, compensation, norm=0.0, texts=None, kind="resample", model="
 
 def stored(workdir, effects, chunk):
     """Such a sweep as a result store."""
-    store.create(workdir, effects.drop_vars(list(store.DIMS)), chunk, edges=True)
+    store.create(workdir, effects.drop_vars(list(variables.VARIABLES)), chunk, edges=True)
     for part in store.chunks(workdir):
-        store.write(workdir, part, {name: effects[name].values[part] for name in store.DIMS})
+        store.write(workdir, part, {name: effects[name].values[part] for name in variables.VARIABLES})
