@@ -53,7 +53,7 @@ def sweep(
       layers: "all", or e.g. "0,5,10-14".
       edges: also compute direct edges, at about the cost of the rest.
       correct_only: keep only prompts whose answer the model gives.
-      limit: of prompts; 0 for none.
+      limit: the most prompts to sweep; 0 for all.
       seed: of every draw.
       rows: edits replayed at once; 0 for the device's default.
       progress: whether to show bars.

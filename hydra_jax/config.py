@@ -1,4 +1,4 @@
-"""From an ml_collections ConfigDict to frozen dataclasses, with every check of what a run is asked to do."""
+"""The settings of a sweep as frozen dataclasses, with every check that needs no model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hydra_jax.parsing import one_of, parse
 from hydra_jax.text import prompts as prompt_sets
 
 AS_STORED = "auto"
-"""As a dtype: bfloat16 where a model's weights are stored in it, else float32."""
+"""The dtype that stands for bfloat16 where a model's weights are stored in it, else for float32."""
 
 LAST_STEP = -1
-"""In place of a checkpoint's step: the last that there is."""
+"""The step that stands for the last checkpoint that there is."""
 
 HEADS = "heads"
 TARGETS = TOP, ANSWER = "top", "answer"
@@ -24,14 +24,14 @@ TARGETS = TOP, ANSWER = "top", "answer"
 MOST = 2**31 - 1
 MOST_REPLACEMENTS = 10_000
 MOST_BOOTSTRAP = 100_000
-"""What more of them would need is memory, and what they would change is nothing."""
+"""More resamples would take memory and change nothing."""
 MOST_SEED = 2**32 - 1
 """JAX takes 32 bits of a seed: a longer one would draw what another draws."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig:
-    """Which prompts are swept.
+    """The prompts of a sweep.
 
     Attributes:
       kind: "records", one prompt a record; or "text", cut from ordinary text at random positions.
@@ -39,7 +39,7 @@ class PromptsConfig:
       text: one prompt, swept by itself, whatever the rest says; replacements come from the built-in facts.
       correct_only: of records, keep those whose most likely next token begins the answer, as the paper does.
       limit: at most this many, picked by seed and id; 0 for all (of text, for 512).
-      target: whose logit is read: "top", the clean run's most likely next token, or "answer".
+      target: the token whose logit is read: "top", the clean run's most likely next token, or "answer".
     """
 
     kind: str = "records"
@@ -51,13 +51,13 @@ class PromptsConfig:
 
     @property
     def filtered(self) -> bool:
-        """Whether prompts that are not answered right are left out; text has nothing to be right about."""
+        """Whether prompts that are answered wrong are left out; text has nothing to be right about."""
         return self.correct_only and self.kind != "text" and not self.text
 
 
 @dataclasses.dataclass(frozen=True)
 class AblationConfig:
-    """What is ablated, and how.
+    """The ablations of a sweep.
 
     Attributes:
       kind: "resample", "mean", "zero" or "noise".
@@ -79,7 +79,7 @@ class AblationConfig:
 
     @property
     def draws(self) -> int:
-        """R as it is computed: one where every replacement would be the same."""
+        """R, the replacements that are computed: one where all of them would be the same."""
         return self.replacements if self.kind.draws else 1
 
     @property
@@ -88,7 +88,7 @@ class AblationConfig:
         return self.sites == HEADS
 
     def components(self, model: ModelConfig) -> list[Component]:
-        """The ablated components of a model, in forward order.
+        """Return the ablated components of a model, in forward order.
 
         Raises:
           UserError: if a layer or site is not one of the model's.
@@ -110,7 +110,7 @@ class AblationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Which devices hold what.
+    """The devices that share the prompts, and those that share the model.
 
     Attributes:
       data: devices, of all processes, that each take other prompts; 0 for as many as there are.
@@ -161,18 +161,18 @@ class SweepConfig:
 
     Attributes:
       model: what `hydra_jax.load` takes.
-      model_step: of a model that was trained here, which checkpoint.
+      model_step: the checkpoint of a model that was trained here.
       dtype: "float32" or "bfloat16", of weights, keys and values; "auto" for what the weights are stored in.
       precision: "highest", "high" or "default", of float32 matrix products.
-      prompts: which prompts.
-      ablation: which ablations.
+      prompts: the prompts.
+      ablation: the ablations.
       seed: of every draw: prompts under a limit, replacement sources, noise, bootstrap.
       rows: edits replayed at once on each device; 0 picks 512 on a CPU and 16,384 on an accelerator. Fewer where
         its memory does not take them.
       memory: GB of each device that may be used; 0 for all that is free.
-      mesh: which devices share the prompts, and which the model.
+      mesh: the devices that share the prompts, and those that share the model.
       non_finite: the share of interventions whose values may be no numbers; past it the run stops.
-      identity_tolerance: how far design's identity may be off before the run stops, in logits.
+      identity_tolerance: how far total = direct - compensation may be from holding, in logits, before the run stops.
       bootstrap: resamples behind each interval.
       example: id of a prompt for the single-prompt figure; "" picks all of them.
     """
@@ -220,7 +220,7 @@ class SweepConfig:
 
 
 def sweep_config(config: Mapping[str, Any]) -> SweepConfig:
-    """A SweepConfig of a ConfigDict or any mapping of the same shape.
+    """Return the SweepConfig of a ConfigDict or any mapping of the same shape.
 
     Raises:
       UserError: if a key is unknown, or a value is of the wrong type or out of range.

@@ -1,4 +1,4 @@
-"""From mappings to dataclasses, and what differs between two trees of settings."""
+"""Settings read into dataclasses, and the differences between two trees of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hydra_jax.errors import UserError, shown
 
 
 def parse(kind: type, given: Any, where: str) -> Any:
-    """A dataclass of a mapping of the same shape, nested ones as well.
+    """Return a dataclass made of a mapping of the same shape, nested ones as well.
 
     Args:
       kind: the dataclass.
       given: its values, some left out.
-      where: what they are called in errors.
+      where: their name in error messages.
 
     Raises:
       UserError: if a key is unknown, or a value is of the wrong type or (says the dataclass) out of range.
@@ -45,7 +45,7 @@ def parse(kind: type, given: Any, where: str) -> Any:
 
 
 def one_of(name: str, value: str, allowed: typing.Sequence[str]) -> str:
-    """`value`, the setting `name`, if it is among those `allowed`.
+    """Return `value`, given for the setting `name`, if it is among those `allowed`.
 
     Raises:
       UserError: if it is not, with what may have been meant.
@@ -56,7 +56,7 @@ def one_of(name: str, value: str, allowed: typing.Sequence[str]) -> str:
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """In words, where two trees of settings differ; "" where they do not."""
+    """Say in words where two trees of settings differ; "" where they do not."""
     was, now = _flat(stored), _flat(asked)
     return "; ".join(
         f"{key} was {was.get(key)!r}, is {now.get(key)!r}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def evenly(count: int, most: int) -> list[slice]:
-    """Slices of `count` things into as few as possible of at most `most`, of one size but the last."""
+    """Divide `count` things into as few slices as possible of at most `most` each, of one size but the last."""
     if not count:
         return []
     size = math.ceil(count / math.ceil(count / most))
@@ -15,10 +15,10 @@ def evenly(count: int, most: int) -> list[slice]:
 
 
 def fill_up(things: Sequence, size: int) -> list:
-    """`size` things, the last as often as it takes."""
+    """Return `size` things: those given, and the last of them as often as it takes."""
     return [*things, *[things[-1]] * (size - len(things))]
 
 
 def round_up(count: int, step: int) -> int:
-    """The multiple of `step` that `count` things go into."""
+    """Return the smallest multiple of `step` that is `count` or more."""
     return -(-count // step) * step

@@ -32,14 +32,14 @@ NAME = "effects.zarr"
 EXAMPLES = "examples.zarr"
 
 CHECKED = {"compressors": [ZstdCodec(), Crc32cCodec()]}
-"""How chunks are stored: compressed, and with a checksum, so that a damaged one is found when it is read."""
+"""The encoding of chunks: compressed, and with a checksum, so that a damaged one is found when it is read."""
 
 FORMAT = 3
-"""Of the store; it changes whenever an older store could not be read as if it were new."""
+"""The store's format; it changes whenever an older store could not be read as if it were new."""
 
 
 def exists(workdir: Path) -> bool:
-    """Whether there is a store in `workdir`."""
+    """Return whether there is a store in `workdir`."""
     return (workdir / NAME).is_dir()
 
 
@@ -57,7 +57,7 @@ def create(
       dataset: from `frame`, its attributes set.
       chunk: prompts a chunk, the unit in which effects will be written.
       edges: whether there will be direct edges.
-      beside: files of `workdir` by name, and what writes them; where the store is, they are.
+      beside: functions that write other files of `workdir`, by name: where the store is, these are, too.
     """
     sizes = dict(dataset.sizes)
     encoding = {name: {"chunks": tuple(v.sizes.values())} | CHECKED for name, v in dataset.variables.items()}
@@ -79,12 +79,12 @@ def create(
                 compressors=CHECKED["compressors"],
             )
         digests.write(part, FILLED)
-        for name, each in (beside or {}).items():
-            files.write_whole(workdir / name, each)
+        for name, write_file in (beside or {}).items():
+            files.write_whole(workdir / name, write_file)
 
 
 def chunks(workdir: Path) -> list[slice]:
-    """The runs of prompts that are written together.
+    """Return the runs of prompts that are written together.
 
     Raises:
       UserError: if the store cannot be read.
@@ -102,7 +102,7 @@ def discard(workdir: Path, beside: Sequence[str]) -> None:
 
 
 def has_examples(workdir: Path, prompt_id: str) -> bool:
-    """Whether examples are there, among them the prompt that is asked for ("" asks for none in particular)."""
+    """Return whether there are examples, among them the prompt that is asked for ("" asks for none in particular)."""
     try:
         examples = open_examples(workdir)
     except UserError:  # damaged ones are written anew
@@ -111,7 +111,7 @@ def has_examples(workdir: Path, prompt_id: str) -> bool:
 
 
 def open_examples(workdir: str | Path) -> xr.Dataset:
-    """Single prompts' ablations, every replacement of each: (example, replacement, component).
+    """Open single prompts' ablations with every replacement of each: (example, replacement, component).
 
     Raises:
       UserError: if they are not there or cannot be read.
@@ -140,7 +140,7 @@ def write(workdir: Path, chunk: slice, arrays: Mapping[str, np.ndarray]) -> None
 
 
 def sound(effects: xr.Dataset, chunk: slice) -> bool:
-    """Whether a chunk's effects are there and whole; `effects` from `open_effects`."""
+    """Return whether a chunk's effects are there and whole; `effects` is from `open_effects`."""
     try:
         if not effects["finished"][chunk].values.all():
             return False
@@ -150,7 +150,7 @@ def sound(effects: xr.Dataset, chunk: slice) -> bool:
 
 
 def holes(effects: xr.Dataset) -> list[str]:
-    """Variables with values missing, of effects in memory; those that are known not to be finite are not."""
+    """Name the variables with values missing, of effects in memory; values known not to be finite are not missing."""
     lost = effects[NON_FINITE]
     missing = [NON_FINITE] if (lost < 0).any() else []
     for name in VARIABLES.keys() & set(effects.data_vars) - {NON_FINITE}:
@@ -166,7 +166,7 @@ def holes(effects: xr.Dataset) -> list[str]:
 
 
 def lost(workdir: Path, chunks: Sequence[slice]) -> int:
-    """How many interventions' values are not finite in some chunks.
+    """Count the interventions in some chunks whose values are not finite.
 
     Raises:
       UserError: if they cannot be read.
@@ -198,7 +198,7 @@ def seal(workdir: Path) -> None:
 
 
 def open_effects(workdir: str | Path) -> xr.Dataset:
-    """The effects of a sweep, finished or not (see `finished`).
+    """Open the effects of a sweep, finished or not (see the variable `finished`).
 
     Raises:
       UserError: if there is no store, or it cannot be read.
@@ -216,9 +216,9 @@ def open_effects(workdir: str | Path) -> xr.Dataset:
 
 
 def load_effects(workdir: str | Path) -> xr.Dataset:
-    """A sweep's finished prompts, in memory, checked to be whole.
+    """Load a sweep's finished prompts into memory, checked to be whole.
 
-    Prompts of which values are not finite are left out; the attribute `left_out` says how many.
+    Prompts with values that are not finite are left out; the attribute `left_out` says how many.
 
     Raises:
       UserError: if there is no store, it cannot be read, none of it is finished, or parts of it are missing.
@@ -241,7 +241,7 @@ def load_effects(workdir: str | Path) -> xr.Dataset:
 
 
 def finite(effects: xr.Dataset, where: str) -> xr.Dataset:
-    """Without the prompts of which values are not finite; the attribute `left_out` says how many they were.
+    """Leave out the prompts with values that are not finite; the attribute `left_out` says how many they were.
 
     Raises:
       UserError: if none is left.
@@ -269,7 +269,7 @@ def _open(path: Path) -> xr.Dataset:
 
 
 def protocol_attributes(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """A protocol as a store's attributes: JSON, its SHA-256, and the store's format."""
+    """Return a protocol as a store's attributes: JSON, its SHA-256, and the store's format."""
     text = json.dumps(protocol, sort_keys=True)
     return {"protocol": text, "protocol_sha256": hashlib.sha256(text.encode()).hexdigest(), "format": FORMAT}
 
@@ -278,7 +278,7 @@ def check_protocol(dataset: xr.Dataset, protocol: Mapping[str, Any], where: Path
     """Refuse to go on with results of another protocol.
 
     Raises:
-      UserError: if the store's protocol differs, with every setting that does.
+      UserError: if the store's protocol differs; it names every setting that does.
     """
     differing = differences(json.loads(dataset.attrs.get("protocol", "{}")), protocol)
     if differing:

@@ -22,11 +22,11 @@ class Variable:
     """A variable that is computed chunk by chunk.
 
     Attributes:
-      meaning: a few words on it.
+      meaning: what it is, in a few words.
       dims: its dimensions; the first is always `prompt`.
       units: "" where it has none.
       dtype: of its values.
-      clean: whether it is of the clean run, not of an ablation.
+      clean: whether it describes the clean run, not an ablation.
       optional: whether it is there only where direct edges were asked for.
     """
 
@@ -39,12 +39,12 @@ class Variable:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What xarray shows of it."""
+        """The attributes that xarray shows."""
         return ({"units": self.units} if self.units else {}) | {"long_name": self.meaning}
 
     @property
     def missing(self) -> float | int:
-        """What stands where nothing was written yet."""
+        """The value that stands where nothing was written yet."""
         return -1 if self.dtype == "int16" else np.nan
 
 
@@ -78,7 +78,7 @@ CLEAN = tuple(name for name, variable in VARIABLES.items() if variable.clean)
 """The variables of the clean run."""
 
 FILLED = (*VARIABLES, "finished")
-"""What is written chunk by chunk."""
+"""The variables that are written chunk by chunk."""
 
 
 def labels(dim: str, components: Sequence[Component], prefix: str = "") -> dict[str, Any]:

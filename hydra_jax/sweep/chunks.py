@@ -187,11 +187,11 @@ def fill(
     Raises:
       UserError: as `ablate_chunk`, and if too many values are not finite.
     """
-    each = len(plan.components) * plan.ablation.draws
-    every = each * sum(chunk.stop - chunk.start for chunk in (*chunks, *finished))
+    of_prompt = len(plan.components) * plan.ablation.draws
+    every = of_prompt * sum(chunk.stop - chunk.start for chunk in (*chunks, *finished))
     sources = Sources(plan)
     bar = tqdm(
-        total=each * sum(chunk.stop - chunk.start for chunk in chunks),
+        total=of_prompt * sum(chunk.stop - chunk.start for chunk in chunks),
         desc=f"{plan.ablation.kind} ablation",
         unit=" interventions",
         unit_scale=True,

@@ -1,4 +1,4 @@
-"""What a model is, and what a sweep of it costs, without reading its weights."""
+"""A description of a model, and of the cost of a sweep of it, without reading its weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a sweep of every component of a model.
+    """The cost of a sweep of every component of a model.
 
     Attributes:
       ablations: in all.
@@ -45,14 +45,14 @@ class Cost:
 
 
 def parameters(config: ModelConfig) -> int:
-    """How many there are."""
+    """Return how many parameters a model has."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layout(config)))
 
 
 def cost(
     config: ModelConfig, prompts: int, length: int, draws: int, model: int = 1, rows: int = 0, edges: bool = False
 ) -> Cost:
-    """What a sweep computes and holds.
+    """Return what a sweep computes and holds.
 
     Args:
       config: the model's.
@@ -96,7 +96,7 @@ def describe(
     tflops: float = 0.0,
     edges: bool = False,
 ) -> str:
-    """A few lines on a model.
+    """Describe a model and a sweep of it in a few lines.
 
     Args:
       architecture: as its file calls it.
@@ -109,8 +109,8 @@ def describe(
       tflops: of matrix products that each does a second, in 10^12; 0 where that is not known.
       edges: whether direct edges are computed.
     """
-    c, of = config, cost(config, prompts, length, draws, model, ACCELERATOR_ROWS if tflops else 0, edges)
-    operations = of.clean_operations + of.ablation_operations
+    c, costs = config, cost(config, prompts, length, draws, model, ACCELERATOR_ROWS if tflops else 0, edges)
+    operations = costs.clean_operations + costs.ablation_operations
     sizes = ", ".join(f"{name} {getattr(c, name):,}" for name in SIZES)
     plain = ModelConfig(**{name: getattr(c, name) for name in SIZES})
     switches = {f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name not in SIZES}
@@ -125,13 +125,14 @@ def describe(
             f" {c.layers * c.heads:,} attention heads",
             f"order       {_order(c)}",
             f"a sweep     of {prompts:,} prompts of {length:,} tokens, {draws} replacements each:"
-            f" {of.ablations:,} ablations" + (", with direct edges" if edges else ""),
+            f" {costs.ablations:,} ablations" + (", with direct edges" if edges else ""),
             f"arithmetic  {_amount(operations / 1e12)} TFLOP of matrix products:"
-            f" clean runs {_amount(of.clean_operations / 1e12)}, ablations {_amount(of.ablation_operations / 1e12)}",
-            f"memory      of each device: weights {of.weight_bytes / 1e9:,.3g} GB in {c.dtype}"
+            f" clean runs {_amount(costs.clean_operations / 1e12)}, ablations {_amount(costs.ablation_operations / 1e12)}",
+            f"memory      of each device: weights {costs.weight_bytes / 1e9:,.3g} GB in {c.dtype}"
             + (f", shared by {model}" if model > 1 else "")
-            + f"; ablations of {of.prompts_at_once:,} prompts at once about {of.work_bytes / 1e9:,.3g} GB",
-            f"disk        {of.bank_bytes / 1e9:,.3g} GB while it runs; results at most {of.store_bytes / 1e9:,.3g} GB",
+            + f"; ablations of {costs.prompts_at_once:,} prompts at once about {costs.work_bytes / 1e9:,.3g} GB",
+            f"disk        {costs.bank_bytes / 1e9:,.3g} GB while it runs; results at most"
+            f" {costs.store_bytes / 1e9:,.3g} GB",
             *([_time(operations, devices, tflops, c.dtype)] if tflops else []),
         ]
     )

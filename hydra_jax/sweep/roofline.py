@@ -1,4 +1,4 @@
-"""What a sweep's kernel computes and moves, and which of the two a machine lets it do no faster."""
+"""The arithmetic and the memory traffic of a sweep's kernel, and which of the two bounds it on a machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hydra_jax.core.edits import ATTN, Component
 from hydra_jax.models.config import ModelConfig
 
 COPIED_BYTES = 2**28
-"""In the copy that bandwidth is measured by: no cache holds it."""
+"""Size of the copy that bandwidth is measured by: no cache holds it."""
 
 TURNS = 5
 
@@ -35,7 +35,7 @@ class Roofline:
 
     @property
     def bound(self) -> str:
-        """What takes longest where all overlaps: "arithmetic" or "memory"."""
+        """Whichever takes longer where the two overlap: "arithmetic" or "memory"."""
         return "arithmetic" if self.flops / self.gemm_flops >= self.bytes / self.bandwidth else "memory"
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Roofline:
 
 
 def intervention_flops(config: ModelConfig, component: Component, length: int) -> int:
-    """Matrix-product operations of one edit: all layers downstream of it, for one token."""
+    """Return the matrix-product operations of one edit: all layers downstream of it, for one token."""
     attention, mlp = _weights(config)
     mixing = 2 * config.heads * config.head_dim * length
     layers = config.layers - 1 - component.layer
@@ -56,7 +56,7 @@ def intervention_flops(config: ModelConfig, component: Component, length: int) -
 
 
 def intervention_bytes(config: ModelConfig, component: Component, length: int, prompts: int, draws: int) -> int:
-    """Bytes that a batch of edits moves at least: weights and caches once a batch, what products read and write once.
+    """Return the bytes that a batch of edits moves at least: weights and caches once a batch, products' operands once.
 
     Args:
       config: the model's.
@@ -78,7 +78,7 @@ def intervention_bytes(config: ModelConfig, component: Component, length: int, p
 
 
 def bandwidth() -> float:
-    """Bytes a second, read and written, of copying a large array on one device: the fastest of a few copies."""
+    """Measure a device's bandwidth: bytes a second, read and written, of the fastest of a few large copies."""
     array = jnp.zeros(COPIED_BYTES // 4, jnp.float32)
     copy = jax.jit(lambda array: array + 1)
     jax.block_until_ready(copy(array))
@@ -91,11 +91,11 @@ def bandwidth() -> float:
 
 
 def _weights(config: ModelConfig) -> tuple[int, int]:
-    """Of a layer's attention and MLP, in its products."""
+    """Return the weights in the products of a layer's attention and of its MLP."""
     c = config
     return 2 * c.width * (c.heads + c.kv_heads) * c.head_dim, (3 if c.gated else 2) * c.width * c.mlp_width
 
 
 def _same_layer(config: ModelConfig, component: Component) -> bool:
-    """Whether the layer's own MLP is downstream."""
+    """Return whether the layer's own MLP is downstream."""
     return component.site == ATTN and not config.parallel

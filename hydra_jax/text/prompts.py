@@ -21,11 +21,11 @@ from hydra_jax.errors import UserError
 
 KINDS = ("records", "text")
 CUTS = 512
-"""Prompts cut from a text where no limit says how many."""
+"""How many prompts are cut from a text where no limit says so."""
 MOST_BYTES = 1 << 27
-"""Of a file, unpacked: three times ROME's counterfact.json."""
+"""Most bytes of a prompt file, unpacked: three times ROME's counterfact.json."""
 WORDS = (8, 32)
-"""How many words a prompt cut from text has, at least and at most."""
+"""The fewest and the most words of a prompt that is cut from text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Prompt:
 
 
 def builtin() -> list[Prompt]:
-    """The project's own facts, a template a relation (`facts.toml`)."""
+    """Return the project's own facts, one template a relation (`facts.toml`)."""
     tables = tomllib.loads(importlib.resources.files("hydra_jax.text").joinpath("facts.toml").read_text("utf-8"))
     return [
         Prompt(f"{relation}/{subject}", table["template"].format(subject), answer, relation)
@@ -61,10 +61,10 @@ def builtin() -> list[Prompt]:
 
 
 def as_prompts(texts: Iterable[str | Prompt]) -> list[Prompt]:
-    """Prompts of plain texts, each its own id.
+    """Return prompts of plain texts; each text is its own id.
 
     Raises:
-      UserError: if one is empty or stands there twice.
+      UserError: if one is empty or occurs twice.
     """
     if isinstance(texts, str):
         raise UserError("prompts: is one text; give a list of texts")
@@ -72,9 +72,9 @@ def as_prompts(texts: Iterable[str | Prompt]) -> list[Prompt]:
 
 
 def read(path: str, kind: str = "records", limit: int = 0, seed: int = 0) -> list[Prompt]:
-    """The prompts of a file, or the built-in ones for "".
+    """Read the prompts of a file, or the built-in ones for "".
 
-    Of kind "text", `limit` of them (or CUTS) are cut from the file at random, see `cut`. Of records, all
+    From a file of kind "text", `limit` prompts (or CUTS) are cut at random, see `cut`. Of records, all
     are read, and the layout is recognised: ROME's `known_1000.json`; CounterFact nested (ROME) or flat (one object a
     fact); JSON lines with `prompt` and optional `answer`, `id` and `relation`. Each may be gzipped.
 
@@ -93,11 +93,11 @@ def read(path: str, kind: str = "records", limit: int = 0, seed: int = 0) -> lis
 
 
 def cut(text: str, where: str, count: int, seed: int) -> list[Prompt]:
-    """Prompts cut from ordinary text: each some words before a random position, and the next word as its answer.
+    """Cut prompts from ordinary text: each is some words before a random position, the next word its answer.
 
     Args:
       text: to cut from.
-      where: its name, for errors.
+      where: its name, for error messages.
       count: how many, at different positions.
       seed: of the positions and of how many words (uniform within WORDS) come before each.
 
@@ -121,21 +121,22 @@ def cut(text: str, where: str, count: int, seed: int) -> list[Prompt]:
 
 
 def content_hash(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 (hex) of a set of prompts, whatever their order."""
+    """Return the SHA-256 (hex) of a set of prompts, whatever their order."""
     rows = sorted(json.dumps(dataclasses.astuple(prompt)) for prompt in prompts)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def json_lines(prompts: Iterable[Prompt]) -> str:
-    """Prompts as the text of a file that `read` reads."""
+    """Return prompts as the text of a file that `read` reads."""
     records = (
-        {"id": each.id, "prompt": each.text, "answer": each.answer, "relation": each.relation} for each in prompts
+        {"id": prompt.id, "prompt": prompt.text, "answer": prompt.answer, "relation": prompt.relation}
+        for prompt in prompts
     )
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text, unpacked if its name ends in .gz.
+    """Read a UTF-8 file's text, unpacked if its name ends in .gz.
 
     Raises:
       UserError: if it cannot be read, is a damaged gzip file, has more than MOST_BYTES, or is not UTF-8.
@@ -205,7 +206,7 @@ LAYOUTS: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
     "ground_truth": _counterfact_flat,
     "prompt": _plain,
 }
-"""How a record is read, by the first of these keys that it has; each gives id, text, answer, relation."""
+"""Readers of records by the first of these keys that a record has; each gives id, text, answer and relation."""
 
 
 def _prompt(record: Any, where: str, number: int) -> Prompt:
@@ -237,6 +238,6 @@ def _checked(prompts: list[Prompt], where: str) -> list[Prompt]:
         except UnicodeEncodeError as error:
             raise UserError(f"{where}: prompt {prompt.id!r} is not Unicode ({error.reason}); mend its text") from error
         if prompt.id in seen:
-            raise UserError(f"{where}: id {prompt.name} stands there twice; give each prompt an id of its own")
+            raise UserError(f"{where}: id {prompt.name} occurs twice; give each prompt an id of its own")
         seen.add(prompt.id)
     return prompts
