@@ -266,6 +266,24 @@ def test_a_sweep_that_cannot_be_is_refused_in_one_line(model, prompts, settings,
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "spelt"), [("attn 1", ("attn", 1)), ("mlp 0", ("mlp", 0)), ("attn 1.2", ("attn", 1, 2))]
+)
+def test_a_component_may_be_given_by_its_name(model, name, spelt):
+    by_name, by_parts = (hydra_jax.ablate(model, TEXTS[0], *each, kind="zero") for each in ((name,), spelt))
+    xr.testing.assert_identical(by_name, by_parts)
+
+
+NAMES = [("attn 2",), ("mlp 0.1",), ("attn 0.4",), ("attn",), ("attn 1.2", None, 1), ("attn 1", 1), ("1",)]
+
+
+@pytest.mark.parametrize("component", NAMES)
+def test_a_name_of_no_component_of_the_model_is_refused_in_one_line(model, component):
+    with pytest.raises(UserError, match=r"is not a|is none|names a head") as raised:
+        hydra_jax.ablate(model, TEXTS[0], *component, kind="zero")
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("component", [("attn", 2), ("resid", 0), ("mlp", 0, 1), ("attn", 0, 4), ("attn", -1)])
 def test_a_component_that_is_not_there_is_refused(model, component):
     with pytest.raises(UserError, match="is not a"):

@@ -127,7 +127,8 @@ def describe(
             f"a sweep     of {prompts:,} prompts of {length:,} tokens, {draws} replacements each:"
             f" {costs.ablations:,} ablations" + (", with direct edges" if edges else ""),
             f"arithmetic  {_amount(operations / 1e12)} TFLOP of matrix products:"
-            f" clean runs {_amount(costs.clean_operations / 1e12)}, ablations {_amount(costs.ablation_operations / 1e12)}",
+            f" clean runs {_amount(costs.clean_operations / 1e12)}, ablations"
+            f" {_amount(costs.ablation_operations / 1e12)}",
             f"memory      of each device: weights {costs.weight_bytes / 1e9:,.3g} GB in {c.dtype}"
             + (f", shared by {model}" if model > 1 else "")
             + f"; ablations of {costs.prompts_at_once:,} prompts at once about {costs.work_bytes / 1e9:,.3g} GB",
