@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -12,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import filelock
 
 from hydra_jax.errors import UserError
 
@@ -50,25 +51,32 @@ def directory(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive(workdir: Path) -> Iterator[None]:
-    """Keep others from working in a directory that is there, for as long as this process lives and works in it.
+    """Keep other runs out of an existing directory until the block ends or this process does, however it dies.
 
     Raises:
-      UserError: if one does.
+      UserError: if another run works in it, or its file system cannot lock files.
     """
     path = workdir / LOCK
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A run that just ended may have removed the file between its opening and its locking here.
-            ours = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            raise UserError(f"{workdir}: another run is working in it; wait for it, or give another --workdir")
-        try:
-            yield
-        finally:
+    if path.is_symlink():  # filelock would not follow it either, but does not say so
+        raise UserError(f"{path}: is a symbolic link, and locks are not taken through links; delete it")
+    existed = path.exists()
+    # A soft lock, filelock's fallback, is a file that outlives a process that is killed.
+    lock = filelock.FileLock(path, blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise UserError(f"{workdir}: another run is working in it; wait for it, or give another --workdir") from error
+    except OSError as error:
+        if not existed:
             path.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be locked ({error.strerror or error}); give another --workdir") from error
+    try:
+        yield
+    finally:
+        # Removed while it is still locked: filelock leaves the file, and refuses one that was opened and then removed.
+        with contextlib.suppress(OSError):  # the directory may be gone
+            path.unlink()
+        lock.release()
 
 
 def await_path(path: Path, seconds: float = SEEN_SECONDS) -> None:
