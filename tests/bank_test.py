@@ -23,7 +23,7 @@ def bank(request, tmp_path):
 def test_rows_and_values_come_back(bank):
     assert set(bank.rows) == {"a", "b", "c", "d"}
     assert bank.rows["b"].top == 4
-    assert (bank.rows["b"].part, bank.rows["b"].place) == (Row.part, Row.place)
+    assert (bank.rows["b"].part, bank.rows["b"].index) == (Row.part, Row.index)
     np.testing.assert_array_equal(bank.values(["c", "a", "d"]), [VALUES[1], VALUES[0], 2 * VALUES[0]])
     np.testing.assert_array_equal(bank.take(*bank.where(["d", "a"]), 1), [2 * VALUES[0, 1], VALUES[0, 1]])
     bank.remove()
@@ -34,9 +34,9 @@ def test_values_are_kept_in_the_models_type(tmp_path):
     made = Bank("bfloat16", tmp_path / "bank", "protocol")
     made.add(["a", "b", "c"], COLUMNS, KEPT, VALUES)
     made.refresh(ALONE)
-    found = made.values(["a", "c"])
-    assert found.dtype == "bfloat16"
-    np.testing.assert_allclose(found.astype(np.float32), VALUES, rtol=2**-8)
+    values = made.values(["a", "c"])
+    assert values.dtype == "bfloat16"
+    np.testing.assert_allclose(values.astype(np.float32), VALUES, rtol=2**-8)
     assert sum(path.stat().st_size for path in (tmp_path / "bank").glob("*.npy")) < 128 + 2 * VALUES.size + 1
 
 

@@ -1,6 +1,6 @@
-"""What of a result store must not change, as sums in its attributes: a chunk's checksum finds only a damaged chunk.
+"""SHA-256 sums of a result store's files, kept in its attributes.
 
-That one is gone, or read as something else by damaged metadata, it does not find.
+A chunk has a checksum of its own, but that finds neither a missing chunk nor one that damaged metadata misread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hydra_jax.errors import UserError, reason, shown
 from hydra_jax.store.metadata import ZARR_FORMAT
 
 DIGESTS = "files_sha256"
-"""The attribute that has them."""
+"""The attribute that has the sums."""
 
 
 def sha256(path: Path) -> str:
@@ -28,7 +28,7 @@ def sha256(path: Path) -> str:
 
 
 def write(path: Path, filled: Sequence[str] = ()) -> None:
-    """Sum up a store; of its variables `filled`, whose chunks are still to be written, without these."""
+    """Write the sums of a store; those of the variables `filled` leave out the chunks, which are still to come."""
     group = zarr.open_group(path, mode="r+", zarr_format=ZARR_FORMAT)
     group.attrs[DIGESTS] = _digests(path, group.attrs, filled)
 
@@ -37,12 +37,12 @@ def check(path: Path, dataset: xr.Dataset, filled: Sequence[str] = ()) -> None:
     """Compare a store, opened as `dataset`, with its sums.
 
     Raises:
-      UserError: if it is not what it was, with the variable that differs.
+      UserError: if the store has changed; it names a variable that did.
     """
     try:
         written = json.loads(dataset.attrs[DIGESTS])
-        found = json.loads(_digests(path, dataset.attrs, filled))
-        wrong = sorted(name for name in written.keys() | found if written.get(name) != found.get(name))
+        current = json.loads(_digests(path, dataset.attrs, filled))
+        wrong = sorted(name for name in written.keys() | current if written.get(name) != current.get(name))
     except Exception as error:
         raise unreadable(path, error) from error
     if wrong:
@@ -50,17 +50,17 @@ def check(path: Path, dataset: xr.Dataset, filled: Sequence[str] = ()) -> None:
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """Whatever zarr and its codecs raise of a damaged store, in one line."""
+    """Return the one-line form of whatever zarr and its codecs raise on a damaged store."""
     return UserError(f"{path}: cannot be read ({reason(error)}); delete it and sweep again")
 
 
 def _digests(path: Path, attributes: Mapping[str, Any], filled: Sequence[str]) -> str:
-    """SHA-256 of every variable's files, of those `filled` without chunks, and of the attributes, as JSON."""
-    # xarray keeps "coordinates" to itself.
+    """Return, as JSON, the SHA-256 of the attributes and of every variable's files, without chunks if `filled`."""
+    # A dataset that xarray has opened does not show "coordinates".
     kept = {name: value for name, value in attributes.items() if name not in (DIGESTS, "coordinates")}
-    found = {"attributes": hashlib.sha256(json.dumps(kept, sort_keys=True).encode())}
+    digests = {"attributes": hashlib.sha256(json.dumps(kept, sort_keys=True).encode())}
     for variable in filter(Path.is_dir, path.iterdir()):
-        every = [variable / "zarr.json"] if variable.name in filled else sorted(variable.rglob("*"))
-        lines = [f"{file.relative_to(variable).as_posix()} {sha256(file)}\n" for file in every if file.is_file()]
-        found[variable.name] = hashlib.sha256("".join(lines).encode())
-    return json.dumps({name: digest.hexdigest() for name, digest in found.items()})
+        paths = [variable / "zarr.json"] if variable.name in filled else sorted(variable.rglob("*"))
+        lines = [f"{path.relative_to(variable).as_posix()} {sha256(path)}\n" for path in paths if path.is_file()]
+        digests[variable.name] = hashlib.sha256("".join(lines).encode())
+    return json.dumps({name: digest.hexdigest() for name, digest in digests.items()})

@@ -1,4 +1,4 @@
-"""Directories and files that a run writes: made or left as they were, whole or not there, by one run at a time."""
+"""Directories and files that a run writes: each is whole or not there, and one run at a time works in a directory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import filelock
 from hydra_jax.errors import UserError
 
 LOCK = ".lock"
-"""In a directory that a run is working in."""
+"""The file by whose lock a run keeps a directory to itself."""
 
 SEEN_SECONDS = 90
-"""In which hosts see what others write to a shared file system, which they may look at once a minute."""
+"""How long a host waits for another's files on a shared file system, which it may look at only once a minute."""
 
 
 @contextlib.contextmanager
 def directory(workdir: Path) -> Iterator[None]:
-    """A directory to write results into, made if need be, and unmade if nothing came to be in it.
+    """Make a directory for results where there is none, and remove it again if nothing is in it at the end.
 
     Raises:
-      UserError: for whatever the file system refuses, then or later.
+      UserError: if the file system refuses anything, here or in the block.
     """
     missing: list[Path] = []
     try:
@@ -36,7 +36,7 @@ def directory(workdir: Path) -> Iterator[None]:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"{workdir}: is a file; give another --workdir")
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):  # before hours of work, not after
+        with tempfile.TemporaryFile(dir=workdir):  # a refusal comes before hours of work, not after
             pass
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def directory(workdir: Path) -> Iterator[None]:
         ) from error
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # there are results in it
+            with contextlib.suppress(OSError):  # it has results in it
                 path.rmdir()
 
 
@@ -80,41 +80,42 @@ def exclusive(workdir: Path) -> Iterator[None]:
 
 
 def await_path(path: Path, seconds: float = SEEN_SECONDS) -> None:
-    """Wait until what another host has written to a shared file system is seen on this one.
+    """Wait until this host sees a file that another has written to a shared file system.
 
     Raises:
-      UserError: if it is not in time.
+      UserError: if it does not in so many seconds.
     """
     until = time.monotonic() + seconds
-    while path.name not in os.listdir(path.parent):  # which asks anew, where a name that was not there is remembered
+    # A listing asks the file system anew, while a look-up may be answered from what the host remembers as missing.
+    while path.name not in os.listdir(path.parent):
         if time.monotonic() > until:
-            raise UserError(f"{path}: another process has written it, and it is not seen here; share --workdir")
+            raise UserError(f"{path}: another process has written it, and this one does not see it; share --workdir")
         time.sleep(0.2)
 
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until this is done: zarr works in threads, which would go on writing behind them."""
+    """Defer Ctrl-C and SIGTERM to the end of the block: zarr's threads would go on writing after an interruption."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ours = {number: handler for number, handler in handlers.items() if callable(handler)}
     if threading.current_thread() is not threading.main_thread() or not ours:
         yield
         return
     caught: list[int] = []
-    for each in ours:
-        signal.signal(each, lambda number, _: caught.append(number))
+    for number in ours:
+        signal.signal(number, lambda received, _: caught.append(received))
     try:
         yield
     finally:
-        for each, handler in ours.items():
-            signal.signal(each, handler)
-    for number in caught:
-        ours[signal.Signals(number)](number, None)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+    for received in caught:
+        ours[signal.Signals(received)](received, None)
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` only once all is written."""
+    """Give a path to write to, which becomes `path` only if the block ends well."""
     part = path.with_name(f"{path.name}.part")
     remove(part)
     try:
@@ -134,7 +135,7 @@ def remove(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write a file or directory, which becomes `path` only once all of it is there."""
+    """Write a file or directory by `write`; it becomes `path` only once all of it is there."""
     with whole(path) as part:
         write(part)
 

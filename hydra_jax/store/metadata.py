@@ -18,11 +18,11 @@ ZARR_FORMAT: Literal[3] = 3
 CODECS = ("bytes", "vlen-utf8", "zstd", "crc32c")
 DATA_TYPES = ("bool", "int16", "int64", "float32", "float64", "string")
 CHUNKS = {"chunk_grid": "regular", "chunk_key_encoding": "default"}
-"""The only kinds of these that are written."""
+"""The parts of an array's metadata that may be of one kind only, and that kind."""
 
 DOCUMENT = "zarr.json"
 MOST_BYTES = 1 << 26
-"""Size of a metadata document past which it is not read."""
+"""The largest metadata document, in bytes, that is read."""
 
 
 def check(path: Path) -> None:
@@ -32,7 +32,7 @@ def check(path: Path) -> None:
       path: the directory of the zarr group.
 
     Raises:
-      UserError: if it is not of zarr format 3, or an array has another codec, data type or layout.
+      UserError: if the store is not of zarr format 3, or an array has a codec, data type or layout not listed above.
     """
     if not (path / DOCUMENT).is_file():
         raise UserError(
@@ -62,9 +62,9 @@ def _document(node: Path) -> Mapping[str, Any]:
 
 
 def _check_array(path: Path, document: Mapping[str, Any]) -> None:
-    def refuse(what: str, value: object) -> UserError:
+    def refuse(field: str, value: object) -> UserError:
         return UserError(
-            f"{path}: has the {what} {shown(value)}, which hydra_jax does not write; sweep into another --workdir"
+            f"{path}: has the {field} {shown(value)}, which hydra_jax does not write; sweep into another --workdir"
         )
 
     if document.get("node_type") != "array":
@@ -83,5 +83,5 @@ def _check_array(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _name(extension: object) -> object:
-    """Return the name of a zarr extension point, which is spelt as an object."""
+    """Return the name in a zarr extension, which is spelt as an object; None where it has none."""
     return extension.get("name") if isinstance(extension, Mapping) else None

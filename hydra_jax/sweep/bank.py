@@ -1,7 +1,9 @@
-"""Clean runs that are kept: of every prompt what a sweep needs to know, and what ablations put in another's place.
+"""Clean runs kept by prompt: the facts that a sweep needs, and the values that ablations put in place of others.
 
-Of a sweep into a directory they are files, read where they are needed: whatever the number of prompts, memory
-holds what the system chooses to cache. A part is two files, its values and, written last, what they are of.
+A sweep into a directory keeps them as files, read where they are needed: however many the prompts, memory holds
+only what the system chooses to cache. A part is two files, its values and, written last, their description. Values
+are memory-mapped rather than a zarr array: 15 random rows of a unit (600 prompts x 60 units x 576) take 0.03 ms, and
+all values of 256 prompts 1 to 4 ms, against 1 and 70 ms with zarr's best chunks, each of which is decoded whole.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from hydra_jax.store import files
 DIRECTORY = "bank"
 COLUMNS = {"top": np.int64, "target": np.int64, "probability": np.float32}
 BLOCK = 1 << 24
-"""Bytes of a file that are summed at once."""
+"""How many bytes a checksum takes in at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +34,26 @@ class Row:
 
     Attributes:
       top: the most likely next token.
-      target: the token that is read.
-      probability: its probability.
-      part: the bank's part that has its values; -1 where they are not kept.
-      place: in that part.
+      target: the token whose logit is read.
+      probability: the target's probability.
+      part: the number of the bank's part that has the prompt's values; -1 where they are not kept.
+      index: the index of the values in that part; -1 where they are not kept.
     """
 
     top: int
     target: int
     probability: float
     part: int = -1
-    place: int = -1
+    index: int = -1
 
 
 class Bank:
-    """Values [U, E] of prompts, in parts, and their rows by id.
+    """The rows of prompts by id, and their values [U, E] in parts: U units that are ablated, of E numbers each.
 
     Args:
-      dtype: of the values.
-      directory: where parts are kept as files; None for in memory.
-      protocol: a hash of all that values depend on: parts of another are not read.
+      dtype: the values' type.
+      directory: where parts are kept as files; None to keep them in memory.
+      protocol: a hash of all that values depend on: parts of another protocol are not read.
     """
 
     def __init__(self, dtype: str, directory: Path | None = None, protocol: str = ""):
@@ -61,13 +63,13 @@ class Bank:
         self._names: set[str] = set()
 
     def add(self, ids: Sequence[str], columns: dict[str, np.ndarray], kept: np.ndarray, values: np.ndarray) -> None:
-        """Take in a part.
+        """Add a part; where it is kept as files, `refresh` takes it in.
 
         Args:
-          ids: of P prompts.
-          columns: the fields of a row, [P] each.
-          kept: [P] bool, whose values are.
-          values: [kept, U, E], theirs.
+          ids: the ids of P prompts.
+          columns: the prompts' fields by name (see COLUMNS), [P] each.
+          kept: [P] bool, whether a prompt's values are kept.
+          values: [K, U, E], the values of the K prompts for which they are.
         """
         values = np.ascontiguousarray(values.astype(self._dtype))
         if self._directory is None:
@@ -78,92 +80,93 @@ class Bank:
         path = self._directory / name
         stored = values.view(np.uint8)
         files.write_whole(path.with_suffix(".npy"), lambda part: _save(part, stored))
-        described = columns | {
+        description = columns | {
             "ids": np.array(ids),
             "kept": kept,
             "protocol": np.array(self._protocol),
             "crc": np.array(zlib.crc32(stored.reshape(-1).data) if stored.size else 0),
         }
-        files.write_whole(path.with_suffix(".npz"), lambda part: _save(part, described))
+        files.write_whole(path.with_suffix(".npz"), lambda part: _save(part, description))
 
     def refresh(self, cluster: Cluster) -> None:
-        """Read the parts that all processes have written by now; damaged ones are removed."""
+        """Take in the parts that all processes have written by now, and remove damaged ones."""
         if self._directory is None:
             return
-        # Each says what it sees, as on a shared file system not all see the same yet.
+        # Every process names the parts it sees: on a shared file system some may not see all of them yet.
         seen = cluster.gather([path.stem for path in self._directory.glob("*.npz") if path.stem not in self._names])
-        here = sorted(set().union(*seen))
-        for name in here:
+        new = sorted(set().union(*seen))
+        for name in new:
             files.await_path((self._directory / name).with_suffix(".npz"))
-        sound = {name: self._described(name) for name in cluster.share(here)}
-        damaged = [name for name, described in sound.items() if described is None]
-        bad = set().union(*cluster.gather(damaged))
+        checked = {name: self._describe(name) for name in cluster.share(new)}
+        damaged = [name for name, description in checked.items() if description is None]
+        damaged_anywhere = set().union(*cluster.gather(damaged))
         for name in damaged:
             for suffix in (".npz", ".npy"):
                 (self._directory / name).with_suffix(suffix).unlink(missing_ok=True)
         cluster.wait()
-        for name in here:
-            if name in bad:
+        for name in new:
+            if name in damaged_anywhere:
                 continue
-            described = sound.get(name) or self._described(name, check=False)
-            if described is None:
+            description = checked.get(name) or self._describe(name, check=False)
+            if description is None:
                 continue
             values = np.load((self._directory / name).with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
             self._names.add(name)
-            columns = {column: described[column] for column in COLUMNS}
-            self._take_in(described["ids"].tolist(), columns, described["kept"], values)
+            columns = {column: description[column] for column in COLUMNS}
+            self._take_in(description["ids"].tolist(), columns, description["kept"], values)
 
     def where(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """[N] parts, and places in them, of N prompts whose values are kept."""
+        """Return the parts [N] that have the values of N prompts, and the values' indices [N] in them."""
         rows = [self.rows[name] for name in ids]
-        return np.array([row.part for row in rows], int), np.array([row.place for row in rows], int)
+        return np.array([row.part for row in rows], int), np.array([row.index for row in rows], int)
 
-    def take(self, parts: np.ndarray, places: np.ndarray, unit: int | slice = slice(None)) -> np.ndarray:
-        """[N, E], one unit's values in N prompts; or [N, U, E], all of them."""
+    def take(self, parts: np.ndarray, indices: np.ndarray, unit: int | slice = slice(None)) -> np.ndarray:
+        """Return one unit's values [N, E] in N prompts, or those of all units [N, U, E]; for arguments see `where`."""
         first = self._parts[parts[0]]
         out = np.empty((len(parts), *first[0, unit].shape), first.dtype)
         for part in np.unique(parts):
-            here = np.flatnonzero(parts == part)
-            out[here] = self._parts[part][places[here], unit]
+            wanted = np.flatnonzero(parts == part)
+            out[wanted] = self._parts[part][indices[wanted], unit]
         return out.view(self._dtype)
 
     def values(self, ids: Sequence[str]) -> np.ndarray:
-        """[N, U, E], all values in N prompts."""
+        """Return all values [N, U, E] of N prompts."""
         return self.take(*self.where(ids))
 
     def remove(self) -> None:
-        """Forget all, files too."""
+        """Forget everything, and delete the files."""
         self.rows, self._parts, self._names = {}, [], set()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _take_in(self, ids: Sequence[str], columns: dict[str, Any], kept: np.ndarray, values: np.ndarray) -> None:
-        places = np.where(kept, np.cumsum(kept) - 1, -1)
-        for row, name in enumerate(ids):
-            found = {column: columns[column][row].item() for column in COLUMNS}
-            self.rows[name] = Row(**found, part=len(self._parts) if kept[row] else -1, place=int(places[row]))
+        indices = np.where(kept, np.cumsum(kept) - 1, -1)
+        for number, prompt_id in enumerate(ids):
+            fields = {column: columns[column][number].item() for column in COLUMNS}
+            part = len(self._parts) if kept[number] else -1
+            self.rows[prompt_id] = Row(**fields, part=part, index=int(indices[number]))
         self._parts.append(values)
 
-    def _described(self, name: str, check: bool = True) -> dict[str, np.ndarray] | None:
-        """What a part is of; None if it is damaged, or of another protocol."""
+    def _describe(self, name: str, check: bool = True) -> dict[str, np.ndarray] | None:
+        """Read a part's description; None if the part is damaged, or of another protocol."""
         assert self._directory is not None
         path = self._directory / name
         try:
-            # Opened here, as numpy leaves a damaged archive open.
+            # numpy would leave a damaged archive open, had it opened the file itself.
             with path.with_suffix(".npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                described = dict(archive)
+                description = dict(archive)
             values = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-            whole = str(described["protocol"]) == self._protocol and len(values) == described["kept"].sum()
+            whole = str(description["protocol"]) == self._protocol and len(values) == description["kept"].sum()
             if whole and check:
-                whole = _crc(values) == described["crc"]
-        except Exception:  # numpy and zipfile raise all kinds of a damaged file
+                whole = _crc(values) == description["crc"]
+        except Exception:  # numpy and zipfile raise errors of all kinds where a file is damaged
             return None
-        return described if whole else None
+        return description if whole else None
 
 
-def _save(path: Path, what: Any) -> None:
+def _save(path: Path, arrays: Any) -> None:
     with path.open("wb") as file:  # numpy adds endings to names, not to files
-        np.savez(file, **what) if isinstance(what, dict) else np.save(file, what)
+        np.savez(file, **arrays) if isinstance(arrays, dict) else np.save(file, arrays)
 
 
 def _crc(values: np.ndarray) -> int:
