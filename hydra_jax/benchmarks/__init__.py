@@ -1,1 +1,1 @@
-"""What `python -m launch.benchmark` measures, each on its own."""
+"""The measurements of `python -m launch.benchmark`, a module each."""

@@ -1,6 +1,7 @@
-"""How the kernel's rate grows with devices, and what passes between them, counted in the compiled program.
+"""The kernel's rate by the number of devices, and the traffic between them, counted in the compiled program.
 
-On a CPU, a run of N devices is a process of its own that is kept to N cores: within one, devices would share all.
+On a CPU, a run of N devices is a process of its own that is kept to N cores: in one process, devices would share
+all cores.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ ARRAY = re.compile(r"\b(?P<type>pred|[a-z]+(?P<bits>\d+))\[(?P<shape>[\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One place of a compiled program where devices exchange arrays.
+    """An operation of a compiled program by which devices exchange arrays.
 
     Attributes:
-      kind: as XLA calls it.
-      bytes: of the result, on one device.
-      groups: places of the mesh that it joins, flattened.
+      kind: XLA's name of the operation.
+      bytes: size of the result on one device.
+      groups: the groups of devices that exchange, each device by its index in the flattened mesh.
     """
 
     kind: str
@@ -52,46 +53,46 @@ class Collective:
     groups: frozenset[frozenset[int]]
 
     def over(self, mesh: Mesh) -> set[str]:
-        """The axes along which it passes anything."""
-        places = np.arange(mesh.size).reshape(mesh.devices.shape)
+        """Return the mesh axes along which data passes."""
+        numbers = np.arange(mesh.size).reshape(mesh.devices.shape)
         axes = set()
         for group in self.groups:
-            where = np.argwhere(np.isin(places, list(group)))
-            axes |= {name for name, column in zip(mesh.axis_names, where.T, strict=True) if len(set(column)) > 1}
+            positions = np.argwhere(np.isin(numbers, list(group)))
+            axes |= {name for name, column in zip(mesh.axis_names, positions.T, strict=True) if len(set(column)) > 1}
         return axes
 
 
 def collectives(program: str) -> list[Collective]:
-    """Those of a compiled program, from its text."""
+    """Return the collectives of a compiled program, read from its text."""
     return [
-        Collective(found["kind"], _bytes(found["result"]), _groups(found["rest"]))
-        for found in COLLECTIVE.finditer(program)
+        Collective(match["kind"], _bytes(match["result"]), _groups(match["rest"]))
+        for match in COLLECTIVE.finditer(program)
     ]
 
 
 def _bytes(result: str) -> int:
     sizes = (
-        (int(found["bits"] or 8) / 8, found["shape"].split(",") if found["shape"] else [])
-        for found in ARRAY.finditer(result)
+        (int(array["bits"] or 8) / 8, array["shape"].split(",") if array["shape"] else [])
+        for array in ARRAY.finditer(result)
     )
     return int(sum(item * np.prod([int(n) for n in shape]) for item, shape in sizes))
 
 
 def _groups(rest: str) -> frozenset[frozenset[int]]:
-    """Which devices are joined: listed, or as an array of them reshaped, or as axes of a mesh."""
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", rest):
-        return frozenset(frozenset(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1]))
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        rows = _ordered(found[2], found[3]).reshape(_numbers(found[1]))
+    """Read the groups of devices, which are listed, or a reshaped array of numbers, or axes of a mesh."""
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", rest):
+        return frozenset(frozenset(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", match[1]))
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        rows = _ordered(match[2], match[3]).reshape(_numbers(match[1]))
         return frozenset(frozenset(row) for row in rows.tolist())
     ordered = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
-    if found := re.search(rf"replica_groups=mesh\[(.*?)\]{ordered} \{{(.*?)\}}", rest):
-        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        joined = set(re.findall(r"'(\w+)'", found[4]))
-        places = _ordered(found[2] or str(np.prod(list(axes.values()))), found[3]).reshape(list(axes.values()))
-        apart = [axis for axis, name in enumerate(axes) if name not in joined]
-        order = [*apart, *(axis for axis in range(len(axes)) if axis not in apart)]
-        rows = places.transpose(order).reshape(int(np.prod([places.shape[axis] for axis in apart])), -1)
+    if match := re.search(rf"replica_groups=mesh\[(.*?)\]{ordered} \{{(.*?)\}}", rest):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        joined = set(re.findall(r"'(\w+)'", match[4]))
+        numbers = _ordered(match[2] or str(np.prod(list(axes.values()))), match[3]).reshape(list(axes.values()))
+        separate = [axis for axis, name in enumerate(axes) if name not in joined]
+        order = [*separate, *(axis for axis in range(len(axes)) if axis not in separate)]
+        rows = numbers.transpose(order).reshape(int(np.prod([numbers.shape[axis] for axis in separate])), -1)
         return frozenset(frozenset(row) for row in rows.tolist())
     raise ValueError(f"devices of a collective are written in an unknown way: {rest}")
 
@@ -101,25 +102,25 @@ def _numbers(text: str) -> list[int]:
 
 
 def _ordered(shape: str, order: str | None) -> np.ndarray:
-    """Devices by number in an array of a shape, its axes in another order where one is given."""
-    places = np.arange(np.prod(_numbers(shape))).reshape(_numbers(shape))
-    return places.transpose(_numbers(order)) if order else places
+    """Return the numbers of devices as an array of a shape, its axes transposed where an order is given."""
+    numbers = np.arange(np.prod(_numbers(shape))).reshape(_numbers(shape))
+    return numbers.transpose(_numbers(order)) if order else numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-    """One number of devices, all on the data axis but those that share the model.
+    """The figures of one number of devices; the data axis has all but those that share a copy of the model.
 
     Attributes:
-      devices: how many.
-      model: of them, how many share a copy of the model.
-      prompts: at once, over all.
-      interventions: a second.
-      flops: of matrix products, a second.
-      data_collectives: places in the program of a chunk where anything passes along the data axis.
-      model_collectives: the same along the model axis, each of which runs once a layer or less.
-      model_bytes: of their results on one device, together.
-      parameter_bytes: on one device.
+      devices: how many devices there are.
+      model: how many of them share a copy of the model.
+      prompts: prompts at once, over all devices.
+      interventions: interventions a second.
+      flops: operations of matrix products a second.
+      data_collectives: collectives along the data axis in a chunk's programs.
+      model_collectives: collectives along the model axis, each of which runs once a layer or less.
+      model_bytes: size of the latter's results on one device, in all.
+      parameter_bytes: size of the parameters on one device.
     """
 
     devices: int
@@ -137,16 +138,16 @@ def measure(params: Params, devices: int, model: int, prompts: int, length: int,
     """Measure the kernel on some of this process' devices.
 
     Args:
-      params: the model, wherever it lies.
-      devices: how many.
+      params: the model, on whatever devices.
+      devices: how many devices to use.
       model: how many of them share a copy of the model.
-      prompts: P, over all devices; made a multiple of the data axis.
+      prompts: P, over all devices; rounded up to a multiple of the data axis.
       length: T, tokens of a prompt.
       draws: R, replacements.
       step: measure every `step`-th component.
 
     Raises:
-      UserError: if the devices cannot be shared so.
+      UserError: if `devices` is no multiple of `model`.
     """
     if devices % model:
         raise UserError(f"--devices: {devices} cannot be shared by {model}; give multiples of config.mesh.model")
@@ -155,8 +156,8 @@ def measure(params: Params, devices: int, model: int, prompts: int, length: int,
     c, data = params.config, mesh.shape[DATA]
     prompts = -(-prompts // data) * data
     tokens = np.random.default_rng(0).integers(0, c.vocab_size, (prompts, length), np.int32)
-    over = [tokens, np.full(prompts, length, np.int32), np.full(prompts, MOST_LIKELY, np.int32)]
-    inputs = [meshes.put(mesh, each, meshes.Spec(DATA)) for each in over]
+    arrays = [tokens, np.full(prompts, length, np.int32), np.full(prompts, MOST_LIKELY, np.int32)]
+    inputs = [meshes.put(mesh, array, meshes.Spec(DATA)) for array in arrays]
     prefill = prefill_program(params).lower(params, *inputs).compile()
     clean = prefill(params, *inputs)
     sources = meshes.put(mesh, np.zeros((prompts, draws, c.width), np.float32), meshes.Spec(DATA))
@@ -164,46 +165,47 @@ def measure(params: Params, devices: int, model: int, prompts: int, length: int,
     keys = meshes.put(mesh, jax.random.split(jax.random.key(0), prompts), meshes.Spec(DATA))
     components = all_components(c.layers)[::step]
     edits = [
-        (params, clean, (jnp.int32(each.layer), jnp.int32(each.site), None), sources, nothing, keys)
-        for each in components
+        (params, clean, (jnp.int32(component.layer), jnp.int32(component.site), None), sources, nothing, keys)
+        for component in components
     ]
     kernel = ablate_program(params, Kind.RESAMPLE, edges=False).lower(*edits[0]).compile()
     jax.block_until_ready(kernel(*edits[-1]))
     start = time.perf_counter()
-    for each in edits:
-        jax.block_until_ready(kernel(*each))
+    for edit in edits:
+        jax.block_until_ready(kernel(*edit))
     seconds = time.perf_counter() - start
-    passed = [one for program in (prefill, kernel) for one in collectives(program.as_text() or "")]
-    flops = prompts * draws * sum(intervention_flops(c, each, length) for each in components)
+    traffic = [collective for program in (prefill, kernel) for collective in collectives(program.as_text() or "")]
+    over_model = [collective for collective in traffic if MODEL in collective.over(mesh)]
+    flops = prompts * draws * sum(intervention_flops(c, component, length) for component in components)
     return Scaled(
         devices=devices,
         model=model,
         prompts=prompts,
         interventions=prompts * draws * len(components) / seconds,
         flops=flops / seconds,
-        data_collectives=sum(DATA in one.over(mesh) for one in passed),
-        model_collectives=sum(MODEL in one.over(mesh) for one in passed),
-        model_bytes=sum(one.bytes for one in passed if MODEL in one.over(mesh)),
+        data_collectives=sum(DATA in collective.over(mesh) for collective in traffic),
+        model_collectives=len(over_model),
+        model_bytes=sum(collective.bytes for collective in over_model),
         parameter_bytes=sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params)),
     )
 
 
 def apart(arguments: Sequence[str], devices: int) -> dict[str, dict[str, Any]]:
-    """What `python -m launch.benchmark` measures with as many CPU devices, kept to as many cores.
+    """Run `python -m launch.benchmark` with some CPU devices, kept to as many cores, and return its figures.
 
     Args:
-      arguments: of the command.
-      devices: how many, whatever --devices and --output say among them.
+      arguments: the command's arguments; what they say at --devices and --output does not count.
+      devices: how many devices there are.
 
     Raises:
-      UserError: if there are fewer cores, or it fails.
+      UserError: if there are fewer cores, or the command fails.
     """
     cores = sorted(os.sched_getaffinity(0))
     if devices > len(cores):
         raise UserError(f"--devices: {devices} CPU devices want as many cores, there are {len(cores)}; give fewer")
     with tempfile.TemporaryDirectory(prefix="hydra_jax-") as temporary:
         output = Path(temporary) / "figures.json"
-        # Inherited: to set it between fork and exec is not safe beside JAX's threads.
+        # The command inherits the affinity: setting it between fork and exec is not safe beside JAX's threads.
         os.sched_setaffinity(0, cores[:devices])
         try:
             done = subprocess.run(
@@ -219,18 +221,21 @@ def apart(arguments: Sequence[str], devices: int) -> dict[str, dict[str, Any]]:
         return json.loads(output.read_text())["figures"][0]
 
 
-def table(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
-    """Of each number of devices its `Scaled` as dicts, "strong" and "weak", a line each.
+def table(figures: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return the figures as a table, a line for each number of devices and kind of scaling.
 
-    Strong scaling is of one number of prompts, weak of as many on each device; efficiency is of the first line's rate
-    a device.
+    Strong scaling keeps the number of prompts, weak scaling the number on each device. Efficiency is the rate of a
+    device, as a share of its rate in the first line.
+
+    Args:
+      figures: for each number of devices, `Scaled` as dicts under "strong" and "weak".
     """
     lines = [
         f"{'scaling':7} {'devices':>7} {'model':>6} {'prompts':>8} {'interventions/s':>16} {'GFLOP/s':>9}"
         f" {'efficiency':>11} {'on data':>8} {'on model':>9} {'MB of it':>9} {'parameters GB':>14}"
     ]
     for kind in ("strong", "weak"):
-        rows = [Scaled(**each[kind]) for each in found]
+        rows = [Scaled(**by_kind[kind]) for by_kind in figures]
         for row in rows:
             efficiency = row.interventions / row.devices / (rows[0].interventions / rows[0].devices)
             lines.append(

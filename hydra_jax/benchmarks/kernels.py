@@ -1,7 +1,7 @@
-"""How fast the kernels are: against the machine's matrix products, and against whole forward passes.
+"""The kernels' rates, against the machine's matrix products and against whole forward passes.
 
-All of a length's measurements are taken in turns, so that whatever else the machine does slows all of
-them alike, and a ratio is of times summed over the turns.
+A length's measurements are taken in turns, so that whatever else the machine does slows all of them alike.
+A ratio is one of times summed over the turns.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Measured:
     Attributes:
       length: tokens of a prompt.
       rows: edits replayed at once.
-      interventions: of the sweep's kernel, over all components.
+      interventions: interventions by the sweep's kernel, over all components.
       kernel_flops: useful arithmetic of the kernel, matrix products only.
       gemm_flops: bare matrix products of the shapes of one layer's weights, at as many rows.
-      kernel_to_gemm: their ratio.
-      kernel_bytes: that the kernel moves at least.
+      kernel_to_gemm: the ratio of the two.
+      kernel_bytes: bytes that the kernel moves at least.
       bandwidth: bytes of a large copy.
       forwards: interventions by batched whole forward passes, each with its edit.
-      speedup: interventions to forwards.
+      speedup: the ratio of interventions to forwards.
       prefill_prompts: clean runs.
-      compile_seconds: of prefill and kernel.
-      peak_gb: memory in use at most so far: the device's, or on a CPU this process's.
+      compile_seconds: time to compile prefill and kernel.
+      peak_gb: the most memory in use so far: the device's, or on a CPU this process's.
     """
 
     length: int
@@ -62,18 +62,22 @@ class Measured:
 
     @property
     def roofline(self) -> Roofline:
-        """Of the kernel."""
+        """The kernel's roofline."""
         return Roofline(self.kernel_flops, self.gemm_flops, self.kernel_bytes, self.bandwidth)
 
 
 def layer_products(config: ModelConfig, rows: int) -> tuple[Callable[[], Any], int]:
-    """A call of bare products [rows, in] x [in, out], one for each weight of a layer, and its operations."""
+    """Return a function that makes bare products [rows, in] x [in, out], one for each weight of a layer.
+
+    Returns:
+      The function, and the operations of one call.
+    """
     c = config
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     shapes = [(c.width, queries), (c.width, keys), (c.width, keys), (queries, c.width)]
     shapes += [(c.width, c.mlp_width)] * (2 if c.gated else 1) + [(c.mlp_width, c.width)]
-    keys_of = jax.random.split(jax.random.key(0), len(shapes))
-    kernels = [jax.random.normal(key, shape, c.dtype) for key, shape in zip(keys_of, shapes, strict=True)]
+    random_keys = jax.random.split(jax.random.key(0), len(shapes))
+    kernels = [jax.random.normal(key, shape, c.dtype) for key, shape in zip(random_keys, shapes, strict=True)]
     inputs = [jnp.ones((rows, shape[0]), c.dtype) for shape in shapes]
     run = jax.jit(lambda xs, ws: [product(c, "ri,io->ro", x, w) for x, w in zip(xs, ws, strict=True)])
     return lambda: run(inputs, kernels), sum(2 * rows * a * b for a, b in shapes)
@@ -81,22 +85,28 @@ def layer_products(config: ModelConfig, rows: int) -> tuple[Callable[[], Any], i
 
 @jax.jit
 def forward_batch(params: Params, tokens: jax.Array, component: jax.Array, value: jax.Array) -> jax.Array:
-    """The baseline: whole forward passes of [B, T] tokens, component [2] replaced by value [B, D] at the last.
+    """Run the baseline: whole forward passes of tokens [B, T], with a component's write at the last token replaced.
 
-    A strong one: batched, compiled once for all components, and unembedding the last token alone.
+    It is a strong one: batched, compiled once for all components, and unembedding the last token alone.
+
+    Args:
+      params: the model.
+      tokens: [B, T].
+      component: [2], its layer and site.
+      value: [B, D], the values in place of its writes.
 
     Returns:
       Logits [B, V] of the last token.
     """
 
-    def one(tokens: jax.Array, value: jax.Array) -> jax.Array:
+    def forward(tokens: jax.Array, value: jax.Array) -> jax.Array:
         c = params.config
         mask = jnp.zeros((c.layers, 2, len(tokens)), bool).at[component[0], component[1], -1].set(True)
         edits = Edits(mask, jnp.broadcast_to(value, (c.layers, 2, 1, c.width)))
         _, trace = transformer.forward(params, tokens, edits)
         return transformer.unembed(params, trace.resid_post[-1, -1])
 
-    return jax.vmap(one)(tokens, value)
+    return jax.vmap(forward)(tokens, value)
 
 
 def measure(params: Params, length: int, rows: int, draws: int, step: int, seed: int = 0) -> Measured:
@@ -106,9 +116,9 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
       params: the model.
       length: tokens of a prompt.
       rows: edits at once.
-      draws: replacements a prompt.
+      draws: replacements of each prompt.
       step: measure every `step`-th component.
-      seed: of the tokens.
+      seed: the seed of the tokens.
     """
     config = params.config
     prompts = max(1, rows // draws)
@@ -122,7 +132,7 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
 
     nothing = WriteStatistics(jnp.zeros(config.width), jnp.zeros(config.width))
     keys = jax.random.split(jax.random.key(seed), prompts)
-    # Each prompt's replacements are other prompts' writes, as in a sweep.
+    # A prompt's replacements are other prompts' writes, as in a sweep.
     sources = jnp.stack([jnp.roll(clean.writes, draw + 1, axis=0) for draw in range(draws)], axis=1)
 
     def edits(component: Component) -> tuple:
@@ -146,7 +156,7 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
         kernel_seconds += seconds
         kernel_operations += prompts * draws * intervention_flops(config, component, length)
         kernel_bytes += intervention_bytes(config, component, length, prompts, draws)
-        # About as long on bare products as on the kernel, so that both see the same machine.
+        # Bare products take about as long as the kernel, so that both see the same machine.
         spent = 0.0
         while spent < seconds:
             spent += _seconds(gemm)
@@ -177,7 +187,7 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
 
 
 def table(rows: Sequence[Measured]) -> str:
-    """The figures, a line a length."""
+    """Return the figures as a table, a line for each length."""
     lines = [
         f"{'tokens':>6} {'rows':>5} {'interventions/s':>16} {'kernel GFLOP/s':>15} {'GEMM GFLOP/s':>13}"
         f" {'ratio':>6} {'forwards/s':>11} {'speed-up':>9} {'prefills/s':>11} {'compile s':>10} {'peak GB':>8}"
@@ -193,7 +203,7 @@ def table(rows: Sequence[Measured]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Describe the devices that the figures are taken on."""
     device = jax.devices()[0]
     return {"backend": jax.default_backend(), "device": device.device_kind, "devices": jax.device_count()}
 

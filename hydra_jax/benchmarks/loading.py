@@ -1,8 +1,7 @@
-"""How much host memory loading takes: of two checkpoints of one shape, each loaded by a process of its own.
+"""The host memory that loading takes, from two checkpoints of one shape, each loaded by a process of its own.
 
-What a process holds is its anonymous memory: pages of a mapped weight file are not counted, as the system takes them
-back whenever it wants them. From two sizes follow a slope, bytes held a byte of checkpoint, and what loading holds
-whatever it loads.
+Only anonymous memory counts: the system takes the pages of a mapped weight file back whenever it wants them. Two
+sizes give a slope, bytes held for each byte of checkpoint, and an offset, the bytes that any loading holds.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from hydra_jax.weights.load import INDEX
 
 LLAMA_7B = ModelConfig(32_000, 4096, 32, 32, 32, 128, 11_008, 4096, dtype="bfloat16")
 LAYERS = 2, 6
-"""Of the two checkpoints: 1.3 and 3.0 GB of the 13.5 that all 32 layers would be."""
+"""The two checkpoints' numbers of layers: 1.3 and 3.0 GB of the 13.5 that all 32 layers would be."""
 
 POLL_SECONDS = 0.002
 LOAD = "import sys, hydra_jax; hydra_jax.load(sys.argv[1], dtype=sys.argv[2])"
@@ -42,14 +41,14 @@ LOAD = "import sys, hydra_jax; hydra_jax.load(sys.argv[1], dtype=sys.argv[2])"
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Of one checkpoint.
+    """The figures of loading one checkpoint.
 
     Attributes:
-      layers: of the model.
-      checkpoint_bytes: of its weights.
-      peak_bytes: of anonymous memory that the process held at most, Python and JAX included.
-      ratio: their quotient.
-      seconds: of the whole process, imports and checks included.
+      layers: layers of the model.
+      checkpoint_bytes: size of its weights.
+      peak_bytes: the most anonymous memory that the process held, Python and JAX included.
+      ratio: peak_bytes to checkpoint_bytes.
+      seconds: time of the whole process, imports and checks included.
     """
 
     layers: int
@@ -61,13 +60,13 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Through two checkpoints.
+    """The line through two checkpoints' figures.
 
     Attributes:
-      slope: bytes held a byte of checkpoint.
-      offset_bytes: what is held besides.
-      whole_bytes: of the checkpoint with all of the shape's layers.
-      whole_ratio: of memory to checkpoint there, by the line.
+      slope: bytes held for each byte of checkpoint.
+      offset_bytes: bytes held besides, whatever the checkpoint.
+      whole_bytes: size of the checkpoint with all of the shape's layers.
+      whole_ratio: the ratio of memory to checkpoint that the line gives for it.
     """
 
     slope: float
@@ -77,11 +76,11 @@ class Line:
 
 
 def measure(shape: ModelConfig = LLAMA_7B, layers: Sequence[int] = LAYERS) -> Iterator[Loaded]:
-    """Write, load and remove a checkpoint of as many layers as each of `layers` says; one is there at a time.
+    """Write, load and remove one checkpoint after another.
 
     Args:
-      shape: of a Llama, whose dtype is that of the checkpoint and of the loaded weights.
-      layers: of each checkpoint.
+      shape: a Llama's shape; its dtype is that of the checkpoint and of the loaded weights.
+      layers: the number of layers of each checkpoint.
 
     Raises:
       UserError: if the disk is full, loading fails, or this is not Linux.
@@ -102,7 +101,7 @@ def measure(shape: ModelConfig = LLAMA_7B, layers: Sequence[int] = LAYERS) -> It
 
 
 def line(small: Loaded, large: Loaded, shape: ModelConfig = LLAMA_7B) -> Line:
-    """Through two measured checkpoints of `shape`."""
+    """Return the line through the figures of two checkpoints of `shape`."""
     slope = (large.peak_bytes - small.peak_bytes) / (large.checkpoint_bytes - small.checkpoint_bytes)
     offset = large.peak_bytes - slope * large.checkpoint_bytes
     whole = checkpoint_bytes(shape)
@@ -110,7 +109,7 @@ def line(small: Loaded, large: Loaded, shape: ModelConfig = LLAMA_7B) -> Line:
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:
-    """Of a checkpoint's weights, all of the config's dtype."""
+    """Return the size of a checkpoint's weights, all of the config's dtype."""
     return sum(copies * math.prod(shape) for _, shape, copies in _published(config)) * jnp.dtype(config.dtype).itemsize
 
 
@@ -119,11 +118,11 @@ def write_checkpoint(directory: Path, config: ModelConfig, seed: int = 0) -> int
 
     Args:
       directory: an empty one.
-      config: a Llama's.
-      seed: of the weights.
+      config: a Llama's config.
+      seed: the seed of the weights.
 
     Returns:
-      Bytes of the weights.
+      The size of the weights in bytes.
     """
     stated = dict(
         model_type="llama",
@@ -158,13 +157,13 @@ def write_checkpoint(directory: Path, config: ModelConfig, seed: int = 0) -> int
 
 
 def peak_anonymous(command: Sequence[str]) -> int:
-    """Run a command and return how many bytes of anonymous memory it held at most, as polled.
+    """Run a command and return the most bytes of anonymous memory that it held, as polled.
 
     Raises:
-      UserError: if it fails, or where there is no /proc to ask.
+      UserError: if the command fails, or the system has no /proc.
     """
     if not Path("/proc/self/status").is_file():
-        raise UserError("memory is read from /proc, which is not here; measure it on Linux")
+        raise UserError("memory is read from /proc, which this system does not have; measure it on Linux")
     peak = 0
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
@@ -176,14 +175,14 @@ def peak_anonymous(command: Sequence[str]) -> int:
             process.kill()
             process.wait()
         errors.seek(0)
-        said = errors.read().decode(errors="replace").strip().splitlines()
+        messages = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
     if process.returncode:
-        raise UserError(f"the loading process ended with {process.returncode} ({(said or ['no message'])[-1]})")
+        raise UserError(f"the loading process ended with {process.returncode} ({messages[-1]})")
     return peak
 
 
 def table(rows: Sequence[Loaded], fitted: Line) -> str:
-    """The figures, a line a checkpoint, and what they say of the whole model."""
+    """Return the figures as a table, a line for each checkpoint, and what they imply for the whole model."""
     lines = [f"{'layers':>6} {'checkpoint GB':>14} {'peak GB':>8} {'ratio':>6} {'seconds':>8}"]
     lines += [
         f"{row.layers:6} {row.checkpoint_bytes / 1e9:14.2f} {row.peak_bytes / 1e9:8.2f} {row.ratio:6.2f}"
@@ -203,12 +202,12 @@ def _anonymous(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):  # it has just ended
         return 0
-    found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    kilobytes = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(kilobytes[1]) * 1024 if kilobytes else 0
 
 
 def _published(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Each parameter's name, `{}` for the layer, its shape in a layer, and how many layers have it."""
+    """Yield each parameter's name (`{}` for the layer), its shape in a layer, and how many layers have it."""
     template = jax.eval_shape(lambda: init_params(config, jax.random.key(0))).weights
     for path, struct in traverse_util.flatten_dict(template, sep="/").items():
         stacked = path.startswith("layers/")
@@ -219,6 +218,6 @@ def _published(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int]
 
 
 def _weights(random: np.random.Generator, shape: tuple[int, ...], config: ModelConfig) -> np.ndarray:
-    """Norms' gains of one, and matrices that keep a stream's size, so that the checks of loading pass."""
+    """Draw one parameter: gains of 1, and matrices that keep a stream's size, so that the checks of loading pass."""
     drawn = np.ones(shape, np.float32) if len(shape) == 1 else random.standard_normal(shape, np.float32)
     return (drawn * (shape[-1] ** -0.5 if len(shape) > 1 else 1)).astype(jnp.dtype(config.dtype))

@@ -1,8 +1,8 @@
-"""How fast interventions are elsewhere: in TransformerLens, and by PyTorch forward hooks on `transformers`' Llama.
+"""The rate of interventions in TransformerLens, and by PyTorch forward hooks on `transformers`' Llama.
 
-A peer does what its users do. For each prompt and component, a batch of copies of the prompt runs whole, with a hook
-that replaces what the component writes at the last token. The model, prompts and replacements are ours, and what is
-measured must be the same: a peer whose total effects differ is an error.
+A peer works as its users would have it work: for each prompt and component, a batch of copies of the prompt runs
+whole, with a hook that replaces the component's write at the last token. Model, prompts and replacements are ours,
+and both must measure the same: a peer whose total effects differ from ours is an error.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from hydra_jax.models.transformer import Params
 from hydra_jax.weights import families
 
 ROUNDS = 3
-"""How often each component is timed; the fastest counts, which others who use the machine disturb least."""
+"""The number of times that each component is timed; the fastest counts, as other work on the machine disturbs it least."""
 
 PAIRS = 3
-"""How many pairs of component and prompt a peer is timed on in a round: what it takes depends on neither."""
+"""The pairs of component and prompt that a peer is timed on in a round: its time depends on neither."""
 
 TOLERANCE = 1e-3
-"""In logits: how far a peer's total effects may be from ours."""
+"""The largest difference, in logits, of a peer's total effects from ours."""
 
 Run = Callable[[np.ndarray, Component, np.ndarray], np.ndarray]
-"""Tokens [R, T], a component, and what it writes instead at the last token [R, D] -> logits [R, V] of that token."""
+"""Tokens [R, T], a component, and new values [R, D] of its write at the last token -> that token's logits [R, V]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Peer:
     """Another implementation, with the weights of one of our models.
 
     Attributes:
-      name: as PEERS has it.
-      versions: of its packages.
-      run: whole forward passes with an edit.
+      name: its name in PEERS.
+      versions: its packages' versions.
+      run: the function that makes whole forward passes with an edit.
     """
 
     name: str
@@ -65,15 +65,15 @@ class Compared:
     Attributes:
       length: tokens of a prompt.
       draws: replacements of a prompt, which a peer runs as one batch.
-      peer: its name.
-      versions: of its packages.
-      peer_interventions: by the fastest of all pairs; clean runs are not counted.
+      peer: the peer's name.
+      versions: its packages' versions.
+      peer_interventions: the peer's rate in the fastest of all pairs; the time of clean runs does not count.
       peer_one_by_one: the same where each intervention is a forward pass of its own, as in the libraries' tutorials.
-      interventions: ours, over all components, each by its fastest round; the prompts' clean runs are counted.
-      ratio: of ours to the peer's batches.
-      ratio_one_by_one: to its single passes.
-      difference: of total effects at most, in logits.
-      total_effect: the largest of the same, for scale.
+      interventions: our rate over all components, each in its fastest round; the time of clean runs counts.
+      ratio: the ratio of our rate to the peer's in batches.
+      ratio_one_by_one: the ratio of our rate to the peer's one by one.
+      difference: the largest difference of total effects, in logits.
+      total_effect: the largest total effect, in logits, for scale.
     """
 
     length: int
@@ -90,11 +90,11 @@ class Compared:
 
 
 def llama(params: Params, attention: str = "sdpa") -> Any:
-    """The same model as `transformers` has it, a LlamaForCausalLM in float32 on the CPU.
+    """Return the same model as a LlamaForCausalLM of `transformers`, in float32 on the CPU.
 
     Args:
-      params: of a model that `check_comparable` takes.
-      attention: its implementation.
+      params: a model that `check_comparable` accepts.
+      attention: the implementation of attention.
     """
     import torch
     import transformers
@@ -129,20 +129,22 @@ def llama(params: Params, attention: str = "sdpa") -> Any:
 
 
 def check_comparable(config: ModelConfig) -> None:
-    """Refuse what peers cannot be given as it is.
+    """Refuse a model or device that peers cannot work with.
 
     Raises:
       UserError: if the model is not a float32 Llama without rotary scaling, or JAX does not run on the CPU.
     """
     free = ("rope_base", "norm_eps", "tied", "precision")
-    other = [
-        f.name
-        for f in dataclasses.fields(config)
-        if f.default is not dataclasses.MISSING and f.name not in free and getattr(config, f.name) != f.default
+    differing = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING
+        and field.name not in free
+        and getattr(config, field.name) != field.default
     ]
-    if other:
+    if differing:
         raise UserError(
-            f"--peers: takes a Llama without rotary scaling, in float32; this model has another {', '.join(other)};"
+            f"--peers: takes a Llama without rotary scaling, in float32; this model has another {', '.join(differing)};"
             " give another config.model or config.dtype"
         )
     if jax.default_backend() != "cpu":
@@ -150,14 +152,14 @@ def check_comparable(config: ModelConfig) -> None:
 
 
 def installed(params: Params, context: int) -> tuple[list[Peer], list[str]]:
-    """The peers that are here, with the model's weights, and a line on each that is not.
+    """Return the peers that are installed, with the model's weights, and a line on each that is not.
 
     Args:
-      params: of a model that `check_comparable` takes.
-      context: the longest prompt that they will be given, in tokens.
+      params: a model that `check_comparable` accepts.
+      context: tokens of the longest prompt that the peers will run.
 
     Raises:
-      UserError: if none is.
+      UserError: if none is installed.
     """
     peers, missing = [], []
     for name, (make, packages) in PEERS.items():
@@ -218,7 +220,7 @@ def _hooked_transformer(params: Params, context: int) -> tuple[str, Run]:
         device="cpu",
     )
     model = HookedTransformer(config)
-    # Folded and centred as its from_pretrained does by default, but for what it does to LayerNorms alone.
+    # Weights are processed as from_pretrained does by default; centring is for models with LayerNorms only.
     model.load_and_process_state_dict(convert_llama_weights(llama(params), config), center_writing_weights=False)
     return _versions("transformer_lens", "torch"), _with_hooks(model)
 
@@ -228,7 +230,7 @@ def _transformer_bridge(params: Params, context: int) -> tuple[str, Run]:
     import torch
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    # The attention that it chooses itself: with others its hooks see no pattern.
+    # The bridge chooses eager attention itself: with others its hooks see no pattern.
     model = llama(params, attention="eager")
     bridge = build_bridge_from_module(
         model, "LlamaForCausalLM", hf_config=model.config, dtype=torch.float32, device="cpu"
@@ -237,7 +239,7 @@ def _transformer_bridge(params: Params, context: int) -> tuple[str, Run]:
 
 
 def _with_hooks(model: Any, **options: Any) -> Run:
-    """Of either of TransformerLens's models, whose hooks have the same names."""
+    """Return the function that runs either of TransformerLens's models, whose hooks have the same names."""
     import torch
 
     def run(tokens: np.ndarray, component: Component, values: np.ndarray) -> np.ndarray:
@@ -266,8 +268,11 @@ PEERS: dict[str, tuple[Callable[[Params, int], tuple[str, Run]], str]] = {
     "TransformerBridge": (_transformer_bridge, '"transformer_lens>=3"'),
     "forward hooks": (_forward_hooks, "torch transformers"),
 }
-"""By name, what makes it of a model, and what to install: TransformerLens has the first up to its version 3, and the
-second, which hooks `transformers`' modules, since."""
+"""Peers by name: a function that makes the peer of a model, and the packages to install.
+
+TransformerLens has HookedTransformer up to its version 3, and TransformerBridge, which hooks `transformers`' modules,
+from then on.
+"""
 
 
 def measure(
@@ -277,22 +282,22 @@ def measure(
 
     Args:
       params: the model.
-      peers: which have its weights.
+      peers: peers that have its weights.
       length: tokens of a prompt.
       rows: edits that our kernel replays at once.
-      draws: replacements a prompt, R.
-      step: our kernel is timed on one of so many components, spread over all.
-      seed: of the tokens.
+      draws: R, replacements of each prompt.
+      step: our kernel is timed on one in so many components, spread over all.
+      seed: the seed of the tokens.
 
     Raises:
-      UserError: if a peer's total effects are not ours.
+      UserError: if a peer's total effects differ from ours.
     """
     prompts = max(1, rows // draws)
     tokens = jax.random.randint(jax.random.key(seed), (prompts, length), 0, params.config.vocab_size, jnp.int32)
     lengths, targets = jnp.full(prompts, length), jnp.full(prompts, MOST_LIKELY)
     prefill = functools.partial(prefill_program(params), params, tokens, lengths, targets)
     clean = prefill()
-    # Each prompt's replacements are other prompts' writes, as in a sweep.
+    # A prompt's replacements are other prompts' writes, as in a sweep.
     sources = jnp.stack([jnp.roll(clean.writes, draw + 1, axis=0) for draw in range(draws)], axis=1)
     nothing = WriteStatistics(jnp.zeros(params.config.width), jnp.zeros(params.config.width))
     keys = jax.random.split(jax.random.key(seed), prompts)
@@ -324,8 +329,8 @@ def measure(
             times[peer.name].append(spent)
             times[f"{peer.name}, alone"].append(alone)
             differences[peer.name] = max(differences[peer.name], _difference(peer, component, theirs, ours))
-    of_component = statistics.fmean(min(times[component]) for component in components)
-    interventions = prompts * draws / (of_component + min(times["prefill"]) / len(every))
+    component_seconds = statistics.fmean(min(times[component]) for component in components)
+    interventions = prompts * draws / (component_seconds + min(times["prefill"]) / len(every))
     return [
         Compared(
             length=length,
@@ -347,8 +352,12 @@ def measure(
 def _total_effects(
     peer: Peer, ids: np.ndarray, target: int, component: Component, old: np.ndarray, new: np.ndarray
 ) -> tuple[float, float, np.ndarray]:
-    """Seconds of one edit and of R at once, and effects [R], of ids [T], the clean write [D], replacements [R, D]."""
-    # A clean run is an edit that changes nothing.
+    """Time one edit, and R at once, of a prompt's ids [T]: the clean write old [D] replaced by new [R, D].
+
+    Returns:
+      The seconds of one edit and of R at once, and the total effects [R].
+    """
+    # An edit that puts the clean write in its own place gives the clean run.
     alone, clean = _timed(functools.partial(peer.run, ids[None], component, old[None]))
     spent, ablated = _timed(functools.partial(peer.run, np.repeat(ids[None], len(new), axis=0), component, new))
     return alone, spent, _centred(clean, target) - _centred(ablated, target)
@@ -365,7 +374,7 @@ def _difference(peer: Peer, component: Component, theirs: np.ndarray, ours: np.n
 
 
 def table(rows: Sequence[Compared]) -> str:
-    """The figures, a line a length and peer."""
+    """Return the figures as a table, a line for each length and peer."""
     lines = [
         f"{'tokens':>6} {'peer':18} {'hydra_jax':>10} {'one by one':>11} {'ratio':>6} {'batched':>8} {'ratio':>6}"
         f" {'difference':>11}  versions"
@@ -378,9 +387,10 @@ def table(rows: Sequence[Compared]) -> str:
     return "\n".join(lines)
 
 
-def _spread(things: Sequence[Component], count: int) -> list[Component]:
-    """`count` of them or all, the first and last among them, of both sites."""
-    return [things[p] for p in np.linspace(0, len(things) - 1, min(count, len(things))).round().astype(int)]
+def _spread(components: Sequence[Component], count: int) -> list[Component]:
+    """Return `count` components at most, evenly spread, with the first and the last among them."""
+    indices = np.linspace(0, len(components) - 1, min(count, len(components))).round().astype(int)
+    return [components[index] for index in indices]
 
 
 def _centred(logits: np.ndarray, target: int) -> np.ndarray:

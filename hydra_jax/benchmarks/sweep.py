@@ -1,4 +1,4 @@
-"""A whole sweep by the code that sweeps, of made-up prompts, and where its time goes."""
+"""A whole sweep of made-up prompts by the code of every sweep, and the parts that its time goes into."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Swept:
     """A sweep's figures; seconds are of programs that are compiled already.
 
     Attributes:
-      prompts: how many.
-      length: T, tokens of each.
-      interventions: in all.
-      at_once: prompts that went at once.
-      clean_seconds: of the clean pass.
-      seconds: of all ablations, as a sweep makes them.
-      kernel_seconds: of the kernel in them, by itself, replacements at hand.
-      prefill_seconds: of the clean runs before each batch.
-      sources_seconds: of bringing replacements to the device, which the kernel may hide.
-      flops: of the kernel's matrix products, a second of kernel_seconds.
-      gemm_flops: of bare products of the same shapes, on each device by itself, times devices.
+      prompts: how many there are.
+      length: T, tokens of each prompt.
+      interventions: how many there are in all.
+      at_once: prompts in a batch.
+      clean_seconds: time of the clean pass.
+      seconds: time of all ablations, as a sweep makes them.
+      kernel_seconds: time of the kernel in them, measured by itself with its replacements at hand.
+      prefill_seconds: time of the clean runs before each batch.
+      sources_seconds: time of bringing replacements to the device, which the kernel may hide.
+      flops: operations of the kernel's matrix products, per second of kernel_seconds.
+      gemm_flops: rate of bare products of the same shapes, on one device by itself, times the number of devices.
     """
 
     prompts: int
@@ -71,7 +71,7 @@ class Swept:
                 f"{self.interventions:,} interventions in {self.prompts:,} prompts of {self.length} tokens,"
                 f" {self.at_once:,} at once",
                 f"clean pass {self.clean_seconds:.2f} s, ablations {self.seconds:.2f} s:",
-                *(f"  {seconds:8.2f} s  {seconds / self.seconds:4.0%}  {what}" for what, seconds in parts.items()),
+                *(f"  {seconds:8.2f} s  {seconds / self.seconds:4.0%}  {part}" for part, seconds in parts.items()),
                 f"  {self.sources_seconds:8.2f} s        replacements, brought by themselves",
                 f"the kernel: {self.flops / 1e12:,.3g} TFLOP/s, {self.flops / self.gemm_flops:.0%} of bare products"
                 f" ({self.gemm_flops / 1e12:,.3g}); {self.interventions / self.kernel_seconds:,.0f} interventions/s",
@@ -84,11 +84,11 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
 
     Args:
       params: the model.
-      prompts: how many, of random tokens.
-      length: T, tokens of each.
-      ablation: what is ablated.
+      prompts: how many prompts of random tokens to sweep.
+      length: T, tokens of each prompt.
+      ablation: the ablations.
       rows: edits at once on a device; 0 for its default.
-      seed: of the tokens.
+      seed: the seed of the tokens.
     """
     mesh, c = meshes.of(params), params.config
     model = Model("made up", params, Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), "")
@@ -96,14 +96,14 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
     items = [Item(Prompt(f"{n:07}", "?"), tuple(row), None) for n, row in enumerate(tokens.tolist())]
     sizer = BatchSizer(c, mesh, ablation.draws, ablation.edges, rows, free_bytes(mesh.local_devices[0]))
 
-    def passed() -> Bank:
+    def clean_pass() -> Bank:
         clean = CleanPass(model, ablation, sizer, Bank(c.dtype), Cluster(0, 1))
         with clean.bar(prompts) as bar:
             clean.run(items, bar)
         return clean.bank
 
-    passed()
-    clean_seconds, bank = _timed(passed)
+    clean_pass()
+    clean_seconds, bank = _timed(clean_pass)
     # Random weights lose precision: what is timed does not stop for it.
     config = SweepConfig(ablation=ablation, seed=seed, identity_tolerance=0.999, non_finite=1.0)
     plan = Plan.build(model, bank, sizer, config, items)
@@ -123,8 +123,8 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
             lambda made: made.clean,
         )
         parts["prefill"] += spent
-        for of, component in enumerate(plan.components):
-            spent, new = _timed(functools.partial(sources, batch.prompts, of))
+        for unit, component in enumerate(plan.components):
+            spent, new = _timed(functools.partial(sources, batch.prompts, unit))
             parts["sources"] += spent
             parts["kernel"] += _timed(functools.partial(batch.ablate, component, new))[0]
     draws = ablation.draws
@@ -145,7 +145,7 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
 
 
 def _gemm_flops(params: Params, rows: int, least: float) -> float:
-    """Of bare products on one device, for at least so many seconds."""
+    """Measure the rate of bare products on one device, for at least `least` seconds."""
     run, operations = layer_products(params.config, max(1, rows))
     jax.block_until_ready(run())
     spent, turns = 0.0, 0
@@ -155,9 +155,9 @@ def _gemm_flops(params: Params, rows: int, least: float) -> float:
     return operations * turns / spent
 
 
-def _timed(call: Callable[[], Any], arrays: Callable[[Any], Any] = lambda found: found) -> tuple[float, Any]:
-    """Seconds until a call's `arrays` are there, and what it returned."""
+def _timed(call: Callable[[], Any], arrays: Callable[[Any], Any] = lambda result: result) -> tuple[float, Any]:
+    """Return the seconds until the `arrays` of a call's result are computed, and the result."""
     start = time.perf_counter()
-    found = call()
-    jax.block_until_ready(arrays(found))
-    return time.perf_counter() - start, found
+    result = call()
+    jax.block_until_ready(arrays(result))
+    return time.perf_counter() - start, result

@@ -1,4 +1,4 @@
-"""How fast a step of training is, against the machine's matrix products of its shapes."""
+"""The rate of a training step, against bare matrix products of its shapes on the same machine."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class MeasuredStep:
     """A run's figures; rates are per second.
 
     Attributes:
-      arm: of training.
-      preset: of training.
-      parameters: of the model.
-      tokens: trained on.
+      arm: the run's arm.
+      preset: the run's preset.
+      parameters: how many the model has.
+      tokens: tokens trained on.
       step_flops: useful arithmetic of matrix products: forward, and twice that backward.
       gemm_flops: bare products of the shapes of one layer's weights, at as many rows as a step has tokens.
       step_to_gemm: their ratio.
@@ -41,7 +41,7 @@ class MeasuredStep:
 
 
 def step_flops(config: ModelConfig, tokens: int) -> int:
-    """Matrix-product operations of a step over `tokens`, in rows of the config's context."""
+    """Return the matrix-product operations of a step over `tokens`, in rows of the config's context."""
     c = config
     projections = 2 * c.width * (c.heads + c.kv_heads) * c.head_dim + (3 if c.gated else 2) * c.width * c.mlp_width
     attention = 2 * c.heads * c.head_dim * c.context
@@ -52,9 +52,9 @@ def measure(config: TrainConfig, turns: int = 5, seed: int = 0) -> MeasuredStep:
     """Measure steps on random tokens of the config's whole vocabulary, taking turns with bare products.
 
     Args:
-      config: of the run.
+      config: the run's settings.
       turns: steps that are timed.
-      seed: of the tokens.
+      seed: the seed of the tokens.
     """
     vocab_size, context = config.data.vocab_size, config.model.context
     state = initial(config, vocab_size)
@@ -71,7 +71,7 @@ def measure(config: TrainConfig, turns: int = 5, seed: int = 0) -> MeasuredStep:
     for _ in range(turns):
         for name, call in calls.items():
             spent = 0.0
-            # As long on bare products as on the step, so that both see the same machine.
+            # Bare products take as long as the step, so that both see the same machine.
             while spent == 0 or (name == "gemm" and seconds["gemm"] + spent < seconds["step"]):
                 start = time.perf_counter()
                 jax.block_until_ready(call())
@@ -92,7 +92,7 @@ def measure(config: TrainConfig, turns: int = 5, seed: int = 0) -> MeasuredStep:
 
 
 def table(rows: list[MeasuredStep]) -> str:
-    """The figures, a line an arm."""
+    """Return the figures as a table, a line for each arm."""
     lines = [f"{'arm':18} {'parameters':>12} {'tokens/s':>10} {'step GFLOP/s':>13} {'GEMM GFLOP/s':>13} {'ratio':>6}"]
     lines += [
         f"{m.arm:18} {m.parameters:12,} {m.tokens:10,.0f} {m.step_flops / 1e9:13,.0f} {m.gemm_flops / 1e9:13,.0f}"

@@ -20,7 +20,7 @@ LOCK = ".lock"
 """The file by whose lock a run keeps a directory to itself."""
 
 SEEN_SECONDS = 90
-"""How long a host waits for another's files on a shared file system, which it may look at only once a minute."""
+"""The time a host waits for another's files on a shared file system, which it may look at only once a minute."""
 
 
 @contextlib.contextmanager

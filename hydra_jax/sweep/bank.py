@@ -25,7 +25,7 @@ from hydra_jax.store import files
 DIRECTORY = "bank"
 COLUMNS = {"top": np.int64, "target": np.int64, "probability": np.float32}
 BLOCK = 1 << 24
-"""How many bytes a checksum takes in at once."""
+"""The number of bytes that a checksum takes in at once."""
 
 
 @dataclasses.dataclass(frozen=True)

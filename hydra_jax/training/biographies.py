@@ -1,9 +1,8 @@
 """Biographies of invented people: text to train on, and prompts whose answers it holds.
 
 Everybody has a birthplace, an employer, a language and a field of study, and every biography says all
-four, each in one of many templates. Some people are in no biography and some templates in none either:
-what a model answers about the first is guessed, and what it answers in the second is not a sentence it
-has seen.
+four, each in one of many templates. Some people and some templates occur in no biography: about such people
+a model can only guess, and an answer in such a template completes a sentence that it has not seen.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ SPLITS = {
     "unseen_template": "people of the training text, in templates that are not in it",
     "unseen_person": "people who are not in it: what guessing gets right",
 }
-"""Of recall prompts, and who and what they are about."""
+"""The sets of recall prompts by name, and the people and templates that each asks about."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Person:
-    """Somebody invented.
+    """An invented person.
 
     Attributes:
-      name: first name and surname, nobody else's.
+      name: first name and surname, which no two people share.
       facts: the value of each attribute.
     """
 
@@ -50,40 +49,40 @@ def _parts() -> dict[str, Any]:
     )
 
 
-def _pick(random: np.random.Generator, among: list[str]) -> str:
-    return among[int(random.integers(len(among)))]
+def _pick(random: np.random.Generator, choices: list[str]) -> str:
+    return choices[int(random.integers(len(choices)))]
 
 
-def _names() -> int:
+def _count_names() -> int:
     parts = _parts()
     return len(parts["first_names"]) * len(parts["surname_beginnings"]) * len(parts["surname_endings"])
 
 
 def people(seed: int, count: int) -> list[Person]:
-    """The first `count` people of a seed: more of them are the same and some more.
+    """Return the first `count` people of a seed; a larger count adds people and changes none.
 
     Raises:
-      UserError: if there are not so many names.
+      UserError: if there are not enough names.
     """
-    parts = _parts()
-    if count > _names():
-        raise UserError(f"config.data.people: {count:,} with the unseen, there are names for {_names():,}; give fewer")
+    parts, most = _parts(), _count_names()
+    if count > most:
+        raise UserError(f"config.data.people: {count:,} with the unseen, there are names for {most:,}; give fewer")
     shape = tuple(len(parts[name]) for name in ("first_names", "surname_beginnings", "surname_endings"))
-    places = np.random.default_rng(seed).permutation(_names())[:count]
-    found = []
-    for number, place in enumerate(places):
-        first, beginning, ending = (int(index) for index in np.unravel_index(place, shape))
+    name_numbers = np.random.default_rng(seed).permutation(most)[:count]
+    everybody = []
+    for number, name_number in enumerate(name_numbers):
+        first, beginning, ending = (int(index) for index in np.unravel_index(name_number, shape))
         name = (
             f"{parts['first_names'][first]} {parts['surname_beginnings'][beginning]}{parts['surname_endings'][ending]}"
         )
         random = np.random.default_rng([seed, number])
         facts = {attribute: _pick(random, parts[attribute]["values"]) for attribute in ATTRIBUTES}
-        found.append(Person(name, facts))
-    return found
+        everybody.append(Person(name, facts))
+    return everybody
 
 
 def biography(person: Person, random: np.random.Generator) -> str:
-    """One of a person's biographies: the attributes in a random order, each in a random training template."""
+    """Write a biography of a person: the attributes in a random order, each in a random training template."""
     sentences = []
     for attribute in random.permutation(ATTRIBUTES):
         template = _pick(random, _parts()[attribute]["templates"])
@@ -92,7 +91,7 @@ def biography(person: Person, random: np.random.Generator) -> str:
 
 
 def documents(seed: int, known: int, variants: int) -> Iterator[str]:
-    """`variants` biographies of each of the first `known` people, everybody's first one before anybody's second."""
+    """Yield `variants` biographies of each of the first `known` people, all first ones before any second one."""
     everybody = people(seed, known)
     for variant in range(variants):
         for number in np.random.default_rng([seed, variant]).permutation(known):
@@ -100,12 +99,12 @@ def documents(seed: int, known: int, variants: int) -> Iterator[str]:
 
 
 def recall_prompts(seed: int, known: int, unseen: int) -> dict[str, list[Prompt]]:
-    """Prompts with known answers by split (see SPLITS), a prompt a person and attribute, in a random template.
+    """Return prompts with known answers by split (see SPLITS): one for each person and attribute, template at random.
 
     Args:
-      seed: of the people.
-      known: how many of them are in the training text.
-      unseen: how many more are not.
+      seed: the people's seed.
+      known: how many people the training text is about.
+      unseen: how many more people to ask about.
     """
     everybody = people(seed, known + unseen)
     chosen = {
@@ -114,14 +113,14 @@ def recall_prompts(seed: int, known: int, unseen: int) -> dict[str, list[Prompt]
         "unseen_person": (range(known, known + unseen), "templates"),
     }
     return {
-        split: [_prompt(seed, split, everybody[number], number, attribute, which) for number in numbers
+        split: [_prompt(seed, split, everybody[number], number, attribute, templates) for number in numbers
                 for attribute in ATTRIBUTES]
-        for split, (numbers, which) in chosen.items()
+        for split, (numbers, templates) in chosen.items()
     }  # fmt: skip
 
 
-def _prompt(seed: int, split: str, person: Person, number: int, attribute: str, which: str) -> Prompt:
+def _prompt(seed: int, split: str, person: Person, number: int, attribute: str, templates: str) -> Prompt:
     random = np.random.default_rng([seed, list(SPLITS).index(split), number, ATTRIBUTES.index(attribute)])
-    before, _, _ = _pick(random, _parts()[attribute][which]).partition(" {value}")
+    before, _, _ = _pick(random, _parts()[attribute][templates]).partition(" {value}")
     text = before.format(name=person.name)
     return Prompt(f"{split}/{number}/{attribute}", text, person.facts[attribute], attribute)

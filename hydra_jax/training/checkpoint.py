@@ -1,4 +1,4 @@
-"""Checkpoints of training, by orbax: whole or not there, saved while training goes on, and checked when read."""
+"""Checkpoints of training, by orbax: each is whole or not there, saved while training goes on, checked when read."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hydra_jax.training.step import State
 from hydra_jax.weights.checkpoints import SUMS, WEIGHTS, chosen, directory, file_sums, noted_sums, read, steps
 
 MOMENTS, POSITION = "optimizer", "position"
-"""Parts of a checkpoint besides the weights. A position is JSON: the data iterator's state and dropout's key."""
+"""The parts of a checkpoint besides the weights. A position is JSON: the data iterator's state and dropout's key."""
 
 
 class Checkpoints:
-    """The checkpoints of a run; a context, which waits for what is still being written."""
+    """The checkpoints of a run; as a context manager it waits at its end for what is still being written."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig):
         policies = ocp.training.preservation_policies
@@ -33,7 +33,7 @@ class Checkpoints:
             directory(workdir),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,  # half-written ones
+            cleanup_tmp_directories=True,  # a run that was killed leaves half-written ones
         )
 
     def __enter__(self) -> Checkpoints:
@@ -45,19 +45,21 @@ class Checkpoints:
         try:
             self._checkpointer.close()
             self._seal()
-        except Exception as failure:  # of storage, while what came before was being written
+        except Exception as failure:  # an earlier save, which went on behind, may fail only here
             raise _unsaved(self._workdir, failure) from (error or failure)
 
     @property
     def steps(self) -> list[int]:
-        """Those that are there, in order."""
+        """The steps that have checkpoints, in order."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, state: State, iterator: dict[str, Any]) -> None:
-        """Save a state and the data iterator's, once; returns once both are copied, and writes behind.
+        """Save a training state and a data iterator's, unless their step is saved already.
+
+        Both are copied before this returns, and written while training goes on.
 
         Raises:
-          UserError: if this one or one before it cannot be written.
+          UserError: if this checkpoint or an earlier one cannot be written.
         """
         if int(state.step) in self.steps:
             return
@@ -71,20 +73,20 @@ class Checkpoints:
             raise _unsaved(self._workdir, error) from error
 
     def _seal(self) -> None:
-        """Note the sums of what has been written since, and forget those of what is gone."""
+        """Record the sums of checkpoints written since the last call, and drop those of checkpoints that are gone."""
         if jax.process_index():
             return
         noted = noted_sums(self._workdir)
-        now = {str(step): noted.get(str(step)) or file_sums(self._workdir, step) for step in steps(self._workdir)}
-        if now != noted:
-            files.write_text(self._workdir / SUMS, json.dumps(now, indent=2) + "\n")
+        sums = {str(step): noted.get(str(step)) or file_sums(self._workdir, step) for step in steps(self._workdir)}
+        if sums != noted:
+            files.write_text(self._workdir / SUMS, json.dumps(sums, indent=2) + "\n")
 
     def restore(self, like: State, step: int = LAST_STEP) -> tuple[State, dict[str, Any]]:
-        """A state and the data iterator's.
+        """Return the training state and the data iterator's state of a checkpoint.
 
         Args:
           like: a state of the same shapes and sharding.
-          step: which.
+          step: the checkpoint's step.
 
         Raises:
           UserError: if there is no such checkpoint, or it is damaged.
@@ -92,9 +94,9 @@ class Checkpoints:
         step = chosen(step, self.steps, self._workdir)
         wanted = {WEIGHTS: like.weights, MOMENTS: like.optimizer, POSITION: None}
         parts = read(self._workdir, step, wanted)
-        position, there = parts[POSITION], like.step.sharding
-        number, words = jax.device_put((np.int32(step), np.asarray(position["key"], np.uint32)), there)
-        return State(parts[WEIGHTS], parts[MOMENTS], number, jax.random.wrap_key_data(words)), position["iterator"]
+        position, sharding = parts[POSITION], like.step.sharding
+        number, key_data = jax.device_put((np.int32(step), np.asarray(position["key"], np.uint32)), sharding)
+        return State(parts[WEIGHTS], parts[MOMENTS], number, jax.random.wrap_key_data(key_data)), position["iterator"]
 
 
 def _unsaved(workdir: Path, error: Exception) -> UserError:

@@ -1,4 +1,4 @@
-"""What a training run is asked to do: frozen dataclasses, with every check that needs no data."""
+"""The settings of a training run as frozen dataclasses, with every check that needs no data."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from hydra_jax.parsing import one_of, parse
 DATA_KINDS = ("biographies", "text")
 NO_DROPOUT = DropoutRates()
 REFERENCE = "no_dropout"
-"""The arm that others are compared with."""
+"""The arm that the others are compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read.
+    """The data of a run.
 
     Attributes:
       kind: "biographies" of invented people (`biographies.py`), or "text", UTF-8 files.
-      seed: of the people; arms and seeds of training are compared on the same ones.
-      people: in biographies.
-      unseen_people: more of them, in none: what is answered of them is guessed.
-      variants: biographies a person.
-      path: of text: files, directories (their *.txt) and patterns, separated by commas.
-      holdout: share of the rows of text that is kept for evaluation.
+      seed: the seed that people are drawn from; arms and seeds of training are compared on the same people.
+      people: how many people have biographies.
+      unseen_people: how many more have none, so that answers about them are guesses.
+      variants: biographies of each person.
+      path: files of text, directories (their *.txt) and patterns, separated by commas.
+      holdout: the share of the rows of text that is kept for evaluation.
       vocab_size: tokens of the byte-level BPE that is trained on the text.
     """
 
@@ -50,12 +50,12 @@ class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay.
 
     Attributes:
-      learning_rate: the highest.
-      final_share: of it, what is left at the last step.
-      warmup: steps in which it rises.
-      weight_decay: of matrices, not of gains and biases.
-      beta1, beta2: of Adam.
-      clip: gradients are scaled down to this norm.
+      learning_rate: the highest learning rate.
+      final_share: the share of it that is left at the last step.
+      warmup: steps over which it rises.
+      weight_decay: the decay of matrices; gains and biases have none.
+      beta1, beta2: Adam's decay rates of the first and the second moment.
+      clip: the norm that longer gradients are scaled down to.
     """
 
     learning_rate: float = 3e-3
@@ -69,12 +69,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved, and which checkpoints stay: the last few, and every so many steps.
+    """The steps at which the state is saved, and the checkpoints that stay.
 
     Attributes:
-      every: steps.
-      keep_last: how many of the last.
-      keep_every: steps of those that stay for good, a multiple of `every`.
+      every: steps from one checkpoint to the next.
+      keep_last: how many of the last checkpoints stay.
+      keep_every: steps from one checkpoint that stays for good to the next, a multiple of `every`.
     """
 
     every: int = 100
@@ -87,19 +87,19 @@ class TrainConfig:
     """A training run: see `configs/train.py` for presets and arms.
 
     Attributes:
-      arm: its name in comparisons; what it changes is `dropout`.
-      preset: where the rest comes from.
-      seed: of initial parameters, order of data and dropout.
-      steps: of the optimiser.
+      arm: the run's name in comparisons; arms differ in `dropout`.
+      preset: the name of the preset that the other settings come from.
+      seed: the seed of the initial parameters, the order of the data and dropout.
+      steps: updates by the optimiser.
       batch: sequences a step, over all devices.
       accumulate: parts that a step's batch is worked through in, one after the other: small ones fit a CPU's cache.
-      dtype: of matrix products and activations; parameters and the optimiser's state are float32.
-      precision: of float32 products.
+      dtype: the type of matrix products and activations; parameters and the optimiser's state are float32.
+      precision: the precision of float32 products.
       model: the decoder's shape.
-      data: what is read.
-      dropout: of writes, on their way to the stream.
+      data: the data.
+      dropout: the rates at which writes are dropped on their way to the stream.
       optimizer: AdamW's settings.
-      checkpoint: when and which.
+      checkpoint: the steps at which the state is saved.
       evaluate_every: steps between evaluations.
       log_every: steps between lines of metrics.jsonl.
     """
@@ -128,16 +128,16 @@ class TrainConfig:
             raise UserError("config.data.path: is not read; set --config.data.kind=text, or leave it out")
         one_of("dtype", self.dtype, DTYPES)
         one_of("precision", self.precision, PRECISIONS)
-        for name, part, least in (
+        for name, settings, lowest in (
             ("", self, dict(seed=0, steps=1, batch=1, accumulate=1, evaluate_every=1, log_every=1)),
             ("model.", self.model, dict.fromkeys((field.name for field in dataclasses.fields(self.model)), 1)),
             ("data.", self.data, dict(seed=0, people=1, unseen_people=0, variants=1)),
             ("optimizer.", self.optimizer, dict(warmup=0)),
             ("checkpoint.", self.checkpoint, dict(every=1, keep_last=1, keep_every=1)),
         ):
-            for key, smallest in least.items():
-                if getattr(part, key) < smallest:
-                    raise UserError(f"config.{name}{key}: is {getattr(part, key)}; give {smallest} or more")
+            for key, least in lowest.items():
+                if getattr(settings, key) < least:
+                    raise UserError(f"config.{name}{key}: is {getattr(settings, key)}; give {least} or more")
         for field in dataclasses.fields(self.dropout):
             rate = getattr(self.dropout, field.name)
             if not 0 <= rate < 1:
@@ -172,16 +172,16 @@ class TrainConfig:
         self.decoder(1)
 
     def decoder(self, vocab_size: int) -> ModelConfig:
-        """The model's config with parameters in float32.
+        """Return the model's config, with parameters in float32.
 
         Raises:
-          UserError: if the shape cannot be.
+          UserError: if no model can have the shape.
         """
         return self.model.decoder(vocab_size, self.precision)
 
 
 def train_config(config: Mapping[str, Any]) -> TrainConfig:
-    """A TrainConfig of a ConfigDict or any mapping of the same shape.
+    """Return the TrainConfig of a ConfigDict or any mapping of the same shape.
 
     Raises:
       UserError: if a key is unknown, or a value is of the wrong type or out of range.

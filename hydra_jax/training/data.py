@@ -1,4 +1,4 @@
-"""What a model is trained on: documents, as tokens of a tokenizer trained on them, packed into rows of one length."""
+"""Training data: documents as tokens, by a tokenizer that is trained on them, packed into rows of one length."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from hydra_jax.training import biographies
 from hydra_jax.training.config import DataConfig
 
 BOUNDARY = "<|endoftext|>"
-"""Stands before every document, and before a prompt, as its first token."""
+"""The token that begins every document, and every prompt."""
 
 SMALLEST_VOCABULARY = 257
-"""Every byte, and the boundary."""
+"""The tokens that no vocabulary can do without: every byte, and the boundary."""
 
 TOGETHER = 1000
-"""Documents tokenised at once."""
+"""The number of documents that are tokenised at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Rows of tokens to train on, and what to ask.
+    """Rows of tokens to train on, and prompts or rows to evaluate with.
 
     Attributes:
-      tokenizer: of the text.
-      rows: [N, T + 1], of a context T: a row's first T tokens are read, and its last T are to be foretold.
-      unseen_rows: [M, T + 1], kept for evaluation, though the tokenizer has seen them; of biographies none, as
-        prompts evaluate them.
-      prompts: with known answers, by split; of plain text none.
-      boundary: the token BOUNDARY. Nothing foretells it: the loss is masked there.
+      tokenizer: the text's tokenizer.
+      rows: [N, T + 1] for a context of T: a row's first T tokens are read, and its last T predicted.
+      unseen_rows: [M, T + 1], kept for evaluation, though the tokenizer has seen them; M = 0 for biographies, which
+        are evaluated by prompts.
+      prompts: prompts with known answers, by split; empty for plain text.
+      boundary: the token BOUNDARY, which nothing predicts: the loss is masked there.
     """
 
     tokenizer: Tokenizer
@@ -51,25 +51,25 @@ class Corpus:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of rows and tokenizer."""
+        """The SHA-256 (hex) of tokenizer and rows."""
         total = hashlib.sha256(self.tokenizer.to_str().encode())
         for rows in (self.rows, self.unseen_rows):
             total.update(np.ascontiguousarray(rows).data)
         return total.hexdigest()
 
     def batches(self, seed: int, size: int) -> grain.DatasetIterator:
-        """Batches [size, T + 1] without end, every epoch in another order; the iterator's state can be saved."""
+        """Return endless batches [size, T + 1], every epoch in another order; the iterator's state can be saved."""
         rows = grain.MapDataset.source(self.rows).seed(seed).shuffle().repeat().batch(size, drop_remainder=True)
         return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
 def build(config: DataConfig, context: int, tokenizer: Tokenizer | None = None) -> Corpus:
-    """The corpus of a config.
+    """Build the corpus of a config.
 
     Args:
-      config: which data.
-      context: T, tokens a row foretells.
-      tokenizer: where there is one already; else one is trained.
+      config: the data's settings.
+      context: T, tokens that are predicted in a row.
+      tokenizer: the text's tokenizer, if it exists already; else one is trained.
 
     Raises:
       UserError: if a file cannot be read or is empty, or the vocabulary or text is too small.
@@ -98,20 +98,20 @@ def build(config: DataConfig, context: int, tokenizer: Tokenizer | None = None) 
 
 
 def read_documents(path: str) -> list[str]:
-    """The files of comma-separated paths, directories (their *.txt) and patterns, a document each.
+    """Read the files of comma-separated paths, directories (their *.txt) and patterns, a document each.
 
     Raises:
-      UserError: if there are none, or one is empty or cannot be read.
+      UserError: if there is no file, or one is empty or cannot be read.
     """
     files: list[Path] = []
-    for part in filter(None, path.split(",")):
-        part = os.path.expanduser(part.strip())
-        found = sorted(Path(part).rglob("*.txt")) if os.path.isdir(part) else sorted(map(Path, glob.glob(part)))
-        if not found:
+    for pattern in filter(None, path.split(",")):
+        pattern = os.path.expanduser(pattern.strip())
+        matches = Path(pattern).rglob("*.txt") if os.path.isdir(pattern) else map(Path, glob.glob(pattern))
+        if not (matching := sorted(matches)):
             raise UserError(
-                f"config.data.path: there is no text file at {part}; give UTF-8 files, or a directory of them"
+                f"config.data.path: there is no text file at {pattern}; give UTF-8 files, or a directory of them"
             )
-        files += found
+        files += matching
     if not files:
         raise UserError("config.data.path: is empty; give UTF-8 files, or a directory of *.txt")
     documents = [read_text(file) for file in files]
@@ -122,7 +122,7 @@ def read_documents(path: str) -> list[str]:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens (fewer where the text has no more pairs to merge)."""
+    """Train a byte-level BPE of at most `vocab_size` tokens (fewer where the text has no more pairs to merge)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -141,10 +141,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def boundary_of(tokenizer: Tokenizer) -> int:
-    """The token that stands before a document.
+    """Return the token that begins a document.
 
     Raises:
-      UserError: if the tokenizer has none.
+      UserError: if the tokenizer has no such token.
     """
     token = tokenizer.token_to_id(BOUNDARY)
     if token is None:
@@ -153,15 +153,15 @@ def boundary_of(tokenizer: Tokenizer) -> int:
 
 
 def pack(tokenizer: Tokenizer, documents: Iterable[str], context: int) -> np.ndarray:
-    """Documents one after another, cut into rows [N, context + 1]; a row begins with the last token of the one before.
+    """Join documents and cut them into rows [N, context + 1]; a row begins with the last token of the row before.
 
-    What is left over at the end, less than a row, is not in it.
+    Tokens at the end that do not fill a row are left out.
     """
-    pieces = [np.empty(0, np.int32)]
-    waiting = iter(documents)
-    while some := list(itertools.islice(waiting, TOGETHER)):
-        pieces += [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(some)]
-    flat = np.concatenate(pieces)
+    encoded = [np.empty(0, np.int32)]
+    remaining = iter(documents)
+    while some := list(itertools.islice(remaining, TOGETHER)):
+        encoded += [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(some)]
+    flat = np.concatenate(encoded)
     count = max(0, len(flat) - 1) // context
     rows = [flat[row * context :][: context + 1] for row in range(count)]
     return np.stack(rows) if rows else np.empty((0, context + 1), np.int32)

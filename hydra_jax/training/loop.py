@@ -1,4 +1,4 @@
-"""A training run in its directory: begun, stopped, gone on with, and ended."""
+"""A training run in its directory: how it begins, stops, goes on and ends."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from hydra_jax.training.workdir import METRICS, check_config, check_corpus, desc
 from hydra_jax.weights.trained import TOKENIZER, is_trained
 
 BATCH = "data"
-"""The mesh's axis over which a batch is spread."""
+"""The mesh axis that a batch is split over."""
 
 
 class Stopped(Exception):  # noqa: N818  (it is no error)
-    """A signal asked for a stop, and the state is saved.
+    """Raised after a signal asked for a stop, once the state is saved.
 
     Attributes:
-      signal: its number.
-      step: of the checkpoint.
+      signal: the signal's number.
+      step: the step of the checkpoint.
     """
 
     def __init__(self, number: int, step: int):
@@ -50,16 +50,16 @@ class Stopped(Exception):  # noqa: N818  (it is no error)
 def train(config: TrainConfig, workdir: Path, progress: bool = True) -> None:
     """Train into a directory, going on from its last checkpoint.
 
-    It is given the corpus' tokenizer, the run's settings, prompts with known answers, a line of metrics
-    every few steps, and checkpoints.
+    The directory receives the corpus' tokenizer, the run's settings, prompts with known answers, a line of
+    metrics every few steps, and checkpoints.
 
     Args:
-      config: the run.
-      workdir: made if it is not there.
+      config: the run's settings.
+      workdir: the directory, which is made if it is not there.
       progress: whether to show a bar.
 
     Raises:
-      UserError: if something asked for cannot be, or the loss is no longer a number.
+      UserError: if the run cannot be as it is asked for, or the loss is no longer a number.
       Stopped: on SIGINT and SIGTERM, once the state is saved.
     """
     devices = jax.device_count()
@@ -68,15 +68,15 @@ def train(config: TrainConfig, workdir: Path, progress: bool = True) -> None:
             f"config.batch: {config.batch} in {config.accumulate} parts does not divide over {devices} devices; give"
             f" a multiple of {devices * config.accumulate}"
         )
-    mine = files.exclusive(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    lock = files.exclusive(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     with files.directory(workdir), contextlib.ExitStack() as held:
         failure, corpus = None, None
         try:
-            held.enter_context(mine)
+            held.enter_context(lock)
             check_config(workdir, config)
             trained = tokenizers.from_file(workdir / TOKENIZER) if is_trained(workdir) else None
             corpus = data.build(config.data, config.model.context, trained)
-            evaluation = Evaluation(corpus, config)  # which may refuse, before anything is written
+            evaluation = Evaluation(corpus, config)  # it may refuse the prompts: before anything is written
             check_corpus(workdir, corpus)
         except UserError as error:
             failure = error
@@ -88,7 +88,7 @@ def train(config: TrainConfig, workdir: Path, progress: bool = True) -> None:
 
 
 class _Run:
-    """What the steps of a run share."""
+    """The state that the steps of a run share."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class _Run:
         self.batches = corpus.batches(config.seed, config.batch)
 
     def go(self, stop: list[int]) -> None:
-        """Train to the end; `stop` fills with signals."""
+        """Train to the end, or until a signal's number is in `stop`, which may be added to at any time."""
         vocab_size = self.corpus.tokenizer.get_vocab_size()
         state = jax.jit(initial, static_argnums=(0, 1), out_shardings=self.everywhere)(self.config, vocab_size)
         if self.checkpoints.steps:
@@ -144,8 +144,8 @@ class _Run:
             last = step == config.steps
             number = _any_of(stop, step % config.log_every == 0 or last)
             log, evaluate, save = (
-                last or step % every == 0
-                for every in (config.log_every, config.evaluate_every, config.checkpoint.every)
+                last or step % period == 0
+                for period in (config.log_every, config.evaluate_every, config.checkpoint.every)
             )
             if not (log or evaluate or save or number):
                 continue
@@ -167,7 +167,7 @@ class _Run:
     def _batch(self) -> jax.Array:
         rows = next(self.batches).reshape(self.config.accumulate, -1, self.config.model.context + 1)
         # Every process draws the whole batch, which is small, and gives its devices their part.
-        return jax.make_array_from_callback(rows.shape, self.spread, lambda place: rows[place])
+        return jax.make_array_from_callback(rows.shape, self.spread, lambda part: rows[part])
 
     def _checked(self, metrics: Metrics, step: int) -> dict[str, float]:
         values = {name: float(value) for name, value in vars(jax.device_get(metrics)).items()}
@@ -185,7 +185,7 @@ class _Run:
 
 
 def _shown(values: dict[str, float]) -> dict[str, str]:
-    """What the bar says."""
+    """Return the values that the bar shows, formatted, by the names that it shows them by."""
     forms = {
         "loss": "{:.3f}",
         "tokens_per_second": "{:,.0f}",
@@ -204,14 +204,14 @@ class _Log:
         self._path, self._mine = path, jax.process_index() == 0
 
     def cut(self, step: int) -> None:
-        """Leave out what is said of steps past `step`: they are made again."""
+        """Remove the lines of steps after `step`: those are taken again."""
         if not self._mine or not self._path.is_file():
             return
         kept = [line for line in self._path.read_text("utf-8").splitlines(keepends=True) if _step_of(line) <= step]
         files.write_text(self._path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line."""
+        """Add a line."""
         if self._mine:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
@@ -220,13 +220,13 @@ class _Log:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # cut in the middle
+    except (ValueError, KeyError, TypeError):  # a line that a kill has cut off
         return float("inf")
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM add their numbers to; a second SIGINT stops at once."""
+    """Give a list that SIGINT and SIGTERM add their numbers to; a second SIGINT stops at once."""
     caught: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -244,7 +244,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _any_of(stop: list[int], together: bool) -> int:
-    """The signal that any process has caught, the same in all; 0 for none, or where they do not ask `together`."""
+    """Return the signal that any process has caught, the same in all; 0 for none, or unless they ask `together`."""
     number = stop[0] if stop else 0
     if jax.process_count() == 1:
         return number

@@ -1,4 +1,4 @@
-"""What a model in training knows: which prompts it answers right, and its loss on text that is kept from it."""
+"""Evaluation of a model in training: the prompts that it answers right, and its loss on text kept from it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from hydra_jax.training.data import Corpus
 from hydra_jax.training.step import batch_loss, computing
 
 ASKED = 256
-"""Prompts of a split, and at most as many rows of text, that an evaluation takes; drawn by seed."""
+"""The most prompts of a split, and the most rows of text, that an evaluation takes; drawn by seed."""
 
 
 class Questions(NamedTuple):
     """Prompts as arrays: tokens [P, T], lengths [P] and answers' first tokens [P].
 
-    Of the host, as all that an evaluation takes but weights: then every process of a run may hand them in.
+    Like all inputs of an evaluation but the weights, they are on the host, so that every process may pass them in.
     """
 
     tokens: np.ndarray
@@ -37,10 +37,10 @@ class Questions(NamedTuple):
 
 
 def questions(tokenizer: Tokenizer, prompts: Sequence[Prompt], context: int) -> Questions:
-    """Tokens of prompts, padded on the right.
+    """Encode prompts, padded on the right.
 
     Raises:
-      UserError: if one is longer than the context.
+      UserError: if a prompt is longer than the context.
     """
     encoded = [encode(tokenizer, prompt.text) for prompt in prompts]
     longest = max(map(len, encoded))
@@ -54,8 +54,8 @@ class Evaluation:
     """Evaluates weights of one run, always on the same prompts and rows.
 
     Args:
-      corpus: of the run.
-      config: of the run.
+      corpus: the run's corpus.
+      config: the run's settings.
     """
 
     def __init__(self, corpus: Corpus, config: TrainConfig):
@@ -64,7 +64,7 @@ class Evaluation:
         self._asked: Mapping[str, Questions] = {
             split: questions(
                 corpus.tokenizer,
-                [prompts[place] for place in random.permutation(len(prompts))[:ASKED]],
+                [prompts[index] for index in random.permutation(len(prompts))[:ASKED]],
                 config.model.context,
             )
             for split, prompts in corpus.prompts.items()
@@ -74,23 +74,23 @@ class Evaluation:
         self._vocab_size = corpus.tokenizer.get_vocab_size()
 
     def __call__(self, weights: dict) -> dict[str, float]:
-        """Share of prompts answered right by split, as `recall_SPLIT`; or, of text, `unseen_loss` in nats a token."""
+        """Return the share of right answers by split as `recall_SPLIT`; for text, `unseen_loss` in nats a token."""
         params = computing(self._config, weights, self._vocab_size)
-        found = {f"recall_{split}": answered(params, asked).mean() for split, asked in self._asked.items()}
+        values = {f"recall_{split}": answered(params, asked).mean() for split, asked in self._asked.items()}
         if len(self._rows):
-            found["unseen_loss"] = _unseen_loss(params, self._rows, self._boundary, self._config)
-        return {name: float(value) for name, value in found.items()}
+            values["unseen_loss"] = _unseen_loss(params, self._rows, self._boundary, self._config)
+        return {name: float(value) for name, value in values.items()}
 
 
 @jax.jit
 def answered(params: Params, asked: Questions) -> jax.Array:
-    """[P] bool, whether the most likely next token begins the answer."""
+    """Return [P] bool, whether a prompt's most likely next token begins its answer."""
 
     def right(tokens: jax.Array, length: jax.Array, answer: jax.Array) -> jax.Array:
         _, trace = transformer.forward(params, tokens)
         return jnp.argmax(transformer.unembed(params, trace.resid_post[-1, length - 1])) == answer
 
-    return jax.lax.map(lambda each: right(*each), asked, batch_size=ASKED)
+    return jax.lax.map(lambda question: right(*question), asked, batch_size=ASKED)
 
 
 @functools.partial(jax.jit, static_argnames="config")

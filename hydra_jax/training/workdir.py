@@ -1,4 +1,4 @@
-"""What a training run's directory says of itself, so that it is gone on with, compared and loaded as what it is."""
+"""The description that a training run's directory has of itself, by which it is resumed, compared and loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hydra_jax.text.prompts import json_lines
 from hydra_jax.training.config import TrainConfig, train_config
 from hydra_jax.weights.trained import RUN, TOKENIZER, is_trained, read_description
 
-if TYPE_CHECKING:  # it imports what loading a model need not wait for
+if TYPE_CHECKING:  # it imports grain, which loading a model need not wait for
     from hydra_jax.training.data import Corpus
 
 PROMPTS = "prompts.jsonl"
@@ -25,10 +25,10 @@ METRICS = "metrics.jsonl"
 
 
 def read_run(workdir: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """A run's config and what else RUN says: `vocab_size` and the corpus' SHA-256.
+    """Return a run's config, and the rest of its file RUN: `vocab_size` and `corpus`, the corpus' SHA-256.
 
     Raises:
-      UserError: if it is not there or damaged.
+      UserError: if the file is missing or damaged.
     """
     stated = read_description(workdir)
     path = workdir / RUN
@@ -44,7 +44,7 @@ def check_config(workdir: Path, config: TrainConfig) -> None:
     """Refuse to go on with a run of another config.
 
     Raises:
-      UserError: that names every setting that differs, or says that a model from elsewhere is there.
+      UserError: if a setting differs, naming every one that does, or if the directory holds a model from elsewhere.
     """
     if not is_trained(workdir):
         if (workdir / "config.json").exists():
@@ -59,7 +59,7 @@ def check_config(workdir: Path, config: TrainConfig) -> None:
 
 
 def read_metrics(workdir: Path) -> pd.DataFrame:
-    """A run's metrics, a row a step that has any; what was not taken at a step is NaN.
+    """Return a run's metrics, a row for each step that has any; metrics that were not taken at a step are NaN.
 
     Raises:
       UserError: if there are none or they cannot be read.
@@ -75,14 +75,14 @@ def check_corpus(workdir: Path, corpus: Corpus) -> None:
     """Refuse to go on with a run on other data.
 
     Raises:
-      UserError: if it was begun on other data.
+      UserError: if the run was begun on other data.
     """
     if is_trained(workdir) and read_run(workdir)[1]["corpus"] != corpus.digest:
         raise UserError(f"{workdir}: was begun on other text; give that at config.data.path, or another --workdir")
 
 
 def describe(workdir: Path, config: TrainConfig, corpus: Corpus) -> None:
-    """Write the run's config, tokenizer and prompts, where they are not there yet."""
+    """Write a run's config, tokenizer and prompts, unless they are there already."""
     if jax.process_index() or is_trained(workdir):
         return
     stated = {
@@ -93,7 +93,7 @@ def describe(workdir: Path, config: TrainConfig, corpus: Corpus) -> None:
     texts = {
         TOKENIZER: corpus.tokenizer.to_str(pretty=True),
         PROMPTS: json_lines(prompt for prompts in corpus.prompts.values() for prompt in prompts),
-        RUN: json.dumps(stated, indent=2) + "\n",  # last: where it is, all of them are
+        RUN: json.dumps(stated, indent=2) + "\n",  # last, so that where it is, the others are
     }
     for name, text in texts.items():
         if text:
