@@ -1,4 +1,4 @@
-"""Strict JAX for every test: no silent promotion of types or ranks, and four CPU devices."""
+"""Strict JAX for every test: no silent promotion of types or ranks, annotations checked, and four CPU devices."""
 
 import gc
 import os
@@ -7,8 +7,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 import jax
+import jaxtyping
 import pytest
 from hypothesis import settings
+
+from tests.helpers import annotations
+
+# Before those modules are imported, and in the tests' own processes only: commands that tests start run as users' do.
+jaxtyping.install_import_hook(annotations.MODULES, "tests.helpers.annotations.checked")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

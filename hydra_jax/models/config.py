@@ -1,4 +1,4 @@
-"""What distinguishes one decoder from another: a handful of switches, no class per family."""
+"""The switches by which one decoder differs from another: a handful, and no class per family."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ModelConfig:
       mlp_width: hidden units of one MLP.
       context: the longest sequence, in tokens, that the model was made for.
       rope_base: base of the rotary frequencies.
-      rope_factors: what each of the rotary frequencies is divided by; () for none of them.
+      rope_factors: the divisor of each rotary frequency; () for none.
       local_rope_base: base in layers with a window, undivided; 0 where they are like the others.
       rotary_dim: the leading dimensions of a head that turn with position; 0 for all of them.
       learned_positions: positions are rows of a table added to the embedding, and nothing is rotated.
@@ -45,11 +45,11 @@ class ModelConfig:
       query_scalar: queries are divided by its square root; 0 for head_dim.
       attn_softcap: scores s are squeezed to cap * tanh(s / cap); 0 where they are not.
       final_softcap: the same of logits, after everything that is measured here.
-      embedding_scale: what the embedding is multiplied by where tokens enter.
+      embedding_scale: the factor of the embedding where tokens enter.
       norm: "rms" (RMSNorm), or "layer" (LayerNorm, with a bias).
       norm_eps: added to the mean square inside the norms.
       pre_norm: attention and MLP read the stream through a norm.
-      post_norm: what they write passes through an RMSNorm on its way to the stream.
+      post_norm: their writes pass through an RMSNorm on the way to the stream.
       qk_norm: queries and keys are normed by "head" or over their full "width" before they are
         rotated; "none" where they are not.
       parallel: the MLP reads the same stream as its layer's attention, which therefore is not
@@ -60,9 +60,9 @@ class ModelConfig:
       out_bias: attention's output projection has one.
       mlp_bias: the MLP's projections have them.
       tied: whether the unembedding is the embedding, transposed.
-      dtype: what weights, keys and values are kept in, and products take their inputs in; products
-        accumulate in float32, and the residual stream, norms and softmax are always float32.
-      precision: what `jax.lax.Precision` the matrix products of float32 weights use. "highest" is
+      dtype: the type of weights, keys, values and the inputs of products; products accumulate in
+        float32, and the residual stream, norms and softmax are always float32.
+      precision: the `jax.lax.Precision` of the matrix products of float32 weights. "highest" is
         true float32 everywhere (a GPU would otherwise round its inputs to TF32, a TPU to bfloat16).
     """
 
@@ -147,15 +147,15 @@ class ModelConfig:
 
     @property
     def rotated(self) -> int:
-        """How many of a head's dimensions turn with position, where positions are rotary."""
+        """Number of a head's dimensions that turn with position, where positions are rotary."""
         return self.rotary_dim or self.head_dim
 
     @property
     def query_scale(self) -> float:
-        """What queries are multiplied by."""
+        """The factor of queries."""
         return (self.query_scalar or self.head_dim) ** -0.5
 
     @property
     def lax_precision(self) -> jax.lax.Precision:
-        """`precision` as JAX spells it."""
+        """`precision` in JAX's spelling."""
         return jax.lax.Precision[self.precision.upper()]

@@ -1,4 +1,4 @@
-"""What a decoder layer is made of, in flax.linen: for one sequence [T, D] and for one decoded token [D]."""
+"""The parts of a decoder layer, in flax.linen: for one sequence [T, D] and for one decoded token [D]."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int
 
 from hydra_jax.models.config import ACTIVATIONS, ModelConfig
 
@@ -16,11 +17,11 @@ EVERYTHING = 2**30
 
 
 class Positions(NamedTuple):
-    """How a layer's attention treats positions; stacked along a leading axis L for all layers.
+    """A layer's treatment of positions in its attention; stacked along a leading axis L for all layers.
 
     Attributes:
-      window: [] int32, how many tokens a query sees, itself among them.
-      frequencies: [rotated / 2] float32, by how many radians a token the rotary pairs turn.
+      window: [] int32, the number of tokens that a query sees, itself among them.
+      frequencies: [rotated / 2] float32, the radians by which the rotary pairs turn from token to token.
     """
 
     window: jax.Array
@@ -28,7 +29,7 @@ class Positions(NamedTuple):
 
 
 def positions(config: ModelConfig) -> Positions:
-    """Of all layers: window [L], frequencies [L, rotated / 2]."""
+    """Return the positions of all layers: window [L], frequencies [L, rotated / 2]."""
     windows = np.array(config.windows or [0] * config.layers)
     exponents = -np.arange(config.rotated // 2) / (config.rotated // 2)
     everywhere = config.rope_base**exponents / np.array(config.rope_factors or 1.0)
@@ -39,8 +40,8 @@ def positions(config: ModelConfig) -> Positions:
     )
 
 
-def product(config: ModelConfig, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`einsum` of inputs in the config's dtype at the config's precision, accumulated in float32."""
+def product(config: ModelConfig, equation: str, x: Float[Array, ...], y: Float[Array, ...]) -> Float32[Array, ...]:
+    """Return the `einsum` of inputs in the config's dtype at the config's precision, accumulated in float32."""
     return jnp.einsum(
         equation,
         x.astype(config.dtype),
@@ -50,13 +51,15 @@ def product(config: ModelConfig, equation: str, x: jax.Array, y: jax.Array) -> j
     )
 
 
-def rotate(x: jax.Array, position: jax.Array, frequencies: jax.Array) -> jax.Array:
+def rotate(
+    x: Float[Array, "heads head_dim"], position: Int[Array, ""], frequencies: Float[Array, " pairs"]
+) -> Float[Array, "heads head_dim"]:
     """Rotary position embedding of one token's heads (Su et al. 2021), pairs (i, i + rotated / 2).
 
     Args:
-      x: [heads, head_dim], of which the leading dimensions turn.
-      position: [], the token's place in the sequence.
-      frequencies: [rotated / 2], radians a token.
+      x: queries or keys, of which the leading dimensions turn.
+      position: the token's place in the sequence.
+      frequencies: radians from token to token, of each of the rotated / 2 pairs.
     """
     half = len(frequencies)
     angle = position.astype(jnp.float32) * frequencies
@@ -65,22 +68,22 @@ def rotate(x: jax.Array, position: jax.Array, frequencies: jax.Array) -> jax.Arr
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """`x` squeezed into (-cap, cap), or as it is where cap is 0."""
+def softcap(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
+    """Squeeze `x` into (-cap, cap), or leave it as it is where cap is 0."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
 def attend_cached(
     config: ModelConfig,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    position: jax.Array,
-    window: jax.Array,
-) -> jax.Array:
-    """Attention of one token to those before it and to itself.
+    query: Float[Array, "K group head_dim"],
+    key: Float[Array, "K head_dim"],
+    value: Float[Array, "K head_dim"],
+    keys: Float[Array, "K head_dim T"],
+    values: Float[Array, "K T head_dim"],
+    position: Int[Array, ""],
+    window: Int[Array, ""],
+) -> Float32[Array, "K group head_dim"]:
+    """Attention of one token to those before it and to itself; a group is the H / K query heads of a key head.
 
     `vmap` over tokens that share a cache (the edits of one prompt) has a rule of its own. Batching
     each operation by itself would put the edits in front of the heads, where the product with the
@@ -88,16 +91,16 @@ def attend_cached(
 
     Args:
       config: dtype and precision of the products.
-      query: [K, H / K, head_dim], scaled.
-      key: [K, head_dim], the token's own.
-      value: [K, head_dim], the token's own.
-      keys: [K, head_dim, T], the cache, laid out as the products want it.
-      values: [K, T, head_dim].
-      position: [], the token's place: only keys before it are attended to.
-      window: [], and only keys less than this many tokens before it.
+      query: the token's, scaled.
+      key: the token's own.
+      value: the token's own.
+      keys: the cache, laid out as the products want it.
+      values: the cache's.
+      position: the token's place: only keys before it are attended to.
+      window: and only keys less than this many tokens before it.
 
     Returns:
-      [K, H / K, head_dim], the values as each query head mixes them.
+      The values as each query head mixes them.
     """
 
     def tokens(query, key, value, keys, values, position, window):
@@ -137,7 +140,7 @@ class Linear(nn.Module):
     biased: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows inputs"]) -> Float32[Array, "*rows {self.features}"]:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.config.dtype)
         out = product(self.config, "...i,io->...o", x, kernel)
@@ -152,28 +155,28 @@ class Norm(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         normed = self.centred(x) / self.divisor(x)[..., None] * along_last(scale, x)
         if self.config.norm == "rms":
             return normed
         return normed + along_last(self.param("bias", nn.initializers.zeros, scale.shape, jnp.float32), x)
 
-    def divisor(self, x: jax.Array) -> jax.Array:
-        """What x is divided by: the root of its mean square (or variance) + eps, without the last axis."""
+    def divisor(self, x: Float[Array, "*rows E"]) -> Float[Array, "*rows"]:
+        """The root of the mean square (or variance) of x + eps."""
         return jnp.sqrt(jnp.mean(jnp.square(self.centred(x)), axis=-1) + self.config.norm_eps)
 
-    def centred(self, x: jax.Array) -> jax.Array:
+    def centred(self, x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
         return x if self.config.norm == "rms" else x - x.mean(axis=-1, keepdims=True)
 
 
-def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """`vector` [E] in the rank of x [..., E]."""
+def along_last(vector: Float[Array, " E"], x: Float[Array, "*rows E"]) -> Float[Array, "*ones E"]:
+    """Return `vector` in the rank of x: every axis but the last is 1."""
     return jnp.expand_dims(vector, range(x.ndim - 1))
 
 
 class Attention(nn.Module):
-    """Grouped-query attention."""
+    """Grouped-query attention: each of K key/value heads serves a group of H / K query heads."""
 
     config: ModelConfig
 
@@ -186,8 +189,12 @@ class Attention(nn.Module):
         if c.qk_norm != "none":
             self.query_norm, self.key_norm = Norm(c), Norm(c)
 
-    def __call__(self, x: jax.Array, at: Positions) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """A sequence: x [T, D] -> sum of heads [T, D], mixed [T, H, head_dim], keys and values [T, K, head_dim]."""
+    def __call__(
+        self, x: Float[Array, "T D"], at: Positions
+    ) -> tuple[
+        Float[Array, "T D"], Float[Array, "T H head_dim"], Float[Array, "T K head_dim"], Float[Array, "T K head_dim"]
+    ]:
+        """Attend within a sequence: the sum of heads, the values as each head mixed them, keys and values."""
         places = jnp.arange(x.shape[0])
         query, key, value = self.heads(x, places, at.frequencies)
         distance = places[:, None] - places[None]
@@ -198,13 +205,22 @@ class Attention(nn.Module):
         mixed = mixed.reshape(len(places), self.config.heads, -1)
         return self.out(mixed.reshape(len(places), -1)), mixed, key, value
 
-    def decode(self, x: jax.Array, position: jax.Array, at: Positions, keys: jax.Array, values: jax.Array) -> jax.Array:
-        """One token: x [D] at `position` [], against the cache of those before it (see `attend_cached`)."""
+    def decode(
+        self,
+        x: Float[Array, " D"],
+        position: Int[Array, ""],
+        at: Positions,
+        keys: Float[Array, "K head_dim T"],
+        values: Float[Array, "K T head_dim"],
+    ) -> Float[Array, " D"]:
+        """Attend from one token to the cache of those before it (see `attend_cached`)."""
         query, key, value = jax.tree.map(lambda h: h[0], self.heads(x[None], position[None], at.frequencies))
         return self.sum_heads(attend_cached(self.config, query, key, value, keys, values, position, at.window))
 
-    def heads(self, x: jax.Array, places: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """X [T, D], places [T] -> query [T, K, H / K, head_dim] (scaled), key and value [T, K, head_dim]."""
+    def heads(
+        self, x: Float[Array, "T D"], places: Int[Array, " T"], frequencies: Float[Array, " pairs"]
+    ) -> tuple[Float[Array, "T K group head_dim"], Float[Array, "T K head_dim"], Float[Array, "T K head_dim"]]:
+        """Return scaled queries, keys and values."""
         c = self.config
         query, key = self.query(x), self.key(x)
         if c.qk_norm == "width":
@@ -219,8 +235,8 @@ class Attention(nn.Module):
         grouped = (query * c.query_scale).reshape(-1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
         return grouped, key.astype(c.dtype), value.astype(c.dtype)
 
-    def sum_heads(self, mixed: jax.Array) -> jax.Array:
-        """The output projection of what one token's heads mixed: [..., head_dim] -> [D]."""
+    def sum_heads(self, mixed: Float[Array, "*heads head_dim"]) -> Float[Array, " D"]:
+        """Project one token's mixed values into the stream."""
         return self.out(mixed.reshape(-1))
 
 
@@ -236,6 +252,6 @@ class MLP(nn.Module):
         self.up = Linear(c, c.mlp_width, c.mlp_bias)
         self.down = Linear(c, c.width, c.mlp_bias)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         activation = ACTIVATIONS[self.config.activation]
         return self.down(activation(self.gate(x)) * self.up(x) if self.config.gated else activation(self.up(x)))

@@ -1,4 +1,4 @@
-"""Sizes and switches of published models, for what does not depend on their weights: speed, memory and cost."""
+"""Sizes and switches of published models: enough for their speed, memory and cost, which no weights change."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ SHAPES = {
     ),
     "olmo2-1b": _shape(100_352, 2048, 16, 16, 16, 128, 8192, 4096, pre_norm=False, post_norm=True, qk_norm="width"),
 }
-"""Of every family; random-1b is Llama 3.2 1B."""
+"""At least one model of every family; random-1b is Llama 3.2 1B."""
 
 
 def shape(name: str, layers: int = 0) -> ModelConfig:
-    """One of `SHAPES`, of its first `layers` layers alone where that is not 0: what a layer takes is the same.
+    """Look up one of `SHAPES`, cut to its first layers where `layers` is not 0: every layer costs the same.
 
     Raises:
-      UserError: if it is unknown, or has fewer.
+      UserError: if the name is unknown, or the model has fewer layers.
     """
     if name not in SHAPES:
         raise UserError(f"--shape: {name!r} is unknown; give one of {', '.join(SHAPES)}, or a model's config.json")

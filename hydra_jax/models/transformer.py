@@ -1,7 +1,7 @@
 """The decoder as pure functions of its parameters.
 
 `forward` is the general path: one sequence, every position, edits anywhere. The functions after it
-are the pieces that `prefill` and `replay` are made of, each for one token [D].
+are the pieces of `prefill` and `replay`, each for one token [D].
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jaxtyping import Array, ArrayLike, Float, Float32, Int, Key
 
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.layers import MLP, Attention, Norm, Positions, positions, product, softcap
@@ -36,7 +37,7 @@ class Edits(flax.struct.PyTreeNode):
 
     Attributes:
       mask: [L, 2, T] bool, which writes are replaced (second axis: attention, MLP).
-      value: [L, 2, T or 1, D], by what; an axis of 1 serves every position.
+      value: [L, 2, T or 1, D], the replacements; an axis of 1 serves every position.
     """
 
     mask: jax.Array
@@ -45,13 +46,13 @@ class Edits(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class DropoutRates:
-    """How much of what is added to the stream training leaves out, each between 0 and 1.
+    """Shares of the additions to the stream that training leaves out, each between 0 and 1.
 
     Attributes:
-      resid: of the embedding's dimensions, where tokens enter the stream.
-      attn: of the dimensions of what attention writes.
-      mlp: of the dimensions of what the MLP writes.
-      depth: of whole writes (stochastic depth), in one of a batch's sequences at all of its tokens.
+      resid: share of the embedding's dimensions, where tokens enter the stream.
+      attn: share of the dimensions of attention's writes.
+      mlp: share of the dimensions of the MLP's writes.
+      depth: share of whole writes (stochastic depth), in one of a batch's sequences at all of its tokens.
     """
 
     resid: float = 0.0
@@ -61,10 +62,10 @@ class DropoutRates:
 
 
 class Dropout(flax.struct.PyTreeNode):
-    """Dropout of one sequence: what is kept is divided by the share that is kept, on its way to the stream.
+    """Dropout of one sequence: the kept part is divided by the share that is kept, on its way to the stream.
 
     Attributes:
-      key: [] of every draw.
+      key: [], from which every draw is made.
       rates: static under `jax.jit`, so that rates of 0 are the program without dropout.
     """
 
@@ -73,9 +74,9 @@ class Dropout(flax.struct.PyTreeNode):
 
 
 class Trace(flax.struct.PyTreeNode):
-    """What every layer read and wrote. What a caller does not use costs nothing under `jax.jit`.
+    """Every layer's reads and writes. Under `jax.jit`, parts that a caller does not use cost nothing.
 
-    Of a pass that keeps one token alone, all but keys and values are without the axis T.
+    Where a pass keeps one token alone, all but keys and values are without the axis T.
 
     Attributes:
       resid_pre: [L, T, D], the residual stream before the layer.
@@ -94,13 +95,13 @@ class Trace(flax.struct.PyTreeNode):
     values: jax.Array
 
     @property
-    def resid_mid(self) -> jax.Array:
-        """[L, T, D], the stream between a layer's two writes."""
+    def resid_mid(self) -> Float[Array, "L *T D"]:
+        """The stream between a layer's two writes."""
         return self.resid_pre + self.attn_out
 
     @property
-    def resid_post(self) -> jax.Array:
-        """[L, T, D], the stream after the layer."""
+    def resid_post(self) -> Float[Array, "L *T D"]:
+        """The stream after the layer."""
         return self.resid_mid + self.mlp_out
 
 
@@ -117,8 +118,13 @@ class Layer(nn.Module):
         self.mlp = MLP(c)
 
     def __call__(
-        self, resid_pre: jax.Array, edits: Edits | None, dropout: Dropout | None, at: Positions, only: jax.Array | None
-    ) -> tuple[jax.Array, Trace]:
+        self,
+        resid_pre: Float[Array, "T D"],
+        edits: Edits | None,
+        dropout: Dropout | None,
+        at: Positions,
+        only: Int[Array, ""] | None,
+    ) -> tuple[Float[Array, "T D"], Trace]:
         heads, mixed, keys, values = self.attn(self.attn_norm(resid_pre), at)
         attn_out = _edited(_dropped(self.attn_post_norm(heads), dropout, 0), edits, 0)
         resid_mid = resid_pre + attn_out
@@ -130,28 +136,33 @@ class Layer(nn.Module):
         return resid_post, Trace(resid_pre, attn_out, mlp_out, mixed, keys, values)
 
     def attn_decode(
-        self, resid_pre: jax.Array, position: jax.Array, at: Positions, keys: jax.Array, values: jax.Array
-    ) -> jax.Array:
+        self,
+        resid_pre: Float[Array, " D"],
+        position: Int[Array, ""],
+        at: Positions,
+        keys: Float[Array, "K head_dim T"],
+        values: Float[Array, "K T head_dim"],
+    ) -> Float[Array, " D"]:
         return self.attn_post_norm(self.attn.decode(self.attn_norm(resid_pre), position, at, keys, values))
 
-    def mlp_write(self, resid: jax.Array) -> jax.Array:
+    def mlp_write(self, resid: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         return self.mlp_post_norm(self.mlp(self.mlp_norm(resid)))
 
-    def head_delta(self, mixed: jax.Array, share: jax.Array) -> jax.Array:
+    def head_delta(self, mixed: Float[Array, "H head_dim"], share: Float[Array, " D"]) -> Float[Array, " D"]:
         heads = self.attn.sum_heads(mixed)
         return self.attn_post_norm(heads + share) - self.attn_post_norm(heads)
 
 
-def _unchanged(resid: jax.Array) -> jax.Array:
+def _unchanged(resid: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
     return resid
 
 
-def _edited(write: jax.Array, edits: Edits | None, site: int) -> jax.Array:
+def _edited(write: Float[Array, "T D"], edits: Edits | None, site: int) -> Float[Array, "T D"]:
     return write if edits is None else jnp.where(edits.mask[site][:, None], edits.value[site], write)
 
 
-def _dropped(write: jax.Array, dropout: Dropout | None, site: int) -> jax.Array:
-    """A layer's write [T, D] as dropout leaves it: dimensions of it, or all of it."""
+def _dropped(write: Float[Array, "T D"], dropout: Dropout | None, site: int) -> Float[Array, "T D"]:
+    """A layer's write as dropout leaves it: without some of its dimensions, or without all of it."""
     if dropout is None:
         return write
     rate, depth = (dropout.rates.attn, dropout.rates.mlp)[site], dropout.rates.depth
@@ -159,8 +170,8 @@ def _dropped(write: jax.Array, dropout: Dropout | None, site: int) -> jax.Array:
     return _kept(_kept(write, of_dimensions, rate, write.shape), of_depth, depth, (1, 1))
 
 
-def _kept(x: jax.Array, key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """`x` with as much of it set to 0 as `rate` says, by draws of `shape`, and the rest scaled to make up for it."""
+def _kept(x: Float[Array, "T D"], key: Key[Array, ""], rate: float, shape: tuple[int, ...]) -> Float[Array, "T D"]:
+    """Set a share `rate` of `x` to 0, by draws of `shape`, and scale the rest to make up for it."""
     if not rate:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)
@@ -191,11 +202,11 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        tokens: jax.Array,
+        tokens: Int[Array, " T"],
         edits: Edits | None,
         dropout: Dropout | None = None,
-        only: jax.Array | None = None,
-    ) -> tuple[jax.Array, Trace]:
+        only: Int[Array, ""] | None = None,
+    ) -> tuple[Float32[Array, "T V"], Trace]:
         resid, of_layers = self.embed(tokens), None
         if dropout is not None:
             entering, of_layers = jax.random.split(dropout.key)
@@ -204,24 +215,24 @@ class Decoder(nn.Module):
         resid, trace = self.layers(resid, edits, of_layers, positions(self.config), only)
         return softcap(self.unembed(resid), self.config.final_softcap), trace
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: Int[Array, " T"]) -> Float32[Array, "T D"]:
         embedded = self.embedding[tokens].astype(jnp.float32) * self.config.embedding_scale
         if self.config.learned_positions:
             embedded += self.positions[: len(tokens)].astype(jnp.float32)
         return embedded
 
-    def unembed(self, resid: jax.Array) -> jax.Array:
+    def unembed(self, resid: Float[Array, "*rows D"]) -> Float32[Array, "*rows V"]:
         return product(self.config, "...d,dv->...v", self.final_norm(resid), self.unembedding_matrix())
 
-    def unembedding_matrix(self) -> jax.Array:
+    def unembedding_matrix(self) -> Float[Array, "D V"]:
         return self.embedding.T if self.config.tied else self.unembedding
 
-    def final_divisor(self, resid: jax.Array) -> jax.Array:
+    def final_divisor(self, resid: Float[Array, " D"]) -> Float[Array, ""]:
         return self.final_norm.divisor(resid)
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Random weights in the model's layout, for tests and for training from scratch."""
+def init_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
+    """Draw random weights in the model's layout, for tests and for training from scratch."""
     weights = Decoder(config).init(key, jnp.zeros(1, jnp.int32), None)["params"]
     return Params(weights=weights, config=config)
 
@@ -231,57 +242,57 @@ def _apply(params: Params, *arguments: Any, method: str | None = None) -> Any:
 
 
 def layout(config: ModelConfig) -> Params:
-    """The shapes and types of a model's parameters, without values."""
+    """Return the shapes and types of a model's parameters, without values."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def flat(weights: dict[str, Any]) -> dict[str, Any]:
-    """Weights by paths such as "layers/attn/out/kernel"."""
+    """Return weights by paths such as "layers/attn/out/kernel"."""
     return traverse_util.flatten_dict(weights, sep="/")
 
 
 def forward(
     params: Params,
-    tokens: jax.Array,
+    tokens: Int[Array, " T"],
     edits: Edits | None = None,
     dropout: Dropout | None = None,
-    only: jax.Array | None = None,
-) -> tuple[jax.Array, Trace]:
-    """One forward pass of one sequence.
+    only: Int[Array, ""] | None = None,
+) -> tuple[Float32[Array, "T V"], Trace]:
+    """Run one forward pass of one sequence.
 
     Args:
       params: the model.
-      tokens: [T] int32.
-      edits: which writes to replace by what, at any layers, sites and positions.
+      tokens: the sequence.
+      edits: the writes to replace, at any layers, sites and positions, and their replacements.
       dropout: in training; an edit replaces what dropout has left.
-      only: [] int, the token whose part of the trace is kept, where the others' would take memory for nothing.
+      only: the token whose part of the trace is kept, where the others' would take memory for nothing.
 
     Returns:
-      Logits [T, V] in float32, soft-capped where the model does so, and the trace of the pass.
+      Logits, soft-capped where the model does so, and the trace of the pass.
     """
     return _apply(params, tokens, edits, dropout, only)
 
 
-def embed(params: Params, tokens: jax.Array) -> jax.Array:
-    """The stream that the first layer reads: tokens [T] -> [T, D]."""
+def embed(params: Params, tokens: Int[Array, " T"]) -> Float32[Array, "T D"]:
+    """Return the stream that the first layer reads."""
     return _apply(params, tokens, method="embed")
 
 
-def unembed(params: Params, resid: jax.Array) -> jax.Array:
-    """The final stream [D] -> logits [V], before the final soft-cap where the model has one."""
+def unembed(params: Params, resid: Float[Array, " D"]) -> Float32[Array, " V"]:
+    """Return the logits of a final stream, before the final soft-cap where the model has one."""
     return _apply(params, resid, method="unembed")
 
 
-def final_scale(params: Params, resid: jax.Array) -> jax.Array:
-    """sigma: what the final norm divides the final stream [D] by."""
+def final_scale(params: Params, resid: Float[Array, " D"]) -> Float[Array, ""]:
+    """Return sigma, by which the final norm divides the final stream."""
     return _apply(params, resid, method="final_divisor")
 
 
-def readout(params: Params, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """r [D] and const [], with which the centred logit of token `target` [] is <final stream, r> / sigma + const.
+def readout(params: Params, target: Int[ArrayLike, ""]) -> tuple[Float[Array, " D"], Float[Array, ""]]:
+    """Return r and const, with which the centred logit of token `target` is <final stream, r> / sigma + const.
 
-    r = gain * (W_U[:, target] - mean over v of W_U[:, v]). Of a LayerNorm, which takes the mean of the
-    stream away, r is that less its own mean, and const is what the norm's bias adds; else const is 0.
+    r = gain * (W_U[:, target] - mean over v of W_U[:, v]). Under a LayerNorm, which takes the mean of the
+    stream away, r is that less its own mean, and const is the addition of the norm's bias; else const is 0.
     A final soft-cap comes after the logit that is read.
     """
     matrix = _apply(params, method="unembedding_matrix")
@@ -295,28 +306,30 @@ def readout(params: Params, target: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def attn_decode(
     params: Params,
-    layer: jax.Array,
-    resid_pre: jax.Array,
-    position: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-) -> jax.Array:
-    """What attention `layer` writes for one token: resid_pre [D] -> attn_out [D].
+    layer: Int[ArrayLike, ""],
+    resid_pre: Float[Array, " D"],
+    position: Int[Array, ""],
+    keys: Float[Array, "K head_dim T"],
+    values: Float[Array, "K T head_dim"],
+) -> Float[Array, " D"]:
+    """Return the write of attention `layer` for one token.
 
     Args:
       params: the model.
-      layer: [] int, an array like any other: all layers share one compilation.
-      resid_pre: [D], the stream at the token.
-      position: [] int, the token's place; only keys before it are attended to, and itself.
-      keys: [K, head_dim, T], that layer's, of the clean run.
-      values: [K, T, head_dim].
+      layer: an array like any other: all layers share one compilation.
+      resid_pre: the stream at the token.
+      position: the token's place; only keys before it are attended to, and itself.
+      keys: that layer's, of the clean run.
+      values: that layer's, of the clean run.
     """
     at = jax.tree.map(lambda stacked: stacked[layer], positions(params.config))
     return _apply_layer(params, layer, resid_pre, position, at, keys, values, method="attn_decode")
 
 
-def head_share(params: Params, layer: jax.Array, head: jax.Array, mixed: jax.Array) -> jax.Array:
-    """A head's summand of what attention `layer` writes: mixed [head_dim] -> [D].
+def head_share(
+    params: Params, layer: Int[ArrayLike, ""], head: Int[ArrayLike, ""], mixed: Float[Array, " head_dim"]
+) -> Float[Array, " D"]:
+    """Return the summand of attention `layer`'s write that a head adds by mixing `mixed`.
 
     The summands of all heads, and the output bias, add up to attn_out, before any post-norm.
     """
@@ -326,18 +339,22 @@ def head_share(params: Params, layer: jax.Array, head: jax.Array, mixed: jax.Arr
 
 
 def head_delta(
-    params: Params, layer: jax.Array, head: jax.Array, mixed: jax.Array, replacement: jax.Array
-) -> jax.Array:
-    """How attention `layer`'s write changes where one head mixes something else: [D].
+    params: Params,
+    layer: Int[ArrayLike, ""],
+    head: Int[ArrayLike, ""],
+    mixed: Float[Array, "H head_dim"],
+    replacement: Float[Array, " head_dim"],
+) -> Float[Array, " D"]:
+    """Return the change of attention `layer`'s write where one head mixes something else.
 
     Where a post-norm follows, the heads' sum is edited and the write computed anew.
 
     Args:
       params: the model.
-      layer: [] int.
-      head: [] int.
-      mixed: [H, head_dim], what the layer's heads mixed.
-      replacement: [head_dim], what `head` mixes instead.
+      layer: of the attention.
+      head: whose values are replaced.
+      mixed: the values as the layer's heads mixed them.
+      replacement: the values that take their place in `head`.
     """
     share = head_share(params, layer, head, replacement - mixed[head])
     if not params.config.post_norm:
@@ -345,15 +362,17 @@ def head_delta(
     return _apply_layer(params, layer, mixed, share, method="head_delta")
 
 
-def head_readouts(params: Params, vector: jax.Array, mixed: jax.Array) -> jax.Array:
-    """[L, H, head_dim], whose product with what a head mixed is <head's share of the write, vector [D]>.
+def head_readouts(
+    params: Params, vector: Float[Array, " D"], mixed: Float[Array, "L H head_dim"]
+) -> Float[Array, "L H head_dim"]:
+    """Return the vectors whose products with the heads' mixed values are <head's share of the write, vector>.
 
-    Where a post-norm follows, a share is divided by what the norm divides the sum of all by.
+    Where a post-norm follows, each share is divided by the norm's divisor of their sum.
 
     Args:
       params: the model.
-      vector: [D].
-      mixed: [L, H, head_dim], what the heads mixed.
+      vector: a direction of the stream.
+      mixed: the values as the heads mixed them.
     """
     c, layers = params.config, params.weights["layers"]
     kernels = layers["attn"]["out"]["kernel"]
@@ -367,11 +386,11 @@ def head_readouts(params: Params, vector: jax.Array, mixed: jax.Array) -> jax.Ar
     return product(c, "lid,ld->li", kernels, vectors).reshape(c.layers, c.heads, c.head_dim)
 
 
-def mlp_write(params: Params, layer: jax.Array, resid: jax.Array) -> jax.Array:
-    """What MLP `layer` writes for one token: the stream [D] that it reads -> mlp_out [D]."""
+def mlp_write(params: Params, layer: Int[ArrayLike, ""], resid: Float[Array, " D"]) -> Float[Array, " D"]:
+    """Return the write of MLP `layer` for one token, of which it reads the stream `resid`."""
     return _apply_layer(params, layer, resid, method="mlp_write")
 
 
-def _apply_layer(params: Params, layer: jax.Array, *arguments: Any, method: str) -> Any:
+def _apply_layer(params: Params, layer: Int[ArrayLike, ""], *arguments: Any, method: str) -> Any:
     weights = jax.tree.map(lambda stacked: stacked[layer], params.weights["layers"])
     return Layer(params.config).apply({"params": weights}, *arguments, method=method)
