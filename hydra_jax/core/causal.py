@@ -1,7 +1,7 @@
-"""Structural causal models: what the paper's effects are by definition, on graphs small enough to see through.
+"""Structural causal models: the paper's effects by their definition, on graphs small enough to see through.
 
 `effects.py` computes the same quantities for a transformer, whose variables are its writes and whose
-outcome is the target's logit. Section "what is measured" of the README has the equations.
+outcome is the target's logit. The README's section "what is measured" has the equations.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class CausalModel:
     """
 
     def __init__(self, **equations: Callable[..., Any]):
-        """Variables by name.
+        """Take the variables' equations by name.
 
         Raises:
           ValueError: if a variable stands before one of its causes.
         """
         self.equations = equations
-        self.causes = {name: tuple(inspect.signature(of).parameters) for name, of in equations.items()}
+        self.causes = {name: tuple(inspect.signature(equation).parameters) for name, equation in equations.items()}
         every = [cause for causes in self.causes.values() for cause in causes]
         self.exogenous = tuple(dict.fromkeys(cause for cause in every if cause not in equations))
         known = set(self.exogenous)
@@ -44,19 +44,19 @@ class CausalModel:
             known.add(name)
 
     def run(self, exogenous: Mapping[str, Any], do: Mapping[str, Any] | None = None) -> Values:
-        """Every variable's value; those in `do` are set, whatever their causes say.
+        """Return every variable's value; those in `do` are set, whatever their causes.
 
         Raises:
           KeyError: if an exogenous variable is not given.
         """
         values = {name: exogenous[name] for name in self.exogenous} | dict(do or {})
-        for name, of in self.equations.items():
+        for name, equation in self.equations.items():
             if name not in values:
-                values[name] = of(*(values[cause] for cause in self.causes[name]))
+                values[name] = equation(*(values[cause] for cause in self.causes[name]))
         return values
 
     def mediators(self, cause: str, outcome: str) -> list[str]:
-        """The variables on a path from `cause` to `outcome`, both left out."""
+        """Return the variables on a path from `cause` to `outcome`, both left out."""
         downstream, upstream = {cause}, {outcome}
         for name, causes in self.causes.items():
             if downstream.intersection(causes):
@@ -68,25 +68,25 @@ class CausalModel:
 
 
 def total_effect(model: CausalModel, exogenous: Mapping[str, Any], cause: str, value: Any, outcome: str) -> Any:
-    """Y - Y(do(X = x~)): the drop of the outcome when the intervention runs its course."""
+    """Return Y - Y(do(X = x~)): the drop of the outcome when the intervention runs its course."""
     return model.run(exogenous)[outcome] - model.run(exogenous, {cause: value})[outcome]
 
 
 def direct_effect(model: CausalModel, exogenous: Mapping[str, Any], cause: str, value: Any, outcome: str) -> Any:
-    """Y - Y(do(X = x~, M = m)): the drop when every mediator is held at its clean value."""
+    """Return Y - Y(do(X = x~, M = m)): the drop when every mediator is held at its clean value."""
     clean = model.run(exogenous)
     held = {name: clean[name] for name in model.mediators(cause, outcome)}
     return clean[outcome] - model.run(exogenous, held | {cause: value})[outcome]
 
 
 def indirect_effect(model: CausalModel, exogenous: Mapping[str, Any], cause: str, value: Any, outcome: str) -> Any:
-    """Total effect less direct effect: what comes through mediators."""
+    """Return the total effect less the direct effect: the part that comes through mediators."""
     arguments = model, exogenous, cause, value, outcome
     return total_effect(*arguments) - direct_effect(*arguments)
 
 
 def compensation(model: CausalModel, exogenous: Mapping[str, Any], cause: str, value: Any, outcome: str) -> Values:
-    """By mediator M: Y(do(X = x~, M = m~, others clean)) - Y(do(X = x~, all clean)).
+    """Return, for each mediator M, Y(do(X = x~, M = m~, others clean)) - Y(do(X = x~, all clean)).
 
     m~ is the mediator's value in the ablated run. Where the outcome is a sum over its causes, the
     compensations of its direct causes add up to minus the indirect effect.
@@ -99,7 +99,7 @@ def compensation(model: CausalModel, exogenous: Mapping[str, Any], cause: str, v
 
 
 def motif(f: Callable[[Any, Any], Any]) -> CausalModel:
-    """The paper's graph: x = u, and y = x + f(x, u), where f is what a later layer writes."""
+    """Return the paper's graph: x = u, and y = x + f(x, u), where f is the write of a later layer."""
 
     def write(x: Any, u: Any) -> Any:
         return f(x, u)

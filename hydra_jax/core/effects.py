@@ -1,4 +1,4 @@
-"""What an ablation did, as pure functions of a clean and an ablated run (design equations in the README).
+"""An ablation's effects, as pure functions of a clean and an ablated run (design equations in the README).
 
 Every effect is in units of the target's centred logit, the logit minus its mean over the vocabulary.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import flax.struct
 import jax
+from jaxtyping import Array, Float
 
 from hydra_jax.core.edits import ATTN, MLP
 from hydra_jax.core.prefill import Clean
@@ -16,7 +17,7 @@ from hydra_jax.models.transformer import Params
 
 
 class Effects(flax.struct.PyTreeNode):
-    """Of one ablation in one prompt; a tilde marks the ablated run, c the ablated component.
+    """One ablation's effects in one prompt; a tilde marks the ablated run, c the ablated component.
 
     Attributes:
       total_effect: [], pi(clean) - pi(ablated); positive where c was promoting the target.
@@ -25,7 +26,7 @@ class Effects(flax.struct.PyTreeNode):
       attn_compensation: [], its sum over attention.
       mlp_compensation: [], its sum over MLPs.
       norm_compensation: [], <z~, r> (1 / sigma~ - 1 / sigma), the final norm's repair.
-      residual: [], how far the identity below is from holding; rounding alone where all is well.
+      residual: [], the difference between the identity's two sides below; rounding alone where all is well.
 
     total_effect = direct_effect - sum(compensation) - norm_compensation
     """
@@ -39,13 +40,13 @@ class Effects(flax.struct.PyTreeNode):
     residual: jax.Array
 
 
-def delta_unembed(clean: Clean) -> jax.Array:
-    """[L, 2], u(w_d): what each write of the clean run adds to the target's centred logit."""
+def delta_unembed(clean: Clean) -> Float[Array, "L 2"]:
+    """Return u(w_d): the addition of each write of the clean run to the target's centred logit."""
     return jax.vmap(jax.vmap(clean.lens))(clean.writes)
 
 
-def head_unembed(params: Params, clean: Clean) -> jax.Array:
-    """[L, H], what each attention head adds.
+def head_unembed(params: Params, clean: Clean) -> Float[Array, "L H"]:
+    """Return the addition of each attention head to the target's centred logit.
 
     A layer's heads, and its output bias where it has one, add up to its `delta_unembed`.
     """
@@ -53,8 +54,8 @@ def head_unembed(params: Params, clean: Clean) -> jax.Array:
     return (clean.mixed * readouts).sum(axis=-1) / clean.final_scale
 
 
-def effects(clean: Clean, delta: jax.Array, replayed: Replayed) -> Effects:
-    """The effects of the edit `delta` [D], whose run was `replayed`."""
+def effects(clean: Clean, delta: Float[Array, " D"], replayed: Replayed) -> Effects:
+    """Return the effects of the edit `delta`, whose run was `replayed`."""
     ablated = replayed.logit - clean.constant
     total = clean.lens(clean.resid_post[-1]) - ablated
     direct = clean.lens(-delta)

@@ -1,10 +1,11 @@
-"""One clean pass over one prompt, keeping what every ablation of its last token needs."""
+"""One clean pass over one prompt, which keeps the needs of every ablation of its last token."""
 
 from __future__ import annotations
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from hydra_jax.models import transformer
 from hydra_jax.models.layers import softcap
@@ -48,19 +49,21 @@ class Clean(flax.struct.PyTreeNode):
     centred_logit: jax.Array
     probability: jax.Array
 
-    def lens(self, vector: jax.Array) -> jax.Array:
-        """u(w) = <w, r> / sigma: what `vector` [D] in the final stream adds to the centred logit."""
+    def lens(self, vector: Float[Array, " D"]) -> Float[Array, ""]:
+        """Return u(w) = <w, r> / sigma: the centred logit's share that is due to `vector` in the final stream."""
         return vector @ self.readout / self.final_scale
 
 
-def prefill(params: Params, tokens: jax.Array, length: jax.Array, target: jax.Array | int = MOST_LIKELY) -> Clean:
-    """The clean run of one prompt.
+def prefill(
+    params: Params, tokens: Int[Array, " T"], length: Int[Array, ""], target: Int[ArrayLike, ""] = MOST_LIKELY
+) -> Clean:
+    """Return the clean run of one prompt.
 
     Args:
       params: the model.
-      tokens: [T] int32, padded on the right.
-      length: [] int, how many of `tokens` are the prompt.
-      target: [] int, the token to read; MOST_LIKELY for the clean run's most likely next token.
+      tokens: the prompt, padded on the right.
+      length: the number of `tokens` that are the prompt.
+      target: the token to read; MOST_LIKELY for the clean run's most likely next token.
     """
     position = length - 1
     _, trace = transformer.forward(params, tokens, only=position)

@@ -9,14 +9,18 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from hydra_jax.core.edits import ATTN, MLP
 from hydra_jax.core.prefill import Clean
 from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Params
 
-State = tuple[jax.Array, jax.Array]
-"""Of a loop downstream: the stream's shift [D], and the changes of contributions [L, 2]."""
+Place = tuple[Int[Array, ""], Int[Array, ""]]
+"""A component as arrays: its layer, and its site (0 attention, 1 MLP)."""
+
+State = tuple[Float[Array, " D"], Float[Array, "L 2"]]
+"""A loop's state on its way downstream: the stream's shift, and the changes of contributions."""
 
 
 class Replayed(flax.struct.PyTreeNode):
@@ -33,14 +37,14 @@ class Replayed(flax.struct.PyTreeNode):
     final_scale: jax.Array
 
 
-def replay(params: Params, clean: Clean, component: tuple[jax.Array, jax.Array], delta: jax.Array) -> Replayed:
-    """The run in which `delta` was added to what `component` wrote at the last token.
+def replay(params: Params, clean: Clean, component: Place, delta: Float[Array, " D"]) -> Replayed:
+    """Return the run in which `delta` was added to `component`'s write at the last token.
 
     Args:
       params: the model.
       clean: the prompt's clean run.
-      component: layer [] and site [] (0 attention, 1 MLP), int.
-      delta: [D], ablated minus clean write.
+      component: layer and site (0 attention, 1 MLP).
+      delta: ablated minus clean write.
     """
     shift, compensation = _downstream(params, clean, component, delta, passed_on=True)
     resid = clean.resid_post[-1] + shift
@@ -48,19 +52,17 @@ def replay(params: Params, clean: Clean, component: tuple[jax.Array, jax.Array],
     return Replayed(compensation, resid @ clean.readout / scale + clean.constant, scale)
 
 
-def direct_edges(params: Params, clean: Clean, component: tuple[jax.Array, jax.Array], delta: jax.Array) -> jax.Array:
-    """[L, 2]: by how much each component's contribution changes when it alone sees the edit.
+def direct_edges(params: Params, clean: Clean, component: Place, delta: Float[Array, " D"]) -> Float[Array, "L 2"]:
+    """Return the change of each component's contribution when it alone sees the edit.
 
     Component d reads the clean stream plus `delta`; all between the edit and d is frozen. Where nothing
-    is passed on, this is d's compensation. Arguments as of `replay`, at its cost.
+    is passed on, this is d's compensation. The arguments and the cost are those of `replay`.
     """
     return _downstream(params, clean, component, delta, passed_on=False)[1]
 
 
-def _downstream(
-    params: Params, clean: Clean, component: tuple[jax.Array, jax.Array], delta: jax.Array, passed_on: bool
-) -> tuple[jax.Array, jax.Array]:
-    """The stream's shift at the end [D], and the change of each component's contribution [L, 2].
+def _downstream(params: Params, clean: Clean, component: Place, delta: Float[Array, " D"], passed_on: bool) -> State:
+    """Return the stream's shift at the end, and the change of each component's contribution.
 
     Every component downstream reads the clean stream plus a shift: the edit, and, where changes are
     `passed_on`, those of the writes between. The layer and site stay arrays: under `vmap` over edits of
@@ -69,16 +71,16 @@ def _downstream(
     """
     edited, edited_site = component
 
-    def read(layer: jax.Array, site: int, write: jax.Array, state: State) -> State:
+    def read(layer: Int[Array, ""], site: int, write: Float[Array, " D"], state: State) -> State:
         shift, changes = state
         change = write - clean.writes[layer, site]
         shift = shift + change if passed_on else shift
         return shift, changes.at[layer, site].set(clean.lens(change))
 
-    def mlp(layer: jax.Array, resid: jax.Array, state: State) -> State:
+    def mlp(layer: Int[Array, ""], resid: Float[Array, " D"], state: State) -> State:
         return read(layer, MLP, transformer.mlp_write(params, layer, resid), state)
 
-    def attn_mlp(layer: jax.Array, state: State) -> State:
+    def attn_mlp(layer: Int[Array, ""], state: State) -> State:
         cache = clean.keys[layer], clean.values[layer]
         resid_pre = clean.resid_post[layer - 1] + state[0]
         state = read(layer, ATTN, transformer.attn_decode(params, layer, resid_pre, clean.position, *cache), state)
