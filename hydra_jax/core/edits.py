@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from hydra_jax.errors import UserError, shown
 
@@ -87,8 +88,8 @@ class Component:
         """Return its place among all things alike: the 2L writes or, of a head, the L * `heads` heads."""
         return self.index if self.head == WHOLE else self.layer * heads + self.head
 
-    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Return it as the kernels take it: layer [], site [] and head [], None where it is a whole write."""
+    def arrays(self) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""] | None]:
+        """Return it as the kernels take it: layer, site and head, None where it is a whole write."""
         return jnp.int32(self.layer), jnp.int32(self.site), None if self.head == WHOLE else jnp.int32(self.head)
 
     def __str__(self) -> str:
@@ -107,12 +108,14 @@ class WriteStatistics(NamedTuple):
     deviation: Any
 
 
-def replacement(kind: Kind, source: jax.Array, statistics: WriteStatistics, key: jax.Array) -> jax.Array:
-    """Return what takes the place of a write, or of what a head mixed: [E].
+def replacement(
+    kind: Kind | str, source: Float[Array, " E"], statistics: WriteStatistics, key: Key[Array, ""]
+) -> Float[Array, " E"]:
+    """Return the vector that takes the place of a write (E = D), or of a head's mixed values (E = head_dim).
 
     Args:
       kind: of the ablation.
-      source: [E], the same thing in another prompt; read by RESAMPLE alone.
+      source: the same thing in another prompt; read by RESAMPLE alone.
       statistics: read by MEAN and NOISE.
       key: read by NOISE.
 
@@ -130,8 +133,8 @@ def replacement(kind: Kind, source: jax.Array, statistics: WriteStatistics, key:
             return statistics.mean + statistics.deviation * jax.random.normal(key, source.shape, source.dtype)
 
 
-def prompt_keys(seed: int, prompt_ids: Sequence[str]) -> jax.Array:
-    """Return [P] keys made of the seed and each prompt's id alone, so that order and sharding change nothing."""
+def prompt_keys(seed: int, prompt_ids: Sequence[str]) -> Key[Array, " P"]:
+    """Return keys made of the seed and each prompt's id alone, so that order and sharding change nothing."""
     words = np.stack([np.frombuffer(hashlib.sha256(i.encode()).digest()[:8], "<u4") for i in prompt_ids])
     fold = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1]))
     return fold(jnp.asarray(words))
@@ -150,13 +153,15 @@ def check_enough(prompts: int, replacements: int) -> None:
         )
 
 
-def draw_sources(keys: jax.Array, prompt_ids: Sequence[str], replacements: int) -> np.ndarray:
-    """Return [P, R], for each prompt the indices of `replacements` different other prompts.
+def draw_sources(
+    keys: Key[Array, " P"], prompt_ids: Sequence[str], replacements: int
+) -> Int[np.ndarray, "P {replacements}"]:
+    """Return, for each prompt, the indices of `replacements` different other prompts.
 
     The draw is over prompts in order of id, so that the order they come in changes nothing.
 
     Args:
-      keys: [P], from `prompt_keys`.
+      keys: from `prompt_keys`.
       prompt_ids: P different ids.
       replacements: R.
 
@@ -168,7 +173,7 @@ def draw_sources(keys: jax.Array, prompt_ids: Sequence[str], replacements: int) 
     by_id = np.argsort(np.asarray(prompt_ids))
     rank = np.argsort(by_id)
 
-    def one(key: jax.Array, rank: jax.Array) -> jax.Array:
+    def one(key: Key[Array, ""], rank: Int[Array, ""]) -> Int[Array, " R"]:
         others = jax.random.choice(key, prompts - 1, (replacements,), replace=False)
         return jnp.where(others >= rank, others + 1, others)
 

@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
 
 from hydra_jax.core.edits import Kind, WriteStatistics, replacement
 from hydra_jax.core.effects import Effects, delta_unembed, effects, head_unembed
@@ -24,7 +25,7 @@ from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params, layout
 
 PREFILL_TOKENS = 4096
-"""Tokens of clean runs at once: what a layer computes of them is in memory, whatever their number."""
+"""Tokens of clean runs at once: a layer's intermediate values for all of them are in memory together."""
 
 
 class CleanSummary(flax.struct.PyTreeNode):
@@ -34,7 +35,7 @@ class CleanSummary(flax.struct.PyTreeNode):
       top: [P] int, the most likely next token.
       target: [P] int, the token that is read.
       delta_unembed: [P, 2L], what each component contributes to its logit.
-      head_unembed: [P, L * H], what each head does.
+      head_unembed: [P, L * H], what each head contributes.
       clean_logit: [P], centred.
       clean_probability: [P], of the target.
       final_scale: [P], sigma.
@@ -60,8 +61,8 @@ class AblationSummary(flax.struct.PyTreeNode):
       norm_compensation: [P, R].
       compensation: [P, 2L], mean over the replacements whose values are finite.
       direct_edge: [P, 2L], the same; None where it is not asked for.
-      non_finite: [P] int, how many replacements' values are not finite.
-      residual: [P], how far the identity is from holding in the worst of the finite ones.
+      non_finite: [P] int, the number of replacements whose values are not finite.
+      residual: [P], the largest difference between the identity's two sides among the finite ones.
     """
 
     total_effect: jax.Array
@@ -93,7 +94,7 @@ def values_program(params: Params, by_head: bool) -> jax.stages.Wrapped:
     return _program(meshes.of(params), _values, (0,), by_head=by_head)
 
 
-def ablate_program(params: Params, kind: Kind, edges: bool) -> jax.stages.Wrapped:
+def ablate_program(params: Params, kind: Kind | str, edges: bool) -> jax.stages.Wrapped:
     """Return the jitted ablation of one component in P prompts, R times each.
 
     Args:
@@ -131,7 +132,7 @@ def _program(mesh: Mesh, run: Callable[..., Any], replicated: tuple[int, ...], *
     return meshes.spread(mesh, functools.partial(run, **switches), replicated)
 
 
-def _prefill(params: Params, tokens: jax.Array, lengths: jax.Array, targets: jax.Array) -> Clean:
+def _prefill(params: Params, tokens: Int[Array, "P T"], lengths: Int[Array, " P"], targets: Int[Array, " P"]) -> Clean:
     together = max(1, PREFILL_TOKENS // tokens.shape[1])
     run = functools.partial(prefill, params)
     return jax.lax.map(lambda prompt: run(*prompt), (tokens, lengths, targets), batch_size=together)
@@ -150,7 +151,7 @@ def _summarise_clean(params: Params, clean: Clean) -> CleanSummary:
     )
 
 
-def _values(params: Params, clean: Clean, by_head: bool) -> jax.Array:
+def _values(params: Params, clean: Clean, by_head: bool) -> Float[Array, "P U E"]:
     values = clean.mixed if by_head else clean.writes
     return values.reshape(len(values), -1, values.shape[-1]).astype(params.config.dtype)
 
@@ -158,23 +159,25 @@ def _values(params: Params, clean: Clean, by_head: bool) -> jax.Array:
 def _ablate(
     params: Params,
     clean: Clean,
-    component: tuple[jax.Array, jax.Array, jax.Array | None],
-    sources: jax.Array,
+    component: tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""] | None],
+    sources: Float[Array, "P R E"],
     statistics: WriteStatistics,
-    keys: jax.Array,
-    kind: Kind,
+    keys: Key[Array, " P"],
+    kind: Kind | str,
     edges: bool,
-) -> tuple[Effects, jax.Array | None]:
+) -> tuple[Effects, Float[Array, "P R L 2"] | None]:
     layer, site, head = component
 
-    def change(clean: Clean, source: jax.Array, key: jax.Array) -> jax.Array:
+    def change(clean: Clean, source: Float[Array, " E"], key: Key[Array, ""]) -> Float[Array, " D"]:
         new = replacement(kind, source.astype(jnp.float32), statistics, key)
         if head is None:
             return new - clean.writes[layer, site]
         return transformer.head_delta(params, layer, head, clean.mixed[layer], new)
 
-    def prompt(clean: Clean, sources: jax.Array, key: jax.Array) -> tuple[Effects, jax.Array | None]:
-        def edit(source: jax.Array, key: jax.Array) -> tuple[Effects, jax.Array | None]:
+    def prompt(
+        clean: Clean, sources: Float[Array, "R E"], key: Key[Array, ""]
+    ) -> tuple[Effects, Float[Array, "R L 2"] | None]:
+        def edit(source: Float[Array, " E"], key: Key[Array, ""]) -> tuple[Effects, Float[Array, "L 2"] | None]:
             delta = change(clean, source, key)
             caused = effects(clean, delta, replay(params, clean, (layer, site), delta))
             return caused, direct_edges(params, clean, (layer, site), delta) if edges else None
@@ -186,17 +189,17 @@ def _ablate(
     return jax.vmap(prompt)(clean, sources, keys)
 
 
-def _summarise_ablations(caused: Effects, edges: jax.Array | None) -> AblationSummary:
+def _summarise_ablations(caused: Effects, edges: Float[Array, "P R L 2"] | None) -> AblationSummary:
     changes = [change for change in (caused.compensation, edges) if change is not None]
     parts = [caused.total_effect, caused.direct_effect, caused.norm_compensation, caused.residual]
     finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, parts))
     for change in changes:
         finite &= jnp.isfinite(change).all(axis=(2, 3))
 
-    def known(values: jax.Array) -> jax.Array:
+    def known(values: Float[Array, "P R"]) -> Float[Array, "P R"]:
         return jnp.where(finite, values, jnp.nan)
 
-    def mean(values: jax.Array) -> jax.Array:
+    def mean(values: Float[Array, "P R L 2"]) -> Float[Array, "P C"]:
         kept = jnp.where(finite[..., None, None], values, 0).sum(axis=1).reshape(len(values), -1)
         return kept / finite.sum(axis=1).astype(kept.dtype)[:, None]
 

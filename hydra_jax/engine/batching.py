@@ -1,4 +1,4 @@
-"""How things are divided into batches of one size."""
+"""Division of things into batches of one size."""
 
 from __future__ import annotations
 

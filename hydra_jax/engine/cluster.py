@@ -1,6 +1,6 @@
-"""What the processes of a run say to each other: little, and through JAX's coordination service, not the devices.
+"""Messages among the processes of a run: few, and through JAX's coordination service, not the devices.
 
-A process that is lost is noticed by the service, which then ends the others: none waits for ever.
+The service notices a process that is lost, and then ends the others: none waits for ever.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax._src import distributed  # what jax.distributed is made of has no publi
 from hydra_jax.errors import UserError
 
 POLL_SECONDS = 1
-"""A wait in one piece would not hear of Ctrl-C or SIGTERM."""
+"""Length of one wait among many: a wait in one piece would not hear of Ctrl-C or SIGTERM."""
 
 _calls = itertools.count()  # every exchange needs a name of its own, the same in all processes
 
@@ -28,8 +28,8 @@ class Cluster:
     """The processes of a run, or this one alone.
 
     Attributes:
-      process: which this is.
-      count: how many there are.
+      process: this one's number, from 0.
+      count: the number of processes.
     """
 
     process: int
@@ -37,7 +37,7 @@ class Cluster:
 
     @classmethod
     def joined(cls) -> Cluster:
-        """That of `jax.distributed`; alone where it was not started."""
+        """Return the cluster of `jax.distributed`, or this process alone where that was not started."""
         return cls(jax.process_index(), jax.process_count())
 
     @property
@@ -46,11 +46,11 @@ class Cluster:
         return self.process == 0
 
     def share(self, things: list[Any]) -> list[Any]:
-        """Those of `things` that are this process'."""
+        """Return this process' share of `things`."""
         return things[self.process :: self.count]
 
     def gather(self, said: Any) -> list[Any]:
-        """What every process said here, in their order; JSON, not much of it."""
+        """Return the values that all processes pass to this call, in their order; JSON, not much of it."""
         if self.count == 1:
             return [said]
         client, call = _client(), next(_calls)
@@ -59,16 +59,16 @@ class Cluster:
         return [json.loads(_heard(client, key)) for key in keys]
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         self.gather(None)
 
     def agree(self, failure: UserError | None, said: str = "", what: str = "") -> None:
         """Stop in every process if one cannot go on, or they do not say the same: the others would wait for it.
 
         Args:
-          failure: of this process, if it cannot.
-          said: to be the same in all, a hash of what they work on.
-          what: that is, for the error.
+          failure: this process' error, if it cannot go on.
+          said: a hash of the work, which must be the same in all.
+          what: the words for a difference, to end the error's "the processes of this run have ...".
 
         Raises:
           UserError: in a process that fails, its own.
@@ -83,7 +83,7 @@ class Cluster:
 
 
 def _heard(client: Any, key: str) -> str:
-    """What another process says under a key, however long it works before; a lost one is noticed by the service."""
+    """Return another process' value under a key, however long it works before; the service notices a lost one."""
     while True:
         try:
             return client.blocking_key_value_get(key, POLL_SECONDS * 1000)
@@ -93,7 +93,7 @@ def _heard(client: Any, key: str) -> str:
 
 
 def is_broken(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether an error says that a process, or what carries its words, is not there any more."""
+    """Whether an error says that a process, or the service that carries its words, is not there any more."""
     return any(word in str(error) for word in ("UNAVAILABLE", "heartbeat", "Barrier failed", "CANCELLED"))
 
 
@@ -102,7 +102,7 @@ def _client() -> Any:
 
 
 def leave(seconds: int) -> None:
-    """Wait a little for the others, who are leaving as well: the first one to go takes along who is still here."""
+    """Wait a little for the others, which are leaving as well: the first to go takes along those still here."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # they are not
         _client().wait_at_barrier("hydra_jax/leave", seconds * 1000)
     if jax.process_index() == 0:  # it has the service

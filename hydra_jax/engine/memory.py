@@ -1,4 +1,4 @@
-"""How many prompts go on a device at once: what they take, what is free, and what to do where that was wrong."""
+"""The number of prompts on a device at once: their needs, the free memory, and a way on where that was wrong."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ROWS = {"cpu": 512}
 """Edits at once that fill a device's matrix units: on a CPU as measured, and larger ones leave its caches."""
 
 ACCELERATOR_ROWS = 16_384
-"""On accelerators, where a small model's products are done before the next is launched."""
+"""The same on accelerators, where a small model's products are done before the next is launched."""
 
 SHARE = 0.8
-"""Of the free memory that is planned with: what a program takes is estimated, and memory is in pieces."""
+"""The share of free memory that plans count on: a program's needs are estimates, and memory is in pieces."""
 
 CGROUP = tuple(Path("/sys/fs/cgroup") / f"memory.{what}" for what in ("max", "current", "stat"))
-"""What a container may use, what it does, and for what."""
+"""Files with a container's limit of memory, its use, and the parts of that use."""
 
 CACHED = ("active_file", "inactive_file")
 
@@ -43,8 +43,8 @@ class Needs:
 
     Attributes:
       parameters: the model's.
-      fixed: what clean runs and ablations take, whatever the number of prompts.
-      prompt: what each prompt takes besides.
+      fixed: of clean runs and ablations, whatever the number of prompts.
+      prompt: of each prompt besides.
     """
 
     parameters: int
@@ -52,17 +52,17 @@ class Needs:
     prompt: int
 
     def prompts(self, free: float) -> int:
-        """How many fit into `free` bytes beside the parameters."""
+        """Return the number of prompts that fit into `free` bytes beside the parameters."""
         return max(0, int((SHARE * free - self.fixed) // self.prompt))
 
 
 def default_rows() -> int:
-    """Edits at once on a device, if its memory takes them."""
+    """Return the number of edits at once on a device, if its memory takes them."""
     return ROWS.get(jax.default_backend(), ACCELERATOR_ROWS)
 
 
 def needs(config: ModelConfig, length: int, draws: int, model: int = 1, edges: bool = False) -> Needs:
-    """What a sweep takes on a device.
+    """Return a sweep's needs on a device.
 
     Args:
       config: the model's.
@@ -77,7 +77,7 @@ def needs(config: ModelConfig, length: int, draws: int, model: int = 1, edges: b
     cache = 2 * c.layers * c.kv_heads * c.head_dim * length * item
     shared = model if c.kv_heads % model == 0 or c.head_dim % model == 0 else 1
     kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(clean)) - cache + cache // shared
-    # Of a token in a layer, in float32: the stream and what is read from it, heads, and the MLP.
+    # A token in a layer takes, in float32: the stream and its reads, heads, and the MLP.
     token = 4 * (6 * c.width + 4 * c.heads * c.head_dim + 3 * c.mlp_width // model)
     # A layer's weights are cut out of the stack for its products.
     layer = 4 * (2 * c.width * (c.heads + c.kv_heads) * c.head_dim + 3 * c.width * c.mlp_width) // model
@@ -92,7 +92,7 @@ def needs(config: ModelConfig, length: int, draws: int, model: int = 1, edges: b
 
 
 def free_bytes(device: jax.Device) -> float:
-    """What a device has left; of a CPU, its part of what this machine has, or this container."""
+    """Return the free memory of a device; for a CPU, its part of this machine's or this container's."""
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]
@@ -100,7 +100,7 @@ def free_bytes(device: jax.Device) -> float:
 
 
 def left(asked: float, config: ModelConfig, mesh: Mesh) -> float:
-    """Bytes a device besides a model that is loaded; `asked` GB are what may be used in all, 0 for what there is."""
+    """Return the bytes a device has left beside a loaded model; `asked` GB may be used in all, 0 for no limit."""
     free = free_bytes(mesh.local_devices[0])
     if not asked:
         return free
@@ -108,7 +108,7 @@ def left(asked: float, config: ModelConfig, mesh: Mesh) -> float:
 
 
 def host_bytes() -> float:
-    """What programs may still use of this machine's memory, or of this container's."""
+    """Return the memory that programs may still use on this machine, or in this container."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -116,7 +116,7 @@ def host_bytes() -> float:
         return math.inf
     try:
         limit, used, parts = (path.read_text().strip() for path in CGROUP)
-        # Of what is used, the system takes back cached files.
+        # The system takes back cached files, which count as used.
         cached = sum(int(line.split()[1]) for line in parts.splitlines() if line.split()[0] in CACHED)
         return free if limit == "max" else max(1, min(free, int(limit) - int(used) + cached))
     except (OSError, ValueError):
@@ -138,7 +138,7 @@ def check_model(config: ModelConfig, model: int, limit: float) -> None:
 
 
 class BatchSizer:
-    """How many prompts go at once on a worker's devices, by their length; fewer where that turned out too many.
+    """Chooses how many prompts go at once on a worker's devices, by length; fewer where that turned out too many.
 
     Args:
       config: the model's.
@@ -159,14 +159,14 @@ class BatchSizer:
 
     @property
     def wanted(self) -> int:
-        """How many fill the devices."""
+        """The number of prompts that fill the devices."""
         return self._wanted * self.least
 
     def prompts(self, length: int) -> int:
-        """How many of up to `length` tokens, padded, go at once.
+        """Return the number of prompts of up to `length` tokens, padded, that go at once.
 
         Raises:
-          UserError: if not even one a device does.
+          UserError: if not even one prompt a device fits.
         """
         need: Needs = self._needs(length)
         fitting = need.prompts(self._free)
@@ -179,15 +179,15 @@ class BatchSizer:
         return min(fitting * self.least, self._most)
 
     def run(self, call: Callable[[int], T], size: int, say: Callable[[str], None]) -> T:
-        """`call(size)`, with half the size as often as a device's memory is exhausted.
+        """Return `call(size)`, halving the size as often as a device's memory is exhausted.
 
         Args:
-          call: of how many prompts at once.
-          size: to begin with, a multiple of `least`.
-          say: given a line on every halving.
+          call: takes the number of prompts at once.
+          size: the first number, a multiple of `least`.
+          say: takes a line on every halving.
 
         Raises:
-          UserError: if one a device does not fit either.
+          UserError: if one prompt a device does not fit either.
         """
         while True:
             try:

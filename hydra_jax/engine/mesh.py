@@ -1,4 +1,4 @@
-"""How a model and its prompts lie on devices: prompts over `data`, parameters and caches over `model`.
+"""The layout of a model and its prompts on devices: prompts over `data`, parameters and caches over `model`.
 
 A mesh belongs to one *worker*: a process, or as many processes as it takes to hold one copy of the model.
 Workers share nothing while they work, so a mesh's data axis is the worker's own, and a run of W workers
@@ -21,6 +21,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
+from jaxtyping import Array, Int, Shaped
 
 from hydra_jax.config import MeshConfig
 from hydra_jax.core.prefill import Clean
@@ -40,12 +41,15 @@ SPLIT = {
 }
 """Parameters by name, and the axes along which they may be split over `model`: the first that it divides.
 
-They are the vocabulary, the heads and the hidden width, so that a layer adds up over devices twice: what
-attention and what the MLP writes. Norms, and the biases of what is written, are whole on every device.
+They are the vocabulary, the heads and the hidden width, so that a layer adds up over devices twice: for
+attention's write and for the MLP's. Norms, and the biases of writes, are whole on every device.
 """
 
 CACHE_SPLIT = {"keys": (2, 3), "values": (2, 4)}
 """The same for P prompts' clean runs: key/value heads, else the dimensions of each. The stream is whole."""
+
+Leaf = Array | np.ndarray
+"""A parameter or an input, on devices or on this host."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +57,8 @@ class Worker:
     """One of the parts of a run that work by themselves.
 
     Attributes:
-      number: which, from 0.
-      count: how many there are.
+      number: its number, from 0.
+      count: the number of workers.
       leads: whether this process speaks and writes for it; one of a worker's processes does.
     """
 
@@ -63,12 +67,12 @@ class Worker:
     leads: bool
 
     def share(self, things: list[Any]) -> list[Any]:
-        """Those that are this worker's: every `count`-th, as neighbours are alike in cost."""
+        """Return this worker's share: every `count`-th of the things, as neighbours are alike in cost."""
         return things[self.number :: self.count]
 
 
 def make(config: MeshConfig) -> Mesh:
-    """The mesh of this process' worker.
+    """Make the mesh of this process' worker.
 
     Raises:
       UserError: if the devices cannot be divided so.
@@ -97,14 +101,14 @@ def make(config: MeshConfig) -> Mesh:
 
 
 def worker(mesh: Mesh) -> Worker:
-    """Which worker a mesh belongs to."""
+    """Return the worker that a mesh belongs to."""
     hosts = sorted({device.process_index for device in mesh.devices.flat})
     here = jax.process_index() == hosts[0]
     return Worker(hosts[0] // len(hosts), max(1, jax.process_count() // len(hosts)), here)
 
 
 def of(params: Params) -> Mesh:
-    """The mesh that parameters lie on; of those that were not laid on one, a mesh of their one device."""
+    """Return the mesh that parameters lie on, or a mesh of their one device if they were not laid on any."""
     sharding = jax.tree.leaves(params)[0].sharding
     if isinstance(sharding, NamedSharding):
         return typing.cast(Mesh, sharding.mesh)
@@ -113,7 +117,7 @@ def of(params: Params) -> Mesh:
 
 
 def parameter(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where the parameter of a path such as "layers/attn/out/kernel" lies."""
+    """Return the sharding of the parameter of a path such as "layers/attn/out/kernel"."""
     return NamedSharding(mesh, _spec(name, shape, mesh.shape[MODEL]))
 
 
@@ -122,7 +126,7 @@ def _spec(name: str, shape: tuple[int, ...], model: int) -> Spec:
 
 
 def split(shape: tuple[int, ...], axes: tuple[int, ...], model: int, first: str | None = None) -> Spec:
-    """`shape` split over `model` along the first of `axes` that it divides, and over `first` along its first axis."""
+    """Split `shape` over `model` along the first of `axes` that it divides, and over `first` along its first axis."""
     names: list[str | None] = [first, *[None] * (len(shape) - 1)]
     axis = next((axis for axis in axes if shape[axis] % model == 0), None)
     if axis is not None:
@@ -131,7 +135,7 @@ def split(shape: tuple[int, ...], axes: tuple[int, ...], model: int, first: str 
 
 
 def bytes_a_device(config: ModelConfig, model: int) -> int:
-    """Of a model's parameters, on each of the `model` devices that share it."""
+    """Return the bytes of a model's parameters on each of the `model` devices that share it."""
     parts = 0
     for name, like in flat(layout(config).weights).items():
         shared = MODEL in _spec(name, like.shape, model)
@@ -140,69 +144,73 @@ def bytes_a_device(config: ModelConfig, model: int) -> int:
 
 
 def over_data(mesh: Mesh) -> NamedSharding:
-    """Where what belongs to P prompts lies: along the data axis, whole along the model axis."""
+    """Return the sharding of P prompts' arrays: along the data axis, whole along the model axis."""
     return NamedSharding(mesh, Spec(DATA))
 
 
-def put(mesh: Mesh, array: Any, spec: Spec) -> jax.Array:
-    """An array of this host on a mesh; of several processes, each gives its devices their part."""
+def put(mesh: Mesh, array: Shaped[Leaf, "*shape"], spec: Spec) -> Shaped[Array, "*shape"]:
+    """Put an array of this host on a mesh; where processes are several, each gives its devices their part."""
     sharding = NamedSharding(mesh, spec)
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda place: array[place])
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
-def lay_one(mesh: Mesh, name: str, array: Any) -> jax.Array:
-    """A parameter where it belongs."""
+def lay_one(mesh: Mesh, name: str, array: Shaped[Leaf, "*shape"]) -> Shaped[Array, "*shape"]:
+    """Put a parameter where it belongs."""
     return put(mesh, array, parameter(mesh, name, array.shape).spec)
 
 
 def lay(mesh: Mesh, params: Params) -> Params:
-    """A model where it belongs."""
+    """Put a model where it belongs."""
     laid = {name: lay_one(mesh, name, array) for name, array in flat(params.weights).items()}
     return params.replace(weights=traverse_util.unflatten_dict(laid, sep="/"))
 
 
-def stack(mesh: Mesh, name: str, like: jax.ShapeDtypeStruct, layers: Iterable[np.ndarray]) -> jax.Array:
-    """A parameter of all layers where it belongs, from one layer after another: no host holds all of it."""
+def stack(
+    mesh: Mesh, name: str, like: jax.ShapeDtypeStruct, layers: Iterable[Shaped[Leaf, "*part"]]
+) -> Shaped[Array, "L ..."]:
+    """Stack a parameter of all layers where it belongs, one layer after another: no host holds all of it."""
     sharding = parameter(mesh, name, like.shape)
     whole = jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=sharding)()
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
-    def write(whole: jax.Array, layer: jax.Array, place: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(whole, layer, place, 0)
+    def write(
+        whole: Shaped[Array, "*whole"], layer: Shaped[Array, "*part"], index: Int[Array, ""]
+    ) -> Shaped[Array, "*whole"]:
+        return jax.lax.dynamic_update_index_in_dim(whole, layer, index, 0)
 
-    for place, layer in enumerate(layers):
-        whole = write(whole, put(mesh, layer, Spec(*sharding.spec[1:])), np.int32(place))
+    for index, layer in enumerate(layers):
+        whole = write(whole, put(mesh, layer, Spec(*sharding.spec[1:])), np.int32(index))
     return whole
 
 
 def spread(mesh: Mesh, run: Callable[..., Any], replicated: tuple[int, ...], out: Any = None) -> jax.stages.Wrapped:
-    """A jitted function of P prompts, on a mesh: each device of the data axis runs it on its own prompts.
+    """Return a jitted function of P prompts on a mesh: each device of the data axis runs it on its own prompts.
 
     Nothing passes between them. Along the model axis, products are split as their operands are.
 
     Args:
       mesh: the mesh.
       run: a function of arrays whose first axis is P, and of others.
-      replicated: places of the arguments that are others.
-      out: shardings of the results; without, they are whole along the model axis.
+      replicated: positions of the arguments that are others.
+      out: shardings of the results; without it, they are whole along the model axis.
     """
 
     @functools.partial(jax.jit, out_shardings=out or over_data(mesh))
     def everywhere(*arguments: Any) -> Any:
-        specs = tuple(Spec() if place in replicated else Spec(DATA) for place in range(len(arguments)))
-        # Of replicated and split values the compiler is told by the specs: checking them wants casts inside.
-        each = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Spec(DATA), axis_names={DATA}, check_vma=False)
-        return each(*arguments)
+        specs = tuple(Spec() if position in replicated else Spec(DATA) for position in range(len(arguments)))
+        # The specs say which values are replicated and which are split: a check would want casts inside `run`.
+        local = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Spec(DATA), axis_names={DATA}, check_vma=False)
+        return local(*arguments)
 
     return everywhere
 
 
 def clean_runs(mesh: Mesh, like: Clean) -> Clean:
-    """Where P clean runs lie; `like` has their shapes."""
+    """Return the shardings of P clean runs; `like` has their shapes."""
 
-    def lie(name: str) -> Any:
+    def sharding(name: str) -> Any:
         return NamedSharding(mesh, split(getattr(like, name).shape, CACHE_SPLIT.get(name, ()), mesh.shape[MODEL], DATA))
 
-    return Clean(**{field.name: lie(field.name) for field in dataclasses.fields(Clean)})
+    return Clean(**{field.name: sharding(field.name) for field in dataclasses.fields(Clean)})

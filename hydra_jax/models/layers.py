@@ -40,7 +40,7 @@ def positions(config: ModelConfig) -> Positions:
     )
 
 
-def product(config: ModelConfig, equation: str, x: Float[Array, ...], y: Float[Array, ...]) -> Float32[Array, ...]:
+def product(config: ModelConfig, equation: str, x: Float[Array, "*x"], y: Float[Array, "*y"]) -> Float32[Array, "*xy"]:
     """Return the `einsum` of inputs in the config's dtype at the config's precision, accumulated in float32."""
     return jnp.einsum(
         equation,
