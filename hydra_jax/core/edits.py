@@ -27,7 +27,7 @@ NAME = re.compile(r"\s*(?P<site>attn|mlp)\s+(?P<layer>[0-9]{1,9})(\.(?P<head>[0-
 
 
 class Kind(enum.StrEnum):
-    """How an ablation chooses what takes a write's place."""
+    """An ablation's choice of what takes a write's place."""
 
     RESAMPLE = "resample"  # the same write of another prompt
     MEAN = "mean"  # its mean over the prompt set
@@ -60,7 +60,7 @@ class Component:
 
     @classmethod
     def parse(cls, text: str) -> Component:
-        """Return the component of a name such as "attn 23", "mlp 29" or, for a head, "attn 23.4": what `str` gives.
+        """Return the component of a name such as "attn 23", "mlp 29" or, for a head, "attn 23.4", as `str` writes it.
 
         Raises:
           UserError: if it is not a component's name.

@@ -107,11 +107,11 @@ class ModelConfig:
             kinds = ("int", "float") if kind == "float" else (kind,)
             if many and not isinstance(value, tuple):
                 raise TypeError(f"model config: {field.name} must be {field.type}, it is {value!r}")
-            for each in value if many else (value,):
-                if type(each).__name__ not in kinds:
+            for item in value if many else (value,):
+                if type(item).__name__ not in kinds:
                     raise TypeError(f"model config: {field.name} must be {field.type}, it is {value!r}")
-                none = each == 0 and (field.default == 0 or field.name == "windows")
-                if kind in ("int", "float") and not (none or 0 < each < float("inf")):
+                none = item == 0 and (field.default == 0 or field.name == "windows")
+                if kind in ("int", "float") and not (none or 0 < item < float("inf")):
                     raise ValueError(f"model config: {field.name} must be positive, it is {value}")
         if self.heads % self.kv_heads:
             raise ValueError(
@@ -122,12 +122,12 @@ class ModelConfig:
                 "model config: rotary positions need an even head_dim and an even rotary_dim within it,"
                 f" they are {self.head_dim} and {self.rotary_dim}"
             )
-        for name, length, found in (
+        for name, length, numbers in (
             ("windows", self.layers, self.windows),
             ("rope_factors", self.rotated // 2, self.rope_factors),
         ):
-            if len(found) not in (0, length):
-                raise ValueError(f"model config: {name} must have {length} numbers, it has {len(found)}")
+            if len(numbers) not in (0, length):
+                raise ValueError(f"model config: {name} must have {length} numbers, it has {len(numbers)}")
         if self.post_norm and self.norm != "rms":
             raise ValueError(f"model config: a post_norm must be of norm 'rms', it is of {self.norm!r}")
         for name, allowed in (

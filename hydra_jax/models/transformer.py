@@ -132,7 +132,7 @@ class Layer(nn.Module):
         mlp_out = _edited(_dropped(mlp_write, dropout, 1), edits, 1)
         resid_post = resid_mid + mlp_out
         if only is not None:
-            resid_pre, attn_out, mlp_out, mixed = (each[only] for each in (resid_pre, attn_out, mlp_out, mixed))
+            resid_pre, attn_out, mlp_out, mixed = (kept[only] for kept in (resid_pre, attn_out, mlp_out, mixed))
         return resid_post, Trace(resid_pre, attn_out, mlp_out, mixed, keys, values)
 
     def attn_decode(
