@@ -3,12 +3,17 @@
 import numpy as np
 import pytest
 
+from hydra_jax.analysis.bootstrap import Bootstrap
 from hydra_jax.comparison import arms
 from hydra_jax.comparison import report as report_arms
 from hydra_jax.comparison.arms import Key
 from tests.helpers import effects as synthetic
 
 PROMPTS, LAYERS, DRAWS = 60, 4, 5
+
+
+def draw(samples, prompts=PROMPTS, replacements=DRAWS):
+    return Bootstrap.draw_all(prompts, replacements, samples, np.random.default_rng(0))
 
 
 def sweep(restored, seed, mlp=0.0, prompts=PROMPTS):
@@ -28,48 +33,46 @@ def sweep(restored, seed, mlp=0.0, prompts=PROMPTS):
 
 
 def compared(restored_by_arm, seeds=3, samples=200, spread=0.0):
-    draws = arms.draw(PROMPTS, DRAWS, samples, 0)
+    draws = draw(samples)
     random = np.random.default_rng(1)
-    found = {
+    measured = {
         Key(arm, seed, 10): arms.measures(sweep(restored + spread * random.normal(), seed), draws)
         for arm, restored in restored_by_arm.items()
         for seed in range(seeds)
     }
-    table = arms.compared(arms.by_arm(found, 0), found)
+    table = arms.compared(arms.by_arm(measured, draws, 0), measured)
     return table[table["ablated"] == "attn"].set_index(["arm", "measure"])
 
 
 class TestMeasures:
     def test_are_what_was_planted(self):
-        measured = arms.measures(sweep(0.4, 0, 0.2), arms.draw(PROMPTS, DRAWS, 3, 0))
+        measured = arms.measures(sweep(0.4, 0, 0.2), draw(3))
         assert set(measured) == {(site, name) for site in ("attn", "mlp") for name in arms.MEASURES}
-        found = {name: values[0] for (site, name), values in measured.items() if site == "attn"}
+        attention = {name: values[0] for (site, name), values in measured.items() if site == "attn"}
         np.testing.assert_allclose(
-            [found[name] for name in ("restored_share", "attn_share", "mlp_share", "norm_share", "slope")],
+            [attention[name] for name in ("restored_share", "attn_share", "mlp_share", "norm_share", "slope")],
             [0.6, 0.4, 0.2, 0.0, 0.6],
             atol=0.02,
         )
-        assert found["r2"] > 0.95
+        assert attention["r2"] > 0.95
         # Of the last third of four layers, MLP 3 alone: -0.5 clean; and components 4 and 7 of the three that move.
-        np.testing.assert_allclose(found["erasure"], -0.5, rtol=1e-5)
-        np.testing.assert_allclose(found["erasure_change"], 0.2, rtol=1e-4)
-        np.testing.assert_allclose(found["responding"], 2 / 3, rtol=1e-5)
+        np.testing.assert_allclose(attention["erasure"], -0.5, rtol=1e-5)
+        np.testing.assert_allclose(attention["erasure_change"], 0.2, rtol=1e-4)
+        np.testing.assert_allclose(attention["responding"], 2 / 3, rtol=1e-5)
 
     def test_resamples_of_few_prompts_spread_more(self):
         few, many = (
-            arms.measures(sweep(0.4, 0, prompts=prompts), arms.draw(prompts, DRAWS, 300, 0))["attn", "restored_share"][
-                1:
-            ].std()
+            arms.measures(sweep(0.4, 0, prompts=prompts), draw(300, prompts))["attn", "restored_share"][1:].std()
             for prompts in (8, 200)
         )
         assert few > 2 * many > 0
 
     def test_the_first_sample_is_everything_once(self):
-        draws = arms.draw(7, 3, 5, 0)
-        np.testing.assert_allclose(draws.prompts[0], 1 / 7)
-        np.testing.assert_allclose(draws.replacements[:, 0], 1 / 3)
-        np.testing.assert_allclose(draws.prompts.sum(axis=1), 1, rtol=1e-6)
-        np.testing.assert_allclose(draws.replacements.sum(axis=2), 1, rtol=1e-6)
+        draws = draw(5, prompts=7, replacements=3)
+        np.testing.assert_allclose(draws.prompt_weights[0], 1 / 7)
+        np.testing.assert_allclose(draws.replacement_weights[:, 0], 1 / 3)
+        np.testing.assert_allclose(draws.prompt_weights.sum(axis=1), 1, rtol=1e-6)
+        np.testing.assert_allclose(draws.replacement_weights.sum(axis=2), 1, rtol=1e-6)
 
 
 class TestArms:
@@ -102,21 +105,21 @@ class TestArms:
         assert apart["seeds"].count(";") == 2
 
     def test_nothing_is_said_of_a_share_of_nothing(self):
-        draws = arms.draw(PROMPTS, DRAWS, 50, 0)
+        draws = draw(50)
         effects = sweep(0.5, 0)
         effects["direct_effect"][:, 2] -= effects["direct_effect"][:, 2].mean() - 0.02
-        found = {Key("no_dropout", 0, 0): arms.measures(effects, draws)}
-        table = arms.compared(arms.by_arm(found, 0), found).set_index(["ablated", "measure"])
+        measured = {Key("no_dropout", 0, 0): arms.measures(effects, draws)}
+        table = arms.compared(arms.by_arm(measured, draws, 0), measured).set_index(["ablated", "measure"])
         assert np.isnan(table.loc[("attn", "restored_share"), "value"])
         assert np.isfinite(table.loc[("attn", "slope"), "value"])
 
     def test_arms_without_the_same_seeds(self):
-        draws = arms.draw(PROMPTS, DRAWS, 50, 0)
-        found = {
+        draws = draw(50)
+        measured = {
             Key(arm, seed, 0): arms.measures(sweep(0.5, seed), draws)
             for arm, seed in (("no_dropout", 0), ("no_dropout", 1), ("dropout", 2))
         }
-        table = arms.compared(arms.by_arm(found, 0), found)
+        table = arms.compared(arms.by_arm(measured, draws, 0), measured)
         assert np.isfinite(table.loc[table["ablated"] == "attn", ["value", "low", "high"]].values).all()
 
 

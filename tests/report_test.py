@@ -1,3 +1,4 @@
+import base64
 import json
 import shutil
 import subprocess
@@ -5,6 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jinja2
+import markupsafe
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +18,7 @@ from hydra_jax.analysis import results
 from hydra_jax.analysis.results import Results
 from hydra_jax.errors import UserError
 from hydra_jax.report import page as report
+from hydra_jax.report import payload, templates
 from hydra_jax.store import effects as store
 from tests.helpers import checkpoints
 from tests.helpers import effects as synthetic
@@ -25,7 +29,7 @@ HOSTILE = [
     '<img src=x onerror="window.hacked = 1"> the',
     "&lt;b&gt; <b>x</b> <i>in</i> the",
     "<a href='javascript:hacked=1'>of</a> the",
-    "[[SCRIPT]] [[DATA]] ]] the of \u2028 in",
+    "{{ data }} {% raw %} {# ]] the of \u2028 in",
 ]
 TEXTS = [*HOSTILE, *(f"the {number} of the in" for number in range(20))]
 BROWSER = shutil.which("chromium")
@@ -117,8 +121,8 @@ def test_every_figure_renders_and_nothing_goes_wrong_or_out(page, swept):
 def test_prompts_stay_text(page):
     for figure in ("against", "prompt", "regress"):
         drawn(page, figure)
-    for place in range(len(TEXTS)):
-        page.execute_script("update({prompt: arguments[0]})", place)
+    for prompt in range(len(TEXTS)):
+        page.execute_script("update({prompt: arguments[0]})", prompt)
     assert page.execute_script("return window.hacked === undefined")
     assert (
         page.execute_script("return document.querySelectorAll('img, figure a[href^=javascript], figure b').length") == 0
@@ -191,11 +195,11 @@ def test_packed_compensation_comes_back():
     for ablated in range(3):
         compensation[:, ablated, : ablated + 1] = 0
     compensation[2, 1] = 0
-    firsts = [report._first_downstream(compensation[:, ablated]) for ablated in range(3)]
+    firsts = [payload.first_downstream(compensation[:, ablated]) for ablated in range(3)]
     assert firsts == [1, 2, 3]
-    packed, scale = report._packed(compensation, firsts)
-    whole = np.frombuffer(report.base64.b64decode(packed), "<i2").reshape(5, -1)
-    scale = np.frombuffer(report.base64.b64decode(scale), "<f4").reshape(5, 3)
+    packed, scale = payload.pack(compensation, firsts)
+    whole = np.frombuffer(base64.b64decode(packed), "<i2").reshape(5, -1)
+    scale = np.frombuffer(base64.b64decode(scale), "<f4").reshape(5, 3)
     for ablated, columns in enumerate(np.split(whole, np.cumsum([6 - first for first in firsts])[:-1], axis=1)):
         back = columns * scale[:, [ablated]]
         np.testing.assert_allclose(back, compensation[:, ablated, firsts[ablated] :], atol=2e-4)
@@ -214,14 +218,14 @@ def test_the_page_of_1209_prompts_is_below_15_megabytes():
 
 
 def test_of_more_prompts_than_fit_some_are_drawn(monkeypatch):
-    monkeypatch.setattr(report, "PROMPT_BYTES", 3000)
+    monkeypatch.setattr(payload, "PROMPT_BYTES", 3000)
     random = np.random.default_rng(0)
     direct = random.normal(1, 1, (30, 4, 1)).astype(np.float32)
     effects = synthetic.effects(direct, direct / 2)
     effects["compensation"][:, 0, 1:] = 1
-    found = report.payload(Results(effects, samples=10), (), None)
-    assert 0 < len(found["prompts"]["text"]) < 30
-    assert f"of {30} prompts" in found["prompts"]["note"]
+    tree = payload.payload(Results(effects, samples=10), (), None)
+    assert 0 < len(tree["prompts"]["text"]) < 30
+    assert f"of {30} prompts" in tree["prompts"]["note"]
 
 
 def test_tables_are_the_same_as_csv_and_parquet(swept):
@@ -325,3 +329,37 @@ def test_the_command_writes_the_page_or_one_line(stored):
     assert refused.stderr.startswith("error: ")
     assert len(refused.stderr.strip().splitlines()) == 1
     assert {path.name for path in stored.iterdir()} == before
+
+
+def test_templates_escape_what_is_not_marked_as_safe():
+    values = {"step": 1, "prompts": 2, "reference": "<b>", "arms": ["'\"<i>"], "sites": {"<s>": {"<m>": ["<c>"]}}}
+    values |= {"about": "&amp;", "pictures": {'"><img src=x>': "AAAA"}, "paragraphs": ["</p>"]}
+    text = templates.render("comparison.html", **values)
+    for raw in ("<b>", "<i>", "<s>", "<m>", "<c>", "<img src=x", "</p></p>", "&amp; "):
+        assert raw not in text
+    assert "&amp;amp; 2 prompts, step 1; * clearly differs from &lt;b&gt;." in text
+    with pytest.raises(jinja2.UndefinedError, match="pictures"):
+        templates.render("comparison.html", **{name: values[name] for name in values if name != "pictures"})
+
+
+def test_data_cannot_end_its_script():
+    tree = {"text": HOSTILE}
+    text = templates.script_data(tree)
+    assert "<" not in text
+    assert json.loads(text) == tree
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        templates.script_data([float("nan")])
+
+
+def test_a_section_that_is_not_marked_as_safe_is_escaped():
+    direct = np.ones((3, 2, 1), np.float32)
+    results = Results(synthetic.effects(direct, direct / 2), samples=5)
+    assert "<mark>" not in report.page(results, comparison="<mark>")
+    assert "<mark>" in report.page(results, comparison=markupsafe.Markup("<mark>"))
+
+
+def test_drawing_libraries_are_imported_when_something_is_drawn():
+    imported = "import sys, hydra_jax.report.page, hydra_jax.report.figures.training, hydra_jax.comparison.report"
+    heavy = "print([name for name in ('matplotlib', 'plotly', 'scipy.stats') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", f"{imported}; {heavy}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -3,8 +3,8 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from hydra_jax.analysis import stats
-from hydra_jax.analysis.stats import bootstrap, erasure, interval, summary
+from hydra_jax.analysis.bootstrap import Bootstrap, Estimate, interval
+from hydra_jax.analysis.stats import bootstrap, erasure, summary
 from hydra_jax.errors import UserError
 from tests.helpers import effects as synthetic
 
@@ -88,9 +88,9 @@ def test_regressions_equal_scipys(random):
     effects = synthetic.effects(direct, 0.4 * direct + noise, norm=0.2 * direct - noise / 2)
     table = summary(effects, samples=5)
     means = effects.mean("replacement")
-    for part, of in (("attn", "attn_compensation"), ("norm", "norm_compensation")):
+    for part, regressed in (("attn", "attn_compensation"), ("norm", "norm_compensation")):
         for ablated in range(2):
-            fit = scipy.stats.linregress(means["direct_effect"][:, ablated], means[of][:, ablated])
+            fit = scipy.stats.linregress(means["direct_effect"][:, ablated], means[regressed][:, ablated])
             np.testing.assert_allclose(table[f"{part}_slope"][ablated], fit.slope, rtol=1e-3)
             np.testing.assert_allclose(table[f"{part}_r2"][ablated], fit.rvalue**2, rtol=1e-3)
     fit = scipy.stats.linregress(means["ablated_delta_unembed"][:, 1], means["total_effect"][:, 1])
@@ -163,8 +163,8 @@ def test_medians_of_resamples_are_medians(random):
     values = random.normal(0, 1, (31, 5)).astype(np.float32)
     chosen = random.integers(0, 31, (20, 31))
     counts = np.stack([np.bincount(row, minlength=31) for row in chosen])
-    np.testing.assert_allclose(stats._medians(values, counts), np.median(values[chosen], axis=1))
-    np.testing.assert_allclose(stats._medians(values[:30], np.ones((1, 30)))[0], np.median(values[:30], axis=0))
+    np.testing.assert_allclose(Bootstrap(counts).median(values), np.median(values[chosen], axis=1))
+    np.testing.assert_allclose(Bootstrap(np.ones((1, 30))).median(values[:30])[0], np.median(values[:30], axis=0))
 
 
 def test_weights_give_every_statistic_the_same_prompts(random):
@@ -197,3 +197,36 @@ def test_erasure_is_the_mean_contribution_clean_and_ablated(random):
 def test_an_interval_is_of_percentiles():
     low, high = interval(np.arange(101.0)[:, None], level=0.8)
     assert (low[0], high[0]) == (pytest.approx(10), pytest.approx(90))
+
+
+def test_draws_give_means_of_what_they_draw(random):
+    draws = Bootstrap.draw_all(7, 3, 5, random).with_seeds(2, random)
+    array = random.normal(0, 1, (7, 4, 3)).astype(np.float32)
+    drawn = draws.mean_over_replacements(array)
+    for prompt, sample in ((0, 0), (6, 5)):
+        times = draws.replacements[prompt, sample]
+        np.testing.assert_allclose(
+            drawn[prompt, sample], np.repeat(array[prompt], times, axis=1).mean(axis=1), rtol=1e-5
+        )
+    means = draws.mean_of_drawn(drawn)
+    for sample, times in enumerate(draws.prompts):
+        np.testing.assert_allclose(means[sample], np.repeat(drawn[:, sample], times, axis=0).mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(means[0], array.mean(axis=(0, 2)), atol=1e-6)  # the first sample is all of it
+    two = np.stack([array[:, :, 0], array[:, :, 1]])
+    over_seeds = draws.mean_over_seeds(two)
+    np.testing.assert_allclose(over_seeds[0], two.mean(axis=(0, 1)), rtol=1e-4)
+    for sample, times in enumerate(draws.seeds):
+        np.testing.assert_allclose(
+            over_seeds[sample], draws.mean(np.repeat(two, times, axis=0).mean(axis=0))[sample], atol=1e-5
+        )
+
+
+def test_a_sample_without_a_seed_that_is_there_takes_all_that_are():
+    draws = Bootstrap(np.ones((2, 3)), seeds=np.array([[0, 0, 2], [1, 1, 0]]))
+    np.testing.assert_array_equal(draws.seed_weights([0, 1]), 0.5)
+    np.testing.assert_array_equal(draws.seed_weights([0, 2]), [[0, 1], [1, 0]])
+
+
+def test_an_estimate_as_text():
+    assert Estimate(0.304, 0.25, 0.357).text() == "0.30 (0.25 to 0.36)"
+    assert Estimate(0.304, -0.25, 0.357).text("{:+.0%}") == "+30% (-25% to +36%)"

@@ -1,4 +1,4 @@
-"""The paper's six findings, as tests of a sweep: what was measured, with its interval, and a verdict.
+"""The paper's six findings, as tests of a sweep: each measured, with an interval, and given a verdict.
 
 Every criterion is stated with its verdict, so that a reader who would draw the line elsewhere can.
 """
@@ -6,12 +6,12 @@ Every criterion is stated with its verdict, so that a reader who would draw the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 import xarray as xr
 
-from hydra_jax.analysis.stats import Bootstrap, erasure, finished, interval, strongest_attention
+from hydra_jax.analysis.bootstrap import Estimate, interval
+from hydra_jax.analysis.stats import Resampled, erasure, finished, strongest_attention
 from hydra_jax.core.edits import ATTN, MLP, SITES, Component
 
 HOLDS, WEAKLY, PARTLY, UNCLEAR, FAILS, UNTOLD = (
@@ -19,26 +19,13 @@ HOLDS, WEAKLY, PARTLY, UNCLEAR, FAILS, UNTOLD = (
 )
 
 FEWEST = 20
-"""Prompts below which nothing is said of the model."""
+"""The fewest prompts from which a verdict is drawn."""
 
 WORTH = 0.05
-"""Share of a direct effect below which what is restored is not worth naming."""
+"""The share of a direct effect from which a repair is worth naming."""
 
 LATE = 1 / 3
-"""Share of the layers, the last ones, that count as late."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def text(self, form: str = "{:.2f}") -> str:
-        """As in "0.30 (0.25 to 0.36)"."""
-        return f"{form.format(self.value)} ({form.format(self.low)} to {form.format(self.high)})"
+"""The share of the layers, counted from the last, that are late."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +34,10 @@ class Finding:
 
     Attributes:
       title: its name.
-      claim: what the paper says, of Chinchilla 7B.
-      verdict: whether it is so in this sweep.
+      claim: what the paper says about Chinchilla 7B.
+      verdict: whether it holds in this sweep.
       measured: the numbers, in a sentence or two.
-      criterion: when the verdict would be that it holds.
+      criterion: the condition under which the verdict is that it holds.
     """
 
     title: str
@@ -60,16 +47,16 @@ class Finding:
     criterion: str
 
 
-def findings(effects: xr.Dataset, resampled: Bootstrap, dropout: float | None) -> list[Finding]:
-    """The six findings of the paper in a sweep.
+def findings(effects: xr.Dataset, resampled: Resampled, dropout: float | None) -> list[Finding]:
+    """Judge the six findings of the paper by a sweep.
 
     Args:
       effects: a sweep.
-      resampled: its bootstrap.
+      resampled: its statistics.
       dropout: the rate that the model was trained with; None where it is not known.
     """
     sweep = _Sweep(finished(effects), resampled)
-    found = []
+    judged = []
     for title, claim, criterion, judge in _CLAIMS:
         if effects.sizes["prompt"] < FEWEST:
             verdict, measured = UNTOLD, f"A verdict wants {FEWEST} prompts or more; here: {sweep.prompts}."
@@ -77,73 +64,64 @@ def findings(effects: xr.Dataset, resampled: Bootstrap, dropout: float | None) -
             verdict, measured = UNTOLD, "No attention layer was ablated whose direct effect is clearly above zero."
         else:
             verdict, measured = judge(sweep)
-        found.append(Finding(title, claim, verdict, measured, criterion))
-    return [*found, _without_dropout([found[0].verdict, found[3].verdict], dropout)]
+        judged.append(Finding(title, claim, verdict, measured, criterion))
+    return [*judged, _without_dropout([judged[0].verdict, judged[3].verdict], dropout)]
 
 
 class _Sweep:
     """A sweep's statistics as the judges below ask for them."""
 
-    def __init__(self, effects: xr.Dataset, resampled: Bootstrap):
+    def __init__(self, effects: xr.Dataset, resampled: Resampled):
         self.effects, self.resampled = effects, resampled
         self.prompts = effects.sizes["prompt"]
         self.layers = int(effects["layer"].max()) + 1
         self.first_late = self.layers - max(1, round(self.layers * LATE))
-        self.of = effects["ablated_layer"].values
-        self.attention = np.flatnonzero(effects["ablated_site"].values == SITES[ATTN])
+        self.ablated_layers = effects["ablated_layer"].values
+        attention = np.flatnonzero(effects["ablated_site"].values == SITES[ATTN])
         low, _ = interval(resampled.samples["direct_effect"])
-        self.promoting = self.attention[low[self.attention] > 0]
+        self.promoting = attention[low[attention] > 0]  # indices along `ablated`
         self.labels = ("ablated_layer", "ablated_site", "ablated_head")
+        self.noun = "heads" if (effects["ablated_head"].values >= 0).any() else "layers"
 
-    def name(self, place: int) -> str:
-        return str(Component.named(*(self.effects[label].values[place] for label in self.labels)))
+    def name(self, index: int) -> str:
+        """What was ablated at an index along `ablated`."""
+        return str(Component.named(*(self.effects[label].values[index] for label in self.labels)))
 
-    def estimate(self, of: Callable[[dict[str, np.ndarray]], np.ndarray]) -> Estimate:
-        """Of a function of the statistics, along their last axis."""
-        low, high = interval(of(self.resampled.samples))
-        return Estimate(float(of(self.resampled.values)), float(low), float(high))
+    def statistic(self, name: str, index: int) -> Estimate:
+        """One statistic of one ablated component."""
+        return self.resampled.estimate(lambda statistics: statistics[name][..., index])
 
-    def statistic(self, name: str, place: int) -> Estimate:
-        return self.estimate(lambda statistics: statistics[name][..., place])
-
-    def share(self, part: str, places: np.ndarray) -> Estimate:
-        """Of the direct effects of `places` together, how much a part of the compensation restores."""
-        return self.estimate(lambda s: s[f"{part}compensation"][..., places].sum(-1) / _direct(s, places))
-
-
-def _direct(statistics: dict[str, np.ndarray], places: np.ndarray) -> np.ndarray:
-    return statistics["direct_effect"][..., places].sum(-1)
+    def share(self, part: str, indices: np.ndarray) -> Estimate:
+        """The share of several direct effects together that a part of the compensation restores."""
+        return self.resampled.estimate(
+            lambda s: s[f"{part}compensation"][..., indices].sum(-1) / s["direct_effect"][..., indices].sum(-1)
+        )
 
 
 def _hydra(sweep: _Sweep) -> tuple[str, str]:
-    places = sweep.promoting
-    parts = {name: sweep.share(part, places) for part, name in _WHO.items()}
+    indices = sweep.promoting
+    parts = {name: sweep.share(part, indices) for part, name in _REPAIRERS.items()}
     by_attention = parts["downstream attention"]
-    most = max(places, key=lambda place: sweep.resampled.values["attn_compensation"][place])
-    where = sweep.statistic("attn_compensation", most)
+    most = max(indices, key=lambda index: sweep.resampled.values["attn_compensation"][index])
+    largest = sweep.statistic("attn_compensation", most)
     low, _ = interval(sweep.resampled.samples["attn_compensation"])
     values = sweep.resampled.values
     enough = values["attn_compensation"] >= WORTH * values["direct_effect"]
-    repaired = [sweep.name(place) for place in places if low[place] > 0 and enough[place]]
+    repaired = [sweep.name(index) for index in indices if low[index] > 0 and enough[index]]
     verdict = _sign(by_attention, HOLDS if by_attention.value >= 0.1 else WEAKLY)
     if verdict != HOLDS and verdict != WEAKLY and repaired:
         verdict = PARTLY
     restored = ", ".join(f"{name} {share.text('{:.0%}')}" for name, share in parts.items())
     return verdict, (
-        f"Of the {len(places)} ablated attention {sweep_noun(sweep)} whose direct effect is clearly above zero, this"
-        f" share of it is restored: {restored}; together {sweep.share('', places).text('{:.0%}')}. Below zero is made"
+        f"Of the {len(indices)} ablated attention {sweep.noun} whose direct effect is clearly above zero, this"
+        f" share of it is restored: {restored}; together {sweep.share('', indices).text('{:.0%}')}. Below zero is made"
         " worse. Downstream attention clearly repairs"
         f" {', '.join(repaired) or 'none of them'}; it does most after {sweep.name(most)}:"
-        f" {where.text('{:+.2f}')} logits."
+        f" {largest.text('{:+.2f}')} logits."
     )
 
 
-_WHO = {"attn_": "downstream attention", "mlp_": "downstream MLPs", "norm_": "the final norm"}
-
-
-def sweep_noun(sweep: _Sweep) -> str:
-    """What was ablated of attention."""
-    return "heads" if (sweep.effects["ablated_head"].values >= 0).any() else "layers"
+_REPAIRERS = {"attn_": "downstream attention", "mlp_": "downstream MLPs", "norm_": "the final norm"}
 
 
 def _erasure(sweep: _Sweep) -> tuple[str, str]:
@@ -157,7 +135,7 @@ def _erasure(sweep: _Sweep) -> tuple[str, str]:
     holds = [clean.high < 0, change.low > 0]
     verdict = HOLDS if all(holds) else PARTLY if any(holds) or len(down) else FAILS
     named = ", ".join(f"MLP {layer}" for layer in down["layer"]) or "none"
-    ablated = ", ".join(sweep.name(place) for place in strongest)
+    ablated = ", ".join(sweep.name(index) for index in strongest)
     return verdict, (
         f"MLPs {sweep.first_late} to {sweep.layers - 1} together add {clean.text('{:+.2f}')} logits to the target"
         f" (clearly pushing it down: {named}). With {ablated} ablated, one at a time, that sum changes by"
@@ -167,12 +145,12 @@ def _erasure(sweep: _Sweep) -> tuple[str, str]:
 
 def _disagreement(sweep: _Sweep) -> tuple[str, str]:
     # Without an interval's worth of ablated layers on both sides there is nothing to compare.
-    last = sweep.of >= sweep.layers - max(1, sweep.layers // 4)
+    last = sweep.ablated_layers >= sweep.layers - max(1, sweep.layers // 4)
     if last.all() or not last.any():
         return UNTOLD, "The sweep did not ablate both late and earlier layers."
-    late = sweep.estimate(lambda s: np.nanmean(s["total_r2"][..., last], axis=-1))
-    early = sweep.estimate(lambda s: np.nanmean(s["total_r2"][..., ~last], axis=-1))
-    more = sweep.estimate(
+    late = sweep.resampled.estimate(lambda s: np.nanmean(s["total_r2"][..., last], axis=-1))
+    early = sweep.resampled.estimate(lambda s: np.nanmean(s["total_r2"][..., ~last], axis=-1))
+    more = sweep.resampled.estimate(
         lambda s: np.nanmean(s["total_r2"][..., last], axis=-1) - np.nanmean(s["total_r2"][..., ~last], axis=-1)
     )
     verdict = _sign(more, HOLDS if late.value >= 0.5 else WEAKLY)
@@ -185,10 +163,10 @@ def _disagreement(sweep: _Sweep) -> tuple[str, str]:
 
 def _linear(sweep: _Sweep) -> tuple[str, str]:
     values = sweep.resampled.values
-    repaired = [place for place in sweep.promoting if values["slope"][place] > 0 and np.isfinite(values["r2"][place])]
+    repaired = [index for index in sweep.promoting if values["slope"][index] > 0 and np.isfinite(values["r2"][index])]
     if not repaired:
         return FAILS, "In no ablated attention layer does compensation grow with the direct effect."
-    best = max(repaired, key=lambda place: values["r2"][place])
+    best = max(repaired, key=lambda index: values["r2"][index])
     r2, slope = sweep.statistic("r2", best), sweep.statistic("slope", best)
     restored = sweep.statistic("restored_share", best)
     fits = r2.low >= 0.5
@@ -196,21 +174,21 @@ def _linear(sweep: _Sweep) -> tuple[str, str]:
     return verdict, (
         f"Compensation is closest to linear after {sweep.name(best)}: R² {r2.text()}, slope {slope.text()}, with"
         f" {restored.text('{:.0%}')} restored. It grows with the direct effect in {len(repaired)} of"
-        f" {len(sweep.promoting)} {sweep_noun(sweep)} whose direct effect is clearly above zero."
+        f" {len(sweep.promoting)} {sweep.noun} whose direct effect is clearly above zero."
     )
 
 
 def _loose(sweep: _Sweep) -> tuple[str, str]:
     downstream = (sweep.effects["compensation"].values != 0).any(axis=0).sum(axis=1)
-    places = sweep.promoting[downstream[sweep.promoting] > 3]
-    if not places.size:
+    indices = sweep.promoting[downstream[sweep.promoting] > 3]
+    if not indices.size:
         return UNTOLD, "Too few components are downstream of those that were ablated."
-    share = sweep.estimate(lambda s: (s["responders"][..., places] / downstream[places]).mean(-1))
-    sharing = sweep.estimate(lambda s: s["participation_ratio"][..., places].mean(-1))
+    share = sweep.resampled.estimate(lambda s: (s["responders"][..., indices] / downstream[indices]).mean(-1))
+    sharing = sweep.resampled.estimate(lambda s: s["participation_ratio"][..., indices].mean(-1))
     verdict = HOLDS if share.high < 0.25 else FAILS if share.low > 0.25 else UNCLEAR
     return verdict, (
         f"After ablation of attention, {share.text('{:.0%}')} of the components downstream move by more than a tenth"
-        f" of the direct effect in the median prompt, averaged over {len(places)} {sweep_noun(sweep)} with more than"
+        f" of the direct effect in the median prompt, averaged over {len(indices)} {sweep.noun} with more than"
         f" three components downstream; the movement is shared by {sharing.text('{:.1f}')} (participation ratio)."
     )
 
@@ -239,8 +217,7 @@ def _sign(estimate: Estimate, above: str) -> str:
 
 
 def _sum(value: np.ndarray, samples: np.ndarray) -> Estimate:
-    low, high = interval(samples.sum(axis=1))
-    return Estimate(float(value.sum()), float(low), float(high))
+    return Estimate.resampled(value.sum(), samples.sum(axis=1))
 
 
 _CLAIMS = (

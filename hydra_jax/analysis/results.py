@@ -1,4 +1,4 @@
-"""A finished sweep with all that tables, figures and the report read off it."""
+"""A finished sweep and everything that tables, figures and the page show of it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Results:
     """A sweep and its statistics.
 
     Attributes:
-      effects: of the prompts that are finished.
+      effects: the effects of the finished prompts.
       examples: single prompts with every replacement; None where they are not written yet.
-      samples: bootstrap resamples.
-      seed: of them.
+      samples: the number of bootstrap resamples.
+      seed: of the resamples.
     """
 
     effects: xr.Dataset
@@ -39,32 +39,32 @@ class Results:
 
     @functools.cached_property
     def protocol(self) -> dict[str, Any]:
-        """What the sweep's results depend on."""
+        """Everything that the sweep's results depend on."""
         return json.loads(self.effects.attrs["protocol"])
 
     @functools.cached_property
-    def resampled(self) -> stats.Bootstrap:
-        """The bootstrap behind every interval."""
+    def resampled(self) -> stats.Resampled:
+        """The sweep's statistics and their resamples, which every interval comes from."""
         return stats.bootstrap(self.effects, self.samples, self.seed)
 
     @functools.cached_property
     def summary(self) -> pd.DataFrame:
-        """`stats.tabulate`."""
+        """The table of `stats.tabulate`."""
         return stats.tabulate(self.effects, self.resampled)
 
     @functools.cached_property
     def erasure(self) -> pd.DataFrame:
-        """`stats.erasure`."""
+        """The table of `stats.erasure`."""
         return stats.erasure(self.effects, self.resampled)
 
     @functools.cached_property
     def findings(self) -> list[Finding]:
-        """`findings.findings`."""
+        """The findings and their verdicts."""
         return findings(self.effects, self.resampled, self.protocol["model"].get("dropout"))
 
     @functools.cached_property
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Every table by name, as they are written to files."""
+        """Every table by name, as written to files."""
         return {
             "summary": self.summary,
             "erasure": self.erasure,
@@ -78,7 +78,7 @@ class Results:
 
     @property
     def kind(self) -> str:
-        """Of ablation."""
+        """The kind of ablation."""
         return self.protocol["ablation"]["kind"]
 
     @functools.cached_property
@@ -100,17 +100,17 @@ class Results:
         )
 
     def ablated(self, site: str) -> np.ndarray:
-        """Places along `ablated` of a site's ablations."""
+        """Return the indices along `ablated` of a site's ablations."""
         return np.flatnonzero(self.effects["ablated_site"].values == site)
 
     @functools.cached_property
     def ablated_names(self) -> list[str]:
-        """What was ablated, as in "attn 3" or "attn 3 head 1"."""
+        """The names of what was ablated, as in "attn 3" or "attn 3 head 1"."""
         return self._names("ablated_layer", "ablated_site", "ablated_head")
 
     @functools.cached_property
     def component_names(self) -> list[str]:
-        """Every component."""
+        """The names of every component."""
         return self._names("layer", "site")
 
     def _names(self, *coordinates: str) -> list[str]:
@@ -119,7 +119,7 @@ class Results:
 
 
 def load(workdir: Path, samples: int = 1000, seed: int = 0) -> Results:
-    """The results in a directory.
+    """Load the results in a directory.
 
     Raises:
       UserError: if there is no sweep, or it cannot be read.
@@ -130,37 +130,38 @@ def load(workdir: Path, samples: int = 1000, seed: int = 0) -> Results:
 
 
 def beside(results: Results, others: Sequence[Results]) -> tuple[list[Results], Results | None]:
-    """Sweeps of the same model beside one.
+    """Sort other sweeps of the same model by what they show beside one.
 
     Returns:
-      The sweep and those of other ablation kinds, all cut to the prompts that all of them have; and the
-      sweep of heads, None where there is none.
+      The sweep and those of other ablation kinds, all cut to the prompts that they have in common; and the
+      sweep of heads, or None.
 
     Raises:
-      UserError: if one is of another model, there are two of a kind, or they have no prompt in common.
+      UserError: if a sweep is of another model, two are of a kind, or they have no prompt in common.
     """
     kinds, heads = [results], results if results.by_head else None
-    for each in others:
-        if each.protocol["model"]["sha256"] != results.protocol["model"]["sha256"]:
+    for other in others:
+        if other.protocol["model"]["sha256"] != results.protocol["model"]["sha256"]:
             raise UserError(
-                f"--also: a sweep of {each.protocol['model']['name']} beside one of"
+                f"--also: a sweep of {other.protocol['model']['name']} beside one of"
                 f" {results.protocol['model']['name']}; give sweeps of the same model"
             )
-        if each.by_head and heads is None:
-            heads = each
-        elif not each.by_head and not results.by_head and each.kind not in {other.kind for other in kinds}:
-            kinds.append(each)
+        if other.by_head and heads is None:
+            heads = other
+        elif not other.by_head and not results.by_head and other.kind not in {sweep.kind for sweep in kinds}:
+            kinds.append(other)
         else:
-            what = "heads" if each.by_head else f"{each.kind} ablation"
+            what = "heads" if other.by_head else f"{other.kind} ablation"
             raise UserError(f"--also: there are two sweeps of {what}; give one of each kind, and one of heads")
-    ids = [set(each.effects["prompt_id"].values) for each in kinds]
-    common = set.intersection(*ids)
+    prompt_ids = [sweep.effects["prompt_id"].values for sweep in kinds]
+    common = set.intersection(*map(set, prompt_ids))
     if not common:
         raise UserError("--also: the sweeps have no prompt in common; sweep the same prompts with each kind")
-    if all(len(each) == len(common) for each in ids):
+    if all(len(set(ids)) == len(common) for ids in prompt_ids):
         return kinds, heads
-    chosen = [[name in common for name in each.effects["prompt_id"].values] for each in kinds]
     return [
-        dataclasses.replace(each, effects=each.effects.isel(prompt=np.flatnonzero(places)))
-        for each, places in zip(kinds, chosen, strict=True)
+        dataclasses.replace(
+            sweep, effects=sweep.effects.isel(prompt=np.flatnonzero([prompt_id in common for prompt_id in ids]))
+        )
+        for sweep, ids in zip(kinds, prompt_ids, strict=True)
     ], heads

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from hydra_jax.comparison.arms import MEASURES
 from hydra_jax.comparison.run import Comparison
-from hydra_jax.report.figures.style import COLOURS, SITE_NAMES, zero_line
+from hydra_jax.report.figures.style import COLOURS, SITE_NAMES, blank, zero_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ARM_COLOURS = {"no_dropout": "#1f6fb4", "dropout": "#c1354a", "stochastic_depth": "#d9822b"}
 OTHERS = ("#3f8f5a", "#8a94a0", "#2b2f36")
@@ -29,28 +32,30 @@ LINES = {
 
 
 def colours(arms: list[str]) -> dict[str, str]:
-    """A colour an arm, its own where it is one of the project's."""
+    """Return a colour for each arm, its own if it is one of the project's."""
     spare = iter(OTHERS * len(arms))
     return {arm: ARM_COLOURS.get(arm) or next(spare) for arm in arms}
 
 
-def comparison(found: Comparison) -> Figure:
-    """A row an ablated site, a panel a measure: each arm's mean and interval, and its seeds as faint points."""
-    sites = list(found.final["ablated"].unique())
-    figure = Figure(figsize=(15, 1.2 + 2.7 * len(sites)))
+def comparison(compared: Comparison) -> Figure:
+    """A row per ablated site, a panel per measure: each arm's mean and interval, and its seeds as faint points."""
+    sites = list(compared.final["ablated"].unique())
+    figure = blank((15, 1.2 + 2.7 * len(sites)))
     axes = figure.subplots(len(sites), len(SHOWN), squeeze=False)
-    colour = colours(found.arms)
+    colour = colours(compared.arms)
     for (line, site), (column, name) in itertools.product(enumerate(sites), enumerate(SHOWN)):
-        axis, table = axes[line, column], found.final
-        rows = table[(table["ablated"] == site) & (table["measure"] == name)].set_index("arm").loc[found.arms]
-        for place, (arm, row) in enumerate(rows.iterrows()):
-            single = [float(each.partition(": ")[2]) for each in row["seeds"].split("; ")]
+        axis, table = axes[line, column], compared.final
+        rows = table[(table["ablated"] == site) & (table["measure"] == name)].set_index("arm").loc[compared.arms]
+        for position, (arm, row) in enumerate(rows.iterrows()):
+            single = [float(seed.partition(": ")[2]) for seed in row["seeds"].split("; ")]
             if np.isfinite(row["value"]):
-                axis.scatter([place - 0.2] * len(single), single, s=14, color=colour[str(arm)], alpha=0.45, linewidth=0)
-            axis.vlines(place, row["low"], row["high"], color=colour[str(arm)], linewidth=2)
-            axis.plot(place, row["value"], color=colour[str(arm)], marker="o", markersize=5)
+                axis.scatter(
+                    [position - 0.2] * len(single), single, s=14, color=colour[str(arm)], alpha=0.45, linewidth=0
+                )
+            axis.vlines(position, row["low"], row["high"], color=colour[str(arm)], linewidth=2)
+            axis.plot(position, row["value"], color=colour[str(arm)], marker="o", markersize=5)
         zero_line(axis)
-        axis.set_xticks(range(len(rows)), [arm.replace("_", "\n") for arm in found.arms], fontsize=7)
+        axis.set_xticks(range(len(rows)), [arm.replace("_", "\n") for arm in compared.arms], fontsize=7)
         axis.set_xlim(-0.6, len(rows) - 0.4)
         axis.tick_params(axis="y", labelsize=7)
         if not line:
@@ -59,38 +64,38 @@ def comparison(found: Comparison) -> Figure:
             )
         if not column:
             axis.set_ylabel(f"{SITE_NAMES[site]} ablated")
-    seeds = found.recall["seed"].nunique()
+    seeds = compared.recall["seed"].nunique()
     figure.suptitle(
-        f"Self-repair by arm of training: {found.prompts} prompts that all models answer right, seeds faint"
+        f"Self-repair by arm of training: {compared.prompts} prompts that all models answer right, seeds faint"
         f" ({seeds}), 95 % intervals over seeds, prompts and replacements"
     )
     return figure
 
 
-def emergence(found: Comparison) -> Figure:
-    """By step of training: what is recalled, and how much of an ablation is repaired."""
-    sites = list(found.final["ablated"].unique())
-    figure = Figure(figsize=(4 * (1 + len(sites)), 6.4))
+def emergence(compared: Comparison) -> Figure:
+    """Recall, and how much of an ablation is repaired, by step of training."""
+    sites = list(compared.final["ablated"].unique())
+    figure = blank((4 * (1 + len(sites)), 6.4))
     axes = figure.subplots(len(OVER_STEPS), 1 + len(sites), squeeze=False)
-    colour = colours(found.arms)
+    colour = colours(compared.arms)
     for line, (name, meaning) in enumerate(RECALL.items()):
-        for arm in found.arms:
-            if name in found.recall:
-                share = found.recall[found.recall["arm"] == arm].groupby("step")[name].mean()
+        for arm in compared.arms:
+            if name in compared.recall:
+                share = compared.recall[compared.recall["arm"] == arm].groupby("step")[name].mean()
                 axes[line, 0].plot(
                     share.index, share, color=colour[arm], marker="o", markersize=3, label=arm.replace("_", " ")
                 )
         axes[line, 0].set(xlabel="step of training", ylabel=meaning, ylim=(-0.03, 1.03))
     axes[0, 0].legend(fontsize=8)
     for (line, name), (column, site) in itertools.product(enumerate(OVER_STEPS), enumerate(sites, 1)):
-        axis, table = axes[line, column], found.table
+        axis, table = axes[line, column], compared.table
         rows = table[(table["ablated"] == site) & (table["measure"] == name)]
-        for arm in found.arms:
-            of_arm = rows[rows["arm"] == arm].sort_values("step")
-            axis.fill_between(of_arm["step"], of_arm["low"], of_arm["high"], color=colour[arm], alpha=0.15, linewidth=0)
-            axis.plot(of_arm["step"], of_arm["value"], color=colour[arm], marker="o", markersize=3)
+        for arm in compared.arms:
+            steps = rows[rows["arm"] == arm].sort_values("step")
+            axis.fill_between(steps["step"], steps["low"], steps["high"], color=colour[arm], alpha=0.15, linewidth=0)
+            axis.plot(steps["step"], steps["value"], color=colour[arm], marker="o", markersize=3)
         # Early on there is next to nothing to restore, and its share is anything.
-        late = rows.loc[rows["step"] > found.last / 2, ["low", "high"]].to_numpy()
+        late = rows.loc[rows["step"] > compared.last / 2, ["low", "high"]].to_numpy()
         ends = np.append(late[np.isfinite(late)], 0)
         room = 0.2 * (np.ptp(ends) or 1.0)
         axis.set(xlabel="step of training", ylabel=f"{MEASURES[name]}, {SITE_NAMES[site]} ablated")
@@ -100,13 +105,13 @@ def emergence(found: Comparison) -> Figure:
     return figure
 
 
-def by_layer(found: Comparison) -> Figure:
-    """A row an ablated site, a panel an arm: direct and total effect of ablating each layer, and who repairs it."""
-    sites = list(found.by_layer["ablated"].unique())
-    figure = Figure(figsize=(4.1 * len(found.arms), 0.8 + 3.1 * len(sites)))
-    axes = figure.subplots(len(sites), len(found.arms), sharey="row", squeeze=False)
-    for (line, site), (column, arm) in itertools.product(enumerate(sites), enumerate(found.arms)):
-        axis, table = axes[line, column], found.by_layer
+def by_layer(compared: Comparison) -> Figure:
+    """A row per ablated site, a panel per arm: direct and total effect of ablating each layer, and who repairs it."""
+    sites = list(compared.by_layer["ablated"].unique())
+    figure = blank((4.1 * len(compared.arms), 0.8 + 3.1 * len(sites)))
+    axes = figure.subplots(len(sites), len(compared.arms), sharey="row", squeeze=False)
+    for (line, site), (column, arm) in itertools.product(enumerate(sites), enumerate(compared.arms)):
+        axis, table = axes[line, column], compared.by_layer
         for name, (label, colour, dashes) in LINES.items():
             rows = table[(table["arm"] == arm) & (table["ablated"] == site) & (table["effect"] == name)]
             axis.fill_between(rows["layer"], rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)

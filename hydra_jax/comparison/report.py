@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import base64
 import functools
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
+from hydra_jax.analysis.bootstrap import Estimate
 from hydra_jax.analysis.results import Results
 from hydra_jax.comparison import figures as drawn
 from hydra_jax.comparison.arms import MATTERS, MEASURES, OF_DIRECT, REFERENCE
 from hydra_jax.comparison.run import Comparison
 from hydra_jax.errors import UserError, reason
-from hydra_jax.report import figures
+from hydra_jax.report import figures, templates
 from hydra_jax.report import page as report
 from hydra_jax.report.figures.style import SITE_NAMES
 from hydra_jax.store import files
@@ -29,11 +31,13 @@ FIGURES = {
     drawn.emergence: "Recall and repair by step of training",
     drawn.by_layer: "Effects by ablated layer and arm",
 }
-"""What is drawn, and what is said of it to those who do not see it."""
+"""The figures, and their descriptions for readers who cannot see them."""
 
 LEARNT = 0.8
+"""The share of the trained prompts from which facts count as learnt."""
+
 REPAIRS = {"restored_share": "the restored share", "slope": "the slope"}
-"""What says that there is repair, where it is above zero."""
+"""The measures that show repair where they are above zero."""
 
 SHARES = (*OF_DIRECT, "responding")
 ABOUT = (
@@ -45,26 +49,29 @@ ABOUT = (
 )
 
 
-def write(workdir: Path, found: Comparison, first: Results) -> list[Path]:
-    """Write tables, figures, the section and the page of one of the sweeps; returns the paths, the page last.
+def write(workdir: Path, comparison: Comparison, first: Results) -> list[Path]:
+    """Write tables, figures and the page of one of the sweeps with the comparison as a section.
 
     Args:
-      workdir: where.
-      found: the comparison.
+      workdir: the directory they go into.
+      comparison: the comparison.
       first: a sweep of it, which the page shows with the comparison.
+
+    Returns:
+      The paths that were written, the page last.
     """
-    tables = dict(zip(TABLES, (found.table, found.recall, found.by_layer), strict=True))
+    tables = dict(zip(TABLES, (comparison.table, comparison.recall, comparison.by_layer), strict=True))
     paths = report.write_tables(workdir, tables)
     for figure in FIGURES:
-        paths += figures.save(workdir, figure.__name__, functools.partial(figure, found))
+        paths += figures.save(workdir, figure.__name__, functools.partial(figure, comparison))
     paths.append(workdir / ABOUT_IT)
-    about = json.dumps({"last": found.last, "prompts": found.prompts}) + "\n"
+    about = json.dumps({"last": comparison.last, "prompts": comparison.prompts}) + "\n"
     files.write_text(paths[-1], about)
-    return paths + report.write(workdir, first, comparison=section(workdir, found))
+    return paths + report.write(workdir, first, comparison=section(workdir, comparison))
 
 
 def read(workdir: Path) -> Comparison:
-    """A comparison from the files that `write` left; without the directories of its sweeps.
+    """Read a comparison, but for the directories of its sweeps, from the files that `write` left.
 
     Raises:
       UserError: if they are not there or cannot be read.
@@ -79,35 +86,35 @@ def read(workdir: Path) -> Comparison:
         raise UserError(f"{workdir}: cannot be read ({reason(error)}); compare into another --workdir") from error
 
 
-def text(found: Comparison) -> str:
-    """The measures at the last step, a table an ablated site: a line a measure, a column an arm."""
+def text(comparison: Comparison) -> str:
+    """The measures at the last step, one table per ablated site: a line per measure, a column per arm."""
     tables = [
         f"{SITE_NAMES[site]} ablated\n"
         + pd.DataFrame(
-            {arm: [_shown(name, rows.loc[[(arm, name)]].iloc[0]) for name in MEASURES] for arm in found.arms},
+            {arm: [_cell(name, rows.loc[[(arm, name)]].iloc[0]) for name in MEASURES] for arm in comparison.arms},
             list(MEASURES.values()),
         ).to_string()
-        for site, rows in _by_site(found)
+        for site, rows in _by_site(comparison)
     ]
     return (
-        f"{found.prompts} prompts that all models answer right, step {found.last}; in brackets 95 % intervals over"
-        f" seeds, prompts and replacements;\n* clearly differs from {REFERENCE}\n\n" + "\n\n".join(tables)
+        f"{comparison.prompts} prompts that all models answer right, step {comparison.last}; in brackets 95 % intervals"
+        f" over seeds, prompts and replacements;\n* clearly differs from {REFERENCE}\n\n" + "\n\n".join(tables)
     )
 
 
-def paragraphs(found: Comparison) -> list[str]:
-    """What the comparison says in words."""
-    return list(filter(None, [*answer(found.final, found.arms), timing(found)]))
+def paragraphs(comparison: Comparison) -> list[str]:
+    """Sum up the comparison in words."""
+    return list(filter(None, [*answer(comparison.final, comparison.arms), timing(comparison)]))
 
 
-def _by_site(found: Comparison) -> list[tuple[str, pd.DataFrame]]:
-    """Of each ablated site, the rows at the last step by arm and measure."""
-    groups = found.final.groupby("ablated", sort=False)
+def _by_site(comparison: Comparison) -> list[tuple[str, pd.DataFrame]]:
+    """The rows at the last step by arm and measure, for each ablated site."""
+    groups = comparison.final.groupby("ablated", sort=False)
     return [(str(site), rows.set_index(["arm", "measure"])) for site, rows in groups]
 
 
 def answer(table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
-    """Whether self-repair needs dropout, of `arms.compared` at one step: a sentence or two an ablated site."""
+    """Say whether self-repair needs dropout, from `arms.compared` at one step: one paragraph per ablated site."""
     paragraphs = []
     for site, rows in table[table["measure"] == "restored_share"].groupby("ablated", sort=False):
         chosen = rows.set_index("arm")
@@ -117,7 +124,7 @@ def answer(table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
             what = (
                 "cannot be told, as the direct effect is not clearly above 0"
                 if np.isnan(row["value"])
-                else f"{row['value']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
+                else _estimate(row).text("{:.0%}")
             )
             if arm != REFERENCE and not np.isnan(row.get("difference", np.nan)):
                 difference = " to ".join(f"{row[f'difference_{end}']:+.0%}" for end in ("low", "high"))
@@ -130,61 +137,71 @@ def answer(table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
     return paragraphs
 
 
-def timing(found: Comparison) -> str:
-    """When recall is learnt and when repair appears, in a sentence an arm; nothing of a single step."""
-    if found.table["step"].nunique() < 2:
+def timing(comparison: Comparison) -> str:
+    """Say when recall is learnt and when repair appears, one sentence per arm; nothing where there is but one step."""
+    if comparison.table["step"].nunique() < 2:
         return ""
     sentences = []
-    for arm in found.arms:
-        recall = found.recall[found.recall["arm"] == arm].groupby("step")["recall_trained"].mean()
-        learnt = _since("answered right", recall.index[recall >= LEARNT], found)
+    for arm in comparison.arms:
+        recall = comparison.recall[comparison.recall["arm"] == arm].groupby("step")["recall_trained"].mean()
+        learnt = _since("answered right", recall.index[recall >= LEARNT], comparison)
         parts = [f"{LEARNT:.0%} of the trained prompts are {learnt}"]
-        for site in found.table["ablated"].unique():
+        for site in comparison.table["ablated"].unique():
             for name, what in REPAIRS.items():
-                rows = found.table[
-                    (found.table["arm"] == arm) & (found.table["ablated"] == site) & (found.table["measure"] == name)
+                rows = comparison.table[
+                    (comparison.table["arm"] == arm)
+                    & (comparison.table["ablated"] == site)
+                    & (comparison.table["measure"] == name)
                 ].sort_values("step")
                 clear = rows["low"] > 0
                 since = rows.loc[clear[::-1].cummin()[::-1], "step"]  # to the last
-                parts.append(f"{what} of ablated {SITE_NAMES[site]} is {_since('clearly above zero', since, found)}")
+                parts.append(
+                    f"{what} of ablated {SITE_NAMES[site]} is {_since('clearly above zero', since, comparison)}"
+                )
         sentences.append(f"{arm}: {'; '.join(parts)}.")
     return " ".join(sentences)
 
 
-def _since(what: str, steps: pd.Index | pd.Series, found: Comparison) -> str:
-    """From which of some steps on it is so."""
-    return f"{what} from step {steps.min()} on" if len(steps) else f"not {what} at step {found.last}"
+def _since(what: str, steps: pd.Index | pd.Series, comparison: Comparison) -> str:
+    """Say from which step on something is so, given the steps at which it is."""
+    return f"{what} from step {steps.min()} on" if len(steps) else f"not {what} at step {comparison.last}"
 
 
-def section(workdir: Path, found: Comparison) -> str:
-    """A section of HTML. Arms' names come from configs: they are escaped."""
-    head = "".join(f'<th scope="col">{html.escape(arm)}</th>' for arm in ("", *found.arms))
-    lines = []
-    for site, rows in _by_site(found):
-        lines.append(f'<tr><th colspan="{1 + len(found.arms)}" scope="rowgroup">{SITE_NAMES[site]} ablated</th></tr>')
-        for name, meaning in MEASURES.items():
-            cells = "".join(
-                f"<td>{html.escape(_shown(name, rows.loc[[(arm, name)]].iloc[0]))}</td>" for arm in found.arms
-            )
-            lines.append(f'<tr><th scope="row">{html.escape(meaning)}</th>{cells}</tr>')
-    said = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in paragraphs(found))
-    pictures = "".join(
-        f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,'
-        f'{base64.b64encode((workdir / f"{figure.__name__}.png").read_bytes()).decode()}">'
+def section(workdir: Path, comparison: Comparison) -> Markup:
+    """Return a comparison as a section of the report's page, with the figures that stand in `workdir`."""
+    sites = {
+        SITE_NAMES[site]: {
+            meaning: [_cell(name, rows.loc[[(arm, name)]].iloc[0]) for arm in comparison.arms]
+            for name, meaning in MEASURES.items()
+        }
+        for site, rows in _by_site(comparison)
+    }
+    pictures = {
+        alt: base64.b64encode((workdir / f"{figure.__name__}.png").read_bytes()).decode()
         for figure, alt in FIGURES.items()
-    )
-    return (
-        '<section aria-labelledby="arms-title"><h2 id="arms-title">Matched models, with dropout and without</h2>'
-        f'{said}<p class="note">{html.escape(ABOUT)} {found.prompts} prompts, step'
-        f" {found.last}; * clearly differs from {html.escape(REFERENCE)}.</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-        f"{pictures}</section>"
+    }
+    return templates.render(
+        "comparison.html",
+        paragraphs=paragraphs(comparison),
+        about=ABOUT,
+        prompts=comparison.prompts,
+        step=comparison.last,
+        reference=REFERENCE,
+        arms=comparison.arms,
+        sites=sites,
+        pictures=pictures,
     )
 
 
-def _shown(measure: str, row: pd.Series) -> str:
-    """Of a row of `_by_site`, the value with its interval."""
+def _cell(measure: str, row: pd.Series) -> str:
+    """A row of `_by_site` as text: the value with its interval, and whether it differs."""
+    if pd.isna(row["value"]):
+        return ""
     form = "{:.0%}" if measure in SHARES else "{:.1f}" if measure == "layers" else "{:.2f}"
     differs = "*" if row.get("verdict") in ("higher", "lower") else ""
-    low, high = form.format(row["low"]), form.format(row["high"])
-    return "" if pd.isna(row["value"]) else f"{form.format(row['value'])} ({low} to {high}){differs}"
+    return _estimate(row).text(form) + differs
+
+
+def _estimate(row: Any) -> Estimate:
+    """The value and interval in a row of `arms.compared`."""
+    return Estimate(row["value"], row["low"], row["high"])

@@ -12,7 +12,7 @@ import pandas as pd
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax.analysis import stats
+from hydra_jax.analysis.bootstrap import Bootstrap, interval
 from hydra_jax.comparison import arms
 from hydra_jax.comparison.arms import Key
 from hydra_jax.config import ANSWER, AblationConfig, PromptsConfig, SweepConfig
@@ -31,13 +31,13 @@ from hydra_jax.weights.load import load
 
 SWEEPS, COMMON = "sweeps", "prompts.jsonl"
 SPLIT = "trained"
-"""Of the recall prompts, those that are swept: every model is to answer them right."""
+"""The split of the recall prompts that is swept: every model should answer them correctly."""
 
 FEWEST = 20
-"""Prompts that all models answer right, below which nothing is compared."""
+"""The fewest prompts, answered correctly by all models, from which models are compared."""
 
 MAY_DIFFER = ("arm", "seed", "dropout")
-"""Of a run's config: all the rest is the same in matched runs."""
+"""Settings in which matched runs may differ: all others are the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,10 @@ class TrainedRun:
     """A training run.
 
     Attributes:
-      workdir: where it is.
-      config: what was trained.
-      corpus: SHA-256 of what it was trained on.
-      steps: of its checkpoints.
+      workdir: its directory.
+      config: its settings.
+      corpus: SHA-256 of the text it was trained on.
+      steps: the steps of its checkpoints.
     """
 
     workdir: Path
@@ -57,21 +57,21 @@ class TrainedRun:
     steps: list[int]
 
     def key(self, step: int) -> Key:
-        """Of its model at a step."""
+        """Return the key of its model at a step."""
         return Key(self.config.arm, self.config.seed, step)
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What a comparison found.
+    """The results of a comparison.
 
     Attributes:
       table: `arms.compared`, at every step.
-      recall: `arm`, `seed`, `step` and the share of each split's prompts that is answered right.
-      last: the step at which arms are compared.
-      by_layer: of that step: `arm`, `ablated` site, `layer`, and the means over seeds and prompts of direct
-        effect, total effect and parts of the compensation, each with an interval.
-      prompts: how many were swept.
+      recall: `arm`, `seed`, `step` and the share of each split's prompts that is answered correctly.
+      last: the last step, at which arms are compared.
+      by_layer: `arm`, `ablated` site, `layer`, and the means over seeds and prompts of direct effect, total
+        effect and parts of the compensation at that step, each with an interval.
+      prompts: the number of prompts swept.
       sweeps: the directories of the sweeps at that step.
     """
 
@@ -84,7 +84,7 @@ class Comparison:
 
     @property
     def arms(self) -> list[str]:
-        """The reference first."""
+        """The arms, the reference first."""
         return sorted(self.table["arm"].unique(), key=lambda arm: (arm != arms.REFERENCE, arm))
 
     @property
@@ -94,30 +94,31 @@ class Comparison:
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
-    """The directories that patterns name, in order of name within each; what has no wildcard stands for itself.
+    """Return the directories that match patterns, sorted within each; what has no wildcard stands for itself.
 
     Raises:
-      UserError: if one names none.
+      UserError: if a pattern matches nothing.
     """
-    found = []
+    workdirs = []
     for pattern in patterns:
         matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         if not matches or not pattern:
             raise UserError(f"--workdirs: there is nothing at {pattern!r}; give directories of training runs")
-        found += [Path(match) for match in matches]
-    return found
+        workdirs += [Path(match) for match in matches]
+    return workdirs
 
 
 def read_runs(workdirs: Sequence[Path], unfinished: bool = False) -> list[TrainedRun]:
-    """Runs that are matched.
+    """Read training runs, and check that they are matched.
 
     Args:
-      workdirs: where they are.
-      unfinished: whether they may be; else the last step would be another one without a word.
+      workdirs: their directories.
+      unfinished: whether unfinished runs are allowed. Otherwise their last common step would be an earlier one
+        without a word.
 
     Raises:
-      UserError: if one is not a run, has no checkpoint, is not finished, differs from the first in more
-        than it may, or is there twice.
+      UserError: if a directory is not a run, has no checkpoint or is not finished; or if a run differs from the
+        first in more than it may, or is given twice.
     """
     runs: list[TrainedRun] = []
     for workdir in workdirs:
@@ -125,13 +126,13 @@ def read_runs(workdirs: Sequence[Path], unfinished: bool = False) -> list[Traine
         kept = checkpoints.steps(workdir)
         if not kept:
             raise UserError(f"{workdir}: has no checkpoint; train first")
-        each = TrainedRun(workdir, config, stated["corpus"], kept)
+        trained = TrainedRun(workdir, config, stated["corpus"], kept)
         if runs:
             first = runs[0]
-            of_first, of_each = (
-                {k: v for k, v in dataclasses.asdict(r.config).items() if k not in MAY_DIFFER} for r in (first, each)
+            expected, settings = (
+                {k: v for k, v in dataclasses.asdict(r.config).items() if k not in MAY_DIFFER} for r in (first, trained)
             )
-            differing = differences(of_first, of_each) or ("" if each.corpus == first.corpus else "the text")
+            differing = differences(expected, settings) or ("" if trained.corpus == first.corpus else "the text")
             if differing:
                 raise UserError(f"{workdir}: does not match {first.workdir} ({differing}); compare runs of one config")
         if kept[-1] < config.steps and not unfinished:
@@ -143,18 +144,18 @@ def read_runs(workdirs: Sequence[Path], unfinished: bool = False) -> list[Traine
             raise UserError(
                 f"{workdir}: has other dropout than {other.workdir}, of the same arm; name arms --config.arm"
             )
-        twin = next((r for r in runs if r.key(0) == each.key(0)), None)
+        twin = next((r for r in runs if r.key(0) == trained.key(0)), None)
         if twin:
             raise UserError(f"{workdir}: is {config.arm}, seed {config.seed}, like {twin.workdir}; give each run once")
-        runs.append(each)
+        runs.append(trained)
     return runs
 
 
 def common_steps(runs: Sequence[TrainedRun], asked: Sequence[int] = ()) -> list[int]:
-    """The steps of which every run has a checkpoint; those `asked` for, if any are.
+    """Return the steps of which every run has a checkpoint, or of them those `asked` for.
 
     Raises:
-      UserError: if there are none, or one that is asked for is not among them.
+      UserError: if there are none, or a step that is asked for is not among them.
     """
     common = sorted(set.intersection(*(set(r.steps) for r in runs)))
     missing = next((step for step in asked if step not in common), None)
@@ -165,27 +166,27 @@ def common_steps(runs: Sequence[TrainedRun], asked: Sequence[int] = ()) -> list[
 
 
 def common_prompts(runs: Sequence[TrainedRun], step: int, limit: int, progress: bool) -> list[Prompt]:
-    """The recall prompts that every run answers right at a step; at most `limit`, drawn at random.
+    """Return the recall prompts that every run answers correctly at a step; at most `limit`, drawn at random.
 
     Raises:
-      UserError: if there are too few, or the runs have none.
+      UserError: if there are too few, or the runs have no recall prompts.
     """
     path = runs[0].workdir / PROMPTS
     if not path.is_file():
         raise UserError(f"{path}: is not there; only models trained on biographies have prompts with known answers")
     prompts = [prompt for prompt in read_prompts(str(path)) if prompt.id.startswith(f"{SPLIT}/")]
     right = np.ones(len(prompts), bool)
-    for each in tqdm(runs, desc="what all of them know", unit=" runs", disable=not progress):
-        model = load(str(each.workdir), step=step)
+    for trained in tqdm(runs, desc="what all of them know", unit=" runs", disable=not progress):
+        model = load(str(trained.workdir), step=step)
         right &= np.asarray(answered(model.params, questions(model.tokenizer, prompts, model.config.context)))
-    known = [prompts[place] for place in np.flatnonzero(right)]
+    known = [prompts[index] for index in np.flatnonzero(right)]
     if len(known) < FEWEST:
         raise UserError(
             f"--workdirs: all of the runs answer {len(known)} of {len(prompts)} prompts right at step {step}, a"
             f" comparison wants {FEWEST}; train longer"
         )
     order = np.random.default_rng(0).permutation(len(known))[: limit or None]
-    return [known[place] for place in sorted(order)]
+    return [known[index] for index in sorted(order)]
 
 
 def compare(
@@ -200,17 +201,17 @@ def compare(
     from_layer: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """Sweep the layers of every run at every step into `workdir`, and compare.
+    """Sweep the layers of every run at every step into `workdir`, and compare the arms.
 
     Args:
       runs: from `read_runs`.
-      workdir: where sweeps go; those that are there are not made again.
+      workdir: the directory for sweeps; finished ones are not made again.
       steps: from `common_steps`; the last is where arms are compared.
-      limit: prompts of a sweep.
-      replacements: of an ablation.
-      samples: of the bootstrap.
-      seed: of it, and of replacements.
-      from_layer: ablated layers before this one are left out of the measures.
+      limit: the most prompts that are swept.
+      replacements: replacements drawn for each ablation.
+      samples: resamples of the bootstrap.
+      seed: of the bootstrap and of the replacements.
+      from_layer: the first ablated layer that enters the measures.
       progress: whether to show bars.
 
     Raises:
@@ -223,30 +224,30 @@ def compare(
     if path.is_file() and path.read_text("utf-8") != text:
         raise UserError(f"{workdir}: holds a comparison on other prompts; give another --workdir, or delete this one")
     files.write_text(path, text)
-    draws = arms.draw(len(prompts), replacements, samples, seed)
-    found, layers, where = {}, {}, {}
-    todo = [(each, step) for step in steps for each in runs]
-    for each, step in tqdm(todo, desc="sweeps", unit=" models", disable=not progress):
-        key = each.key(step)
-        where[key] = workdir / SWEEPS / f"{key.arm}-seed{key.seed}-step{key.step}"
-        effects = _sweep(each, step, where[key], path, replacements, seed)
+    draws = Bootstrap.draw_all(len(prompts), replacements, samples, np.random.default_rng(seed))
+    measured, layers, sweeps = {}, {}, {}
+    todo = [(trained, step) for step in steps for trained in runs]
+    for trained, step in tqdm(todo, desc="sweeps", unit=" models", disable=not progress):
+        key = trained.key(step)
+        sweeps[key] = workdir / SWEEPS / f"{key.arm}-seed{key.seed}-step{key.step}"
+        effects = _sweep(trained, step, sweeps[key], path, replacements, seed)
         late = np.flatnonzero(effects["ablated_layer"].values >= from_layer)
-        found[key] = arms.measures(effects.isel(ablated=late), draws)
+        measured[key] = arms.measures(effects.isel(ablated=late), draws)
         if step == last:
             layers[key] = effects
     return Comparison(
-        table=arms.compared(arms.by_arm(found, seed), found),
+        table=arms.compared(arms.by_arm(measured, draws, seed), measured),
         recall=_recall(runs, steps),
         last=last,
         by_layer=_by_layer(layers, samples, seed),
         prompts=len(prompts),
-        sweeps={key: path for key, path in where.items() if key.step == last},
+        sweeps={key: path for key, path in sweeps.items() if key.step == last},
     )
 
 
-def _sweep(each: TrainedRun, step: int, into: Path, prompts: Path, replacements: int, seed: int) -> xr.Dataset:
+def _sweep(trained: TrainedRun, step: int, into: Path, prompts: Path, replacements: int, seed: int) -> xr.Dataset:
     config = SweepConfig(
-        model=str(each.workdir),
+        model=str(trained.workdir),
         model_step=step,
         prompts=PromptsConfig(path=str(prompts), correct_only=False, target=ANSWER),
         ablation=AblationConfig(replacements=replacements, edges=False),
@@ -261,27 +262,25 @@ def _sweep(each: TrainedRun, step: int, into: Path, prompts: Path, replacements:
 
 def _recall(runs: Sequence[TrainedRun], steps: Sequence[int]) -> pd.DataFrame:
     tables = []
-    for each in runs:
-        metrics = read_metrics(each.workdir)
+    for trained in runs:
+        metrics = read_metrics(trained.workdir)
         chosen = metrics[metrics.index.isin(steps)].filter(like="recall_")
-        tables.append(chosen.reset_index().assign(arm=each.config.arm, seed=each.config.seed))
+        tables.append(chosen.reset_index().assign(arm=trained.config.arm, seed=trained.config.seed))
     return pd.concat(tables, ignore_index=True)
 
 
 def _by_layer(layers: dict[Key, xr.Dataset], samples: int, seed: int) -> pd.DataFrame:
-    """Mean effects of each ablated layer by arm, with a bootstrap over seeds and prompts."""
+    """Tabulate the mean effects of each ablated layer by arm, with a bootstrap over seeds and prompts."""
     random = np.random.default_rng(seed)
-    prompts = next(iter(layers.values())).sizes["prompt"]
-    weights = random.multinomial(prompts, np.full(prompts, 1 / prompts), size=samples) / prompts
+    draws = Bootstrap.draw(next(iter(layers.values())).sizes["prompt"], samples, random)
     rows = []
     for arm in dict.fromkeys(key.arm for key in layers):
-        here = [effects for key, effects in layers.items() if key.arm == arm]
-        times = random.multinomial(len(here), np.full(len(here), 1 / len(here)), size=samples) / len(here)
+        sweeps = [effects for key, effects in layers.items() if key.arm == arm]
+        with_seeds = draws.with_seeds(len(sweeps), random)
+        labels = {"ablated": sweeps[0]["ablated_site"].values, "layer": sweeps[0]["ablated_layer"].values}
         for name in variables.EFFECTS:
-            means = np.stack([effects[name].values.mean(axis=2) for effects in here])
-            resampled = np.einsum("sn,sp,npa->sa", times, weights, means, optimize=True)
-            low, high = stats.interval(resampled)
+            means = np.stack([effects[name].values.mean(axis=2) for effects in sweeps])
+            low, high = interval(with_seeds.mean_over_seeds(means))
             columns = {"value": means.mean(axis=(0, 1)), "low": low, "high": high}
-            labels = {"ablated": here[0]["ablated_site"].values, "layer": here[0]["ablated_layer"].values}
             rows.append(pd.DataFrame({"arm": arm, **labels, "effect": name} | columns))
     return pd.concat(rows, ignore_index=True)

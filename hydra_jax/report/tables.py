@@ -1,11 +1,13 @@
-"""What the commands print: a sweep's results as text."""
+"""A sweep's results as text, which commands print."""
 
 from __future__ import annotations
 
 import textwrap
 
+import numpy as np
 import pandas as pd
 
+from hydra_jax.analysis.bootstrap import Estimate
 from hydra_jax.analysis.results import Results
 from hydra_jax.core.edits import Component
 from hydra_jax.errors import UserError
@@ -15,7 +17,7 @@ WIDTH = 110
 
 
 def kept(prompts: pd.DataFrame) -> str:
-    """How many prompts of each relation were examined, answered right and kept; `prompts` as in prompts.csv."""
+    """Count the prompts of each relation that were examined, answered right and kept; `prompts` as in prompts.csv."""
     counts = prompts.groupby("relation").agg(
         examined=("kept", "size"), correct=("correct", "sum"), kept=("kept", "sum")
     )
@@ -27,7 +29,7 @@ def kept(prompts: pd.DataFrame) -> str:
 
 
 def strongest(results: Results) -> str:
-    """The ablations with the strongest direct effect, and how much of it came back."""
+    """The ablations with the strongest direct effect, and the share of it that was restored."""
     summary = results.summary
     chosen = summary.nlargest(STRONGEST, "direct_effect").sort_index()
     shown = pd.DataFrame(
@@ -49,7 +51,7 @@ def strongest(results: Results) -> str:
 
 
 def one_prompt(results: Results) -> str:
-    """The one prompt of a sweep: every component downstream before and after ablation of the strongest attention layer.
+    """The one prompt of a sweep: components downstream of the strongest attention layer, before and after its ablation.
 
     Raises:
       UserError: if the sweep has no examples.
@@ -76,7 +78,7 @@ def one_prompt(results: Results) -> str:
 
 
 def findings(results: Results) -> str:
-    """The findings and their verdicts, a paragraph each."""
+    """The findings and their verdicts, one paragraph each."""
     paragraphs = [
         f"{number}. {finding.title}: {finding.verdict}\n"
         + textwrap.fill(finding.measured, WIDTH, initial_indent="   ", subsequent_indent="   ")
@@ -86,10 +88,8 @@ def findings(results: Results) -> str:
 
 
 def interval(table: pd.DataFrame, name: str, form: str = "{:.2f}") -> pd.Series:
-    """A column with its interval, as text; empty where there is no value."""
-
-    def text(value: float, low: float, high: float) -> str:
-        return "" if pd.isna(value) else f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
-
-    columns = (table[column] for column in (name, f"{name}_low", f"{name}_high"))
-    return pd.Series([text(*row) for row in zip(*columns, strict=True)], index=table.index)
+    """Return a column with its interval, as text; empty where there is no finite value."""
+    texts = [
+        Estimate.in_row(row, name).text(form) if np.isfinite(row[name]) else "" for row in table.to_dict("records")
+    ]
+    return pd.Series(texts, index=table.index)

@@ -124,7 +124,7 @@ const figures = {
           const q = data.quartiles[site][name];
           traces.push(band(data.quartiles[site].layer, q[0], q[2], shade, panel, label));
           traces.push(line(label, data.quartiles[site].layer, q[1], shade, panel, { showlegend: panel === 0,
-            customdata: data.quartiles[site].place, meta: "ablated",
+            customdata: data.quartiles[site].ablated, meta: "ablated",
             hovertemplate: `${siteName[site]} %{x}<br>${label}: %{y:.3f}<extra></extra>` }));
         }
       });
@@ -185,8 +185,8 @@ const figures = {
       const p = state.prompt, a = state.ablated, change = compensation(p, a), own = data.ablated[a];
       const clean = range(C).map((c) => contribution[p * C + c]);
       const after = clean.map((value, c) => value + change[c]);
-      if (own.head < 0) after[own.place] -= effect("direct_effect", p, a);
-      else after[own.place] += change[own.place] - effect("direct_effect", p, a);
+      if (own.head < 0) after[own.component] -= effect("direct_effect", p, a);
+      else after[own.component] += change[own.component] - effect("direct_effect", p, a);
       const traces = [];
       ["attn", "mlp"].forEach((site, panel) => {
         const places = range(C).filter((c) => data.components[c].site === site);

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from hydra_jax.analysis.results import Results
@@ -15,15 +14,18 @@ from hydra_jax.report.figures import components, layers, motifs, prompts
 from hydra_jax.report.figures.style import STYLE
 from hydra_jax.store import files
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FORMATS = ("png", "pdf")
 FIT = 3
-"""Prompts below which there is nothing to regress."""
+"""The fewest prompts from which there is something to regress."""
 
 
 def figures_of(
     results: Results, kinds: Sequence[Results] = (), heads: Results | None = None
 ) -> dict[str, Callable[[], Figure]]:
-    """Every figure there is to draw, by name.
+    """Return every figure that there is to draw, by name, as a function that draws it.
 
     Args:
       results: a sweep.
@@ -50,8 +52,8 @@ def figures_of(
     if len(kinds) > 1:
         drawn["kinds"] = lambda: layers.kinds(kinds)
     if heads is not None:
-        of_heads = heads
-        drawn["heads"] = lambda: components.heads(of_heads)
+        head_sweep = heads
+        drawn["heads"] = lambda: components.heads(head_sweep)
     drawn["causal_motifs"] = motifs.causal_motifs
     return drawn
 
@@ -59,7 +61,7 @@ def figures_of(
 def draw(
     workdir: Path, results: Results, kinds: Sequence[Results] = (), heads: Results | None = None, progress: bool = False
 ) -> list[Path]:
-    """Draw every figure of a sweep as PNG and PDF into `workdir`; returns the paths. Arguments as `figures_of`."""
+    """Draw every figure of a sweep as PNG and PDF into `workdir`, and return the paths; arguments as `figures_of`."""
     paths: list[Path] = []
     for name, figure in tqdm(figures_of(results, kinds, heads).items(), desc="figures", disable=not progress):
         paths += save(workdir, name, figure)
@@ -67,7 +69,9 @@ def draw(
 
 
 def save(workdir: Path, name: str, figure: Callable[[], Figure]) -> list[Path]:
-    """Draw one figure as `name`.png and `name`.pdf into `workdir`; returns the paths."""
+    """Draw one figure as `name`.png and `name`.pdf into `workdir`, and return the paths."""
+    import matplotlib as mpl
+
     paths = [workdir / f"{name}.{form}" for form in FORMATS]
     with mpl.rc_context(STYLE):
         drawn = figure()

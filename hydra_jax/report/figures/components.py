@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from matplotlib.figure import Figure
 
 from hydra_jax.analysis.results import Results
 from hydra_jax.core.edits import Component
-from hydra_jax.report.figures.style import COLOURS, DIVERGING, reach, ticks
+from hydra_jax.report.figures.style import COLOURS, DIVERGING, blank, reach, ticks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RANKED = 20
 
@@ -15,8 +19,8 @@ RANKED = 20
 def compensation_matrix(results: Results) -> Figure:
     """Mean change of every component's contribution (columns) under ablation of each component (rows).
 
-    With direct edges beside it: the same where each component alone sees the edit, and the rest, which is
-    what changes that others passed on did.
+    Beside it, where the sweep has direct edges: the same where each component alone sees the edit, and the rest,
+    which changes of components in between passed on.
     """
     matrices = {"compensation": results.effects["compensation"].values.mean(axis=0)}
     if "direct_edge" in results.effects:
@@ -25,7 +29,7 @@ def compensation_matrix(results: Results) -> Figure:
     limit = reach(np.stack(list(matrices.values())))
     rows, columns = results.ablated_names, results.component_names
     height = 2 + 5.5 * min(max(len(rows) / len(columns), 0.3), 2)
-    figure = Figure(figsize=(2 + 5.2 * len(matrices), height))
+    figure = blank((2 + 5.2 * len(matrices), height))
     axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
         image = axis.imshow(
@@ -48,13 +52,13 @@ def heads(results: Results) -> Figure:
         "repaired: direct less total effect": summary["direct_effect"] - summary["total_effect"],
     }
     limit = reach(np.stack(list(maps.values())), 0.99)
-    figure = Figure(figsize=(14, 2 + 0.22 * len(layers)))
+    figure = blank((14, 2 + 0.22 * len(layers)))
     ranked, *axes = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
     strongest = summary.nlargest(RANKED, "direct_effect").iloc[::-1]
     for name, offset, label in (("direct_effect", 0.2, "direct effect"), ("total_effect", -0.2, "total effect")):
         errors = np.abs(strongest[[f"{name}_low", f"{name}_high"]].to_numpy() - strongest[[name]].to_numpy()).T
-        places = np.arange(len(strongest)) + offset
-        ranked.barh(places, strongest[name], 0.38, xerr=errors, color=COLOURS[name], label=label, error_kw={"lw": 0.8})
+        heights = np.arange(len(strongest)) + offset
+        ranked.barh(heights, strongest[name], 0.38, xerr=errors, color=COLOURS[name], label=label, error_kw={"lw": 0.8})
     names = [str(Component.named(row.layer, row.site, row.head)) for row in strongest.itertuples()]
     ranked.set_yticks(range(len(names)), names, fontsize=7)
     ranked.set(title=f"the {len(names)} strongest", xlabel="logits, with 95% interval")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from hydra_jax.analysis.results import Results
 from hydra_jax.analysis.stats import PARTS
-from hydra_jax.report.figures.style import COLOURS, KIND_COLOURS, SITE_NAMES, band, zero_line
+from hydra_jax.report.figures.style import COLOURS, KIND_COLOURS, SITE_NAMES, band, blank, zero_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PART_NAMES = {
     "": ("all of it", COLOURS["all"]),
@@ -20,8 +23,8 @@ PART_NAMES = {
 
 
 def _by_site(results: Results, rows: int, height: float) -> tuple[Figure, np.ndarray]:
-    """A grid of panels, one column an ablated site."""
-    figure = Figure(figsize=(5.5 * len(results.sites), height))
+    """A grid of panels, one column per ablated site."""
+    figure = blank((5.5 * len(results.sites), height))
     axes = figure.subplots(rows, len(results.sites), sharex=True, sharey="row", squeeze=False)
     for axis, site in zip(axes[0], results.sites, strict=True):
         axis.set_title(f"{SITE_NAMES[site]} ablated")
@@ -39,10 +42,10 @@ def effects_by_layer(results: Results) -> Figure:
     }
     figure, axes = _by_site(results, 1, 4)
     for axis, site in zip(axes[0], results.sites, strict=True):
-        places = results.ablated(site)
-        layers = results.effects["ablated_layer"].values[places]
+        indices = results.ablated(site)
+        layers = results.effects["ablated_layer"].values[indices]
         for name, (label, values) in lines.items():
-            low, middle, high = np.quantile(values[:, places], [0.25, 0.5, 0.75], axis=0)
+            low, middle, high = np.quantile(values[:, indices], [0.25, 0.5, 0.75], axis=0)
             axis.fill_between(layers, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
             dashes = "--" if name == "delta_unembed" else "-"
             axis.plot(layers, middle, color=COLOURS[name], marker="o", markersize=3, linestyle=dashes, label=label)
@@ -82,9 +85,9 @@ def _clip(axes: np.ndarray, values: np.ndarray) -> None:
 
 
 def erasure(results: Results) -> Figure:
-    """What each MLP contributes, clean and with the strongest attention layers ablated; and the change."""
+    """Each MLP's contribution, clean and with the strongest attention layers ablated; and the change."""
     table = results.erasure
-    figure = Figure(figsize=(11, 4))
+    figure = blank((11, 4))
     left, right = figure.subplots(1, 2, sharex=True)
     colours = [COLOURS["clean"], COLOURS["ablated"], COLOURS["mlp"], COLOURS["norm"]]
     for ablated, colour in zip(table["ablated"].unique(), colours, strict=False):
@@ -104,21 +107,21 @@ def erasure(results: Results) -> Figure:
     return figure
 
 
-def kinds(every: Sequence[Results]) -> Figure:
-    """Sweeps of different ablation kinds on the same prompts, one line each."""
+def kinds(sweeps: Sequence[Results]) -> Figure:
+    """Sweeps of different ablation kinds on the same prompts, one line per kind."""
     panels = {"direct_effect": "direct effect", "total_effect": "total effect", "compensation": "compensation"}
-    figure, axes = _by_site(every[0], len(panels), 8)
-    for each in every:
-        for column, site in enumerate(every[0].sites):
-            rows = each.summary[each.summary["site"] == site]
+    figure, axes = _by_site(sweeps[0], len(panels), 8)
+    for sweep in sweeps:
+        for column, site in enumerate(sweeps[0].sites):
+            rows = sweep.summary[sweep.summary["site"] == site]
             for row, name in enumerate(panels):
-                band(axes[row, column], rows, name, KIND_COLOURS[each.kind], each.kind)
+                band(axes[row, column], rows, name, KIND_COLOURS[sweep.kind], sweep.kind)
     for row, title in enumerate(panels.values()):
         axes[row, 0].set_ylabel(f"{title} (logits)")
         for axis in axes[row]:
             zero_line(axis)
     axes[0, 0].legend(loc="upper left", fontsize=8)
-    first = every[0]
+    first = sweeps[0]
     figure.suptitle(
         f"The same prompts under each kind of ablation\n{first.protocol['model']['name']}, the"
         f" {first.effects.sizes['prompt']:,} prompts that all sweeps have, mean and 95% interval"

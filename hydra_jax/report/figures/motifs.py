@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from hydra_jax.core import causal
-from hydra_jax.report.figures.style import COLOURS, zero_line
+from hydra_jax.report.figures.style import COLOURS, blank, zero_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MOTIFS = {
     "erasure: f(x, u) = −x": causal.ERASURE,
@@ -17,7 +21,7 @@ MOTIFS = {
 
 def causal_motifs() -> Figure:
     """Direct, total and compensatory effect in each motif, against what x is ablated to (u = 1)."""
-    figure = Figure(figsize=(10, 4.4))
+    figure = blank((10, 4.4))
     axes = figure.subplots(2, 2, height_ratios=(1, 3.2), sharex="row")
     values = np.linspace(-1, 2, 120, dtype=np.float32)  # 1 is not among them: there self-repair has nothing to do
     for column, (title, model) in enumerate(MOTIFS.items()):
@@ -44,9 +48,9 @@ def _graph(axis: Axes, title: str) -> None:
     """The causal graph u -> x -> y, with f between."""
     axis.set(xlim=(-0.3, 3.3), ylim=(-0.6, 1.4), title=title)
     axis.axis("off")
-    places = {"u": (0, 0.4), "x": (1, 0), "f": (2, 0.9), "y": (3, 0)}
-    for name, (x, y) in places.items():
+    positions = {"u": (0, 0.4), "x": (1, 0), "f": (2, 0.9), "y": (3, 0)}
+    for name, (x, y) in positions.items():
         axis.text(x, y, name, ha="center", va="center", bbox={"boxstyle": "circle", "fc": "white", "ec": "0.4"})
     for start, end in (("u", "x"), ("u", "f"), ("x", "f"), ("x", "y"), ("f", "y")):
         arrow = {"arrowstyle": "->", "color": "0.4", "shrinkA": 10, "shrinkB": 10}
-        axis.annotate("", places[end], places[start], arrowprops=arrow)
+        axis.annotate("", positions[end], positions[start], arrowprops=arrow)

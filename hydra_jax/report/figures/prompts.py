@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 import textwrap
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from hydra_jax.analysis.results import Results
 from hydra_jax.analysis.stats import PARTS
 from hydra_jax.core.edits import SITES, WHOLE
-from hydra_jax.report.figures.style import COLOURS, MOST_POINTS, SITE_NAMES, band, zero_line
+from hydra_jax.report.figures.style import COLOURS, MOST_POINTS, SITE_NAMES, band, blank, zero_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PANELS = 36
-"""Layers with a panel of their own at most: evenly spread over a deeper model's."""
+"""The most layers with a panel of their own: of a deeper model, evenly spread ones."""
 
 
 def direct_against_total(results: Results) -> Figure:
     """Every prompt and ablated layer, direct against total effect; below, by layer, R^2 and the share above."""
-    figure = Figure(figsize=(5.5 * len(results.sites), 8.5))
+    figure = blank((5.5 * len(results.sites), 8.5))
     axes = figure.subplots(2, len(results.sites), squeeze=False, height_ratios=(5, 2.4))
     for column, site in enumerate(results.sites):
         axis = axes[0, column]
-        places = results.ablated(site)
-        direct, total = (results.means[name].values[:, places].ravel() for name in ("direct_effect", "total_effect"))
-        layer = np.tile(results.effects["ablated_layer"].values[places], results.effects.sizes["prompt"])
+        indices = results.ablated(site)
+        direct, total = (results.means[name].values[:, indices].ravel() for name in ("direct_effect", "total_effect"))
+        layer = np.tile(results.effects["ablated_layer"].values[indices], results.effects.sizes["prompt"])
         shown = np.random.default_rng(0).permutation(direct.size)[:MOST_POINTS]
         points = axis.scatter(
             direct[shown],
@@ -68,23 +70,25 @@ def direct_against_total(results: Results) -> Figure:
 
 
 def compensation_by_layer(results: Results) -> Figure:
-    """Compensation against direct effect, a small panel a layer, with the regression."""
+    """Compensation against direct effect with the regression, a small panel per layer."""
+    from matplotlib.lines import Line2D
+
     layers = np.unique(results.effects["ablated_layer"].values)
     if len(layers) > PANELS:
         layers = layers[np.linspace(0, len(layers) - 1, PANELS).round().astype(int)]
     columns = min(6, len(layers))
     lines = math.ceil(len(layers) / columns)
-    figure = Figure(figsize=(2.1 * columns + 0.5, 1.9 * lines + 1))
+    figure = blank((2.1 * columns + 0.5, 1.9 * lines + 1))
     axes = figure.subplots(lines, columns, squeeze=False)
     direct = results.means["direct_effect"].values
     compensation = np.sum([results.means[f"{part}compensation"].values for part in PARTS[1:]], axis=0)
     for axis, layer in zip(axes.flat, layers, strict=False):
-        for place in np.flatnonzero(results.effects["ablated_layer"].values == layer):
-            colour = COLOURS[str(results.effects["ablated_site"].values[place])]
-            x, y = direct[:, place], compensation[:, place]
+        for index in np.flatnonzero(results.effects["ablated_layer"].values == layer):
+            colour = COLOURS[str(results.effects["ablated_site"].values[index])]
+            x, y = direct[:, index], compensation[:, index]
             shown = np.random.default_rng(0).permutation(x.size)[: MOST_POINTS // 20]
             axis.scatter(x[shown], y[shown], s=3, alpha=0.35, color=colour, linewidth=0, rasterized=True)
-            row = results.summary.iloc[place]
+            row = results.summary.iloc[index]
             ends = np.array([x.min(), x.max()])
             if not results.by_head and np.isfinite(row["slope"]):
                 axis.plot(ends, row["intercept"] + row["slope"] * ends, color=colour, linewidth=1.2)
@@ -111,9 +115,9 @@ def compensation_by_layer(results: Results) -> Figure:
 def single_prompts(examples: xr.Dataset) -> Figure:
     """Each component's contribution before and after an ablation: replacements faint, their mean strong."""
     count = examples.sizes["example"]
-    figure = Figure(figsize=(11, 1.2 + 3.4 * count))
-    for part, place in zip(np.atleast_1d(np.array(figure.subfigures(count, 1))), range(count), strict=True):
-        _one_prompt(part, examples.isel(example=place), examples.attrs["kind"], legend=place == 0)
+    figure = blank((11, 1.2 + 3.4 * count))
+    for part, index in zip(np.atleast_1d(np.array(figure.subfigures(count, 1))), range(count), strict=True):
+        _one_prompt(part, examples.isel(example=index), examples.attrs["kind"], legend=index == 0)
     return figure
 
 
@@ -135,12 +139,12 @@ def _one_prompt(figure: Figure, example: xr.Dataset, kind: str, legend: bool) ->
     axes[0].set_ylabel("contribution (logits)")
     if legend:
         axes[SITES.index(site)].legend(loc="upper left", fontsize=8)
-    of_head = "" if head == WHOLE else f", head {head},"
+    named_head = "" if head == WHOLE else f", head {head},"
     text = textwrap.fill(f"“{example['text'].item()}”", width=110, max_lines=2)
     drop, direct = float(example["total_effect"].mean()), float(example["direct_effect"].mean())
     figure.suptitle(
         f"{text} → “{example['target_text'].item().strip()}” (p = {example['clean_probability'].item():.2f})\n"
-        f"{kind} ablation of {SITE_NAMES[site]} {layer}{of_head} takes {direct:.2f} logits away directly;"
+        f"{kind} ablation of {SITE_NAMES[site]} {layer}{named_head} takes {direct:.2f} logits away directly;"
         f" in the end the logit {'falls' if drop >= 0 else 'rises'} by {abs(drop):.2f}",
         fontsize=10,
     )

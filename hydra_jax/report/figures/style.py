@@ -1,13 +1,16 @@
-"""What every figure looks like: colours that stay apart for the colour-blind, and the parts figures share."""
+"""The look of every figure: colours that stay apart for the colour-blind, and the parts that figures share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-from matplotlib.axes import Axes
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SITE_NAMES = {"attn": "attention", "mlp": "MLP"}
 COLOURS = {
@@ -24,7 +27,7 @@ COLOURS = {
 KIND_COLOURS = {"resample": "#2b2f36", "mean": "#1f6fb4", "zero": "#c1354a", "noise": "#d9822b"}
 DIVERGING = "RdBu_r"
 MOST_POINTS = 20_000
-"""In a scatter: more are drawn from at random."""
+"""Points in a scatter at most; of more, some are drawn at random."""
 
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -39,13 +42,20 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def blank(size: tuple[float, float]) -> Figure:
+    """Return an empty figure of a size in inches. Matplotlib is imported here, so only where something is drawn."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size)
+
+
 def zero_line(axis: Axes) -> None:
-    """Where nothing changes."""
+    """Draw the line where nothing changes."""
     axis.axhline(0, color="0.7", linewidth=0.8)
 
 
 def band(axis: Axes, rows: pd.DataFrame, name: str, colour: str, label: str | None = None) -> None:
-    """A statistic by layer with its interval."""
+    """Draw a statistic by layer with its interval."""
     if len(rows) == 1:  # a band of one layer has no width
         axis.vlines(rows["layer"], rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.5, linewidth=3)
     axis.fill_between(rows["layer"], rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.2, linewidth=0)
@@ -53,13 +63,13 @@ def band(axis: Axes, rows: pd.DataFrame, name: str, colour: str, label: str | No
 
 
 def reach(values: np.ndarray, share: float = 0.98) -> float:
-    """Where a diverging colour scale ends, so that a few large values do not wash out the rest."""
+    """Return the end of a diverging colour scale, chosen so that a few large values do not wash out the rest."""
     moved = np.abs(values[np.isfinite(values) & (values != 0)])
     return float(np.quantile(moved, share)) if moved.size else 1.0
 
 
 def ticks(axis: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
-    """Names along both axes of a matrix, as many as can be read."""
+    """Put names along both axes of a matrix, as many as can be read."""
     step, stride = max(1, len(rows) // 30), max(1, len(columns) // 30)
     axis.set_yticks(range(0, len(rows), step), rows[::step], fontsize=7)
     axis.set_xticks(range(0, len(columns), stride), columns[::stride], fontsize=7, rotation=90)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import pandas as pd
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
-from hydra_jax.report.figures.style import COLOURS
+from hydra_jax.report.figures.style import COLOURS, blank
 from hydra_jax.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 RECALL = {
     "recall_trained": ("templates of the training text", COLOURS["direct_effect"]),
@@ -19,7 +22,7 @@ def training_curves(config: TrainConfig, metrics: pd.DataFrame) -> Figure:
     """Loss by step, and beside it what is recalled (of text, the loss on what was kept from training)."""
     asked = [name for name in RECALL if name in metrics]
     panels = 2 if asked else 1
-    figure = Figure(figsize=(5 * panels, 3.8))
+    figure = blank((5 * panels, 3.8))
     axes = figure.subplots(1, panels, squeeze=False)[0]
     loss = metrics["loss"].dropna()
     axes[0].plot(loss.index, loss, color=COLOURS["clean"], linewidth=1.2, label="training")
