@@ -33,6 +33,8 @@ HOSTILE = [
 ]
 TEXTS = [*HOSTILE, *(f"the {number} of the in" for number in range(20))]
 BROWSER = shutil.which("chromium")
+PATIENCE = 120
+"""Seconds until a browser that does nothing is given up; a busy machine takes its time."""
 browser_only = pytest.mark.skipif(not BROWSER, reason="no chromium here; install Debian's chromium and chromium-driver")
 
 
@@ -71,26 +73,32 @@ def page(swept):
             driver.get("about:blank")
             driver.get_log("performance")  # what the browser's own first page asked for
             driver.get(f"file://{swept[0] / report.PAGE}")
+            # The script's last definition: the controls work, and every figure has its place.
+            settled(driver, "return document.readyState === 'complete' && typeof again === 'function'")
             yield driver
         finally:
             driver.quit()
 
 
 def settled(driver, script, *arguments):
-    """What a script returns once that is true: figures draw themselves a little later."""
+    """What a script returns once that is true: figures are drawn, and the page is laid out, a little later."""
     from selenium.webdriver.support.wait import WebDriverWait
 
-    return WebDriverWait(driver, 20).until(lambda d: d.execute_script(script, *arguments))
+    wait = WebDriverWait(driver, PATIENCE)
+    return wait.until(lambda d: d.execute_script(script, *arguments), f"not in {PATIENCE} s: {script} {arguments}")
 
 
-def drawn(driver, figure):
-    """The data that a figure shows."""
-    # Figures above grow as they are drawn: scroll again until this one is there.
-    scroll = "document.getElementById(arguments[0]).scrollIntoView();"
-    settled(driver, scroll + "return drawn.has(arguments[0]) && !stale.has(arguments[0])", figure)
-    shown = "document.getElementById('plot-' + arguments[0]).data"
-    read = f"return {shown}.map(t => ({{x: [...t.x], y: [...t.y], name: t.name}}))"
-    return driver.execute_script(read, figure)
+def traces(driver, figure):
+    """The data that a figure shows, once it shows what is chosen."""
+    # Figures above grow as they are drawn: scroll again until this one is there. What is read is read in the same
+    # breath, so that nothing is drawn in between.
+    script = """
+        const [id] = arguments, plot = document.getElementById("plot-" + id);
+        document.getElementById(id).scrollIntoView();
+        if (!drawn.has(id) || stale.has(id) || !plot.querySelector("svg")) return null;
+        return plot.data.map((trace) => ({ x: [...trace.x], y: [...trace.y], name: trace.name }));
+    """
+    return settled(driver, script, figure)
 
 
 def requests(driver):
@@ -107,20 +115,24 @@ def test_every_figure_renders_and_nothing_goes_wrong_or_out(page, swept):
         *("kinds", "heads", "motifs"),
     ]
     for figure in figures:
-        assert drawn(page, figure)
-        assert page.execute_script("return document.querySelectorAll('#plot-' + arguments[0] + ' svg').length", figure)
+        assert traces(page, figure)
     assert [entry for entry in page.get_log("browser") if entry["level"] != "INFO"] == []
-    buttons = page.execute_script("return [...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
+    # Each figure gets its buttons when it has been drawn.
+    buttons = settled(
+        page,
+        "const bars = [...document.querySelectorAll('.plot')].map((p) => [...p.querySelectorAll('.modebar-btn')]);"
+        "return bars.every((bar) => bar.length) && bars.flat().map((button) => button.dataset.title)",
+    )
     assert set(buttons) == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}
     assert requests(page) == [f"file://{swept[0] / report.PAGE}"]
-    assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    settled(page, "return document.documentElement.scrollWidth <= window.innerWidth")
     assert len(page.find_elements("css selector", ".card .verdict")) == 6
 
 
 @browser_only
 def test_prompts_stay_text(page):
     for figure in ("against", "prompt", "regress"):
-        drawn(page, figure)
+        traces(page, figure)
     for prompt in range(len(TEXTS)):
         page.execute_script("update({prompt: arguments[0]})", prompt)
     assert page.execute_script("return window.hacked === undefined")
@@ -139,12 +151,12 @@ def test_a_chosen_component_changes_what_the_figures_show(page, swept):
     for ablated in (0, 3):
         page.execute_script("document.getElementById('ablated').value = arguments[0]", ablated)
         page.execute_script("document.getElementById('ablated').dispatchEvent(new Event('change'))")
-        against = {trace["name"]: trace for trace in drawn(page, "against")}
+        against = {trace["name"]: trace for trace in traces(page, "against")}
         name = swept[1].ablated_names[ablated]
         expected = effects[["direct_effect", "total_effect"]].mean("replacement").isel(ablated=ablated)
         np.testing.assert_allclose(against[name]["x"], expected["direct_effect"], atol=1e-6)
         np.testing.assert_allclose(against[name]["y"], expected["total_effect"], atol=1e-6)
-        one = drawn(page, "prompt")
+        one = traces(page, "prompt")
         prompt = page.execute_script("return state.prompt")
         after = [value for trace in one if trace["name"] == "ablated run" for value in trace["y"]]
         clean = effects["delta_unembed"].values[prompt]
@@ -171,7 +183,7 @@ def test_the_keyboard_reaches_a_component_and_a_prompt(page):
     settled(page, "return document.getElementById('prompt').options.length === 1")
     assert page.execute_script("return data.prompts.text[state.prompt]") == "the 17 of the in"
     assert page.find_element("id", "status").text == f"1 of {len(TEXTS)} prompts"
-    drawn(page, "prompt")
+    traces(page, "prompt")
     assert "the 17 of the in" in page.find_element("id", "note-prompt").text
 
 
@@ -183,10 +195,11 @@ def test_the_page_fits_screens_of_all_widths(page, width):
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
     for figure in ("layers", "matrix", "heads"):
-        drawn(page, figure)
-    assert page.execute_script("return document.documentElement.scrollWidth") <= width
-    paper = page.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert max(int(part) for part in paper[4:-1].split(",")) < 60
+        traces(page, figure)
+    # Figures that were drawn at another width are laid out again.
+    settled(page, "return document.documentElement.scrollWidth <= arguments[0]", width)
+    dark_paper = "return getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).every((part) => part < 60)"
+    settled(page, dark_paper)
 
 
 def test_packed_compensation_comes_back():
