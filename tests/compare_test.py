@@ -105,7 +105,7 @@ class TestRuns:
             compare.read_runs([tmp_path])
 
     def test_that_know_too_little(self, workdirs):
-        with pytest.raises(UserError, match=r"all of the runs answer \d+ of 32 prompts right at step 4, .* wants 20"):
+        with pytest.raises(UserError, match=r"all of the runs answer \d+ of 32 prompts right at step 4, .* needs 20"):
             compare.common_prompts(compare.read_runs(workdirs), 4, 10, False)
 
 

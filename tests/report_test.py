@@ -226,7 +226,7 @@ def test_the_page_of_1209_prompts_is_below_15_megabytes():
         effects["compensation"][:, ablated, ablated + 1 :] = 0.5
     text = report.page(Results(effects, samples=10))
     assert len(text.encode()) < 15_000_000
-    assert "where a model soft-caps its logits (Gemma 2), before it does" in text
+    assert "for models that soft-cap their logits (Gemma 2), before the cap" in text
     assert json.loads(text.partition('id="data">')[2].partition("</script>")[0])["prompts"]["note"] == ""
 
 

@@ -1,1 +1,1 @@
-"""What a sweep says over its prompts: statistics, findings, results; knows no models and draws nothing."""
+"""A sweep summed up over its prompts: statistics, findings, results; knows no models and draws nothing."""

@@ -1,4 +1,4 @@
-"""How statistics are resampled: intervals from draws of prompts, of their replacements and of training seeds."""
+"""Bootstrap: draws of prompts, of their replacements and of training seeds, and intervals from them."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def findings(effects: xr.Dataset, resampled: Resampled, dropout: float | None) -
     judged = []
     for title, claim, criterion, judge in _CLAIMS:
         if effects.sizes["prompt"] < FEWEST:
-            verdict, measured = UNTOLD, f"A verdict wants {FEWEST} prompts or more; here: {sweep.prompts}."
+            verdict, measured = UNTOLD, f"A verdict needs {FEWEST} prompts or more; here: {sweep.prompts}."
         elif not sweep.promoting.size:
             verdict, measured = UNTOLD, "No attention layer was ablated whose direct effect is clearly above zero."
         else:
@@ -84,7 +84,7 @@ class _Sweep:
         self.noun = "heads" if (effects["ablated_head"].values >= 0).any() else "layers"
 
     def name(self, index: int) -> str:
-        """What was ablated at an index along `ablated`."""
+        """The name of what was ablated, by its index along `ablated`."""
         return str(Component.named(*(self.effects[label].values[index] for label in self.labels)))
 
     def statistic(self, name: str, index: int) -> Estimate:
@@ -114,8 +114,8 @@ def _hydra(sweep: _Sweep) -> tuple[str, str]:
     restored = ", ".join(f"{name} {share.text('{:.0%}')}" for name, share in parts.items())
     return verdict, (
         f"Of the {len(indices)} ablated attention {sweep.noun} whose direct effect is clearly above zero, this"
-        f" share of it is restored: {restored}; together {sweep.share('', indices).text('{:.0%}')}. Below zero is made"
-        " worse. Downstream attention clearly repairs"
+        f" share of it is restored: {restored}; together {sweep.share('', indices).text('{:.0%}')}. Below zero, it is"
+        " made worse. Downstream attention clearly repairs"
         f" {', '.join(repaired) or 'none of them'}; it does most after {sweep.name(most)}:"
         f" {largest.text('{:+.2f}')} logits."
     )
@@ -200,7 +200,7 @@ def _without_dropout(repair: list[str], dropout: float | None) -> Finding:
         verdict, measured = UNTOLD, f"This model was trained with dropout ({dropout:g})."
     else:
         verdict = next((v for v in (HOLDS, WEAKLY, PARTLY) if v in repair), UNTOLD)
-        measured = "This model was trained without dropout, so what is repaired in it is repaired without."
+        measured = "This model was trained without dropout, so whatever it repairs it repairs without dropout."
     return Finding(
         "Without dropout",
         "None of this needs a model that was trained with dropout.",
@@ -212,7 +212,7 @@ def _without_dropout(repair: list[str], dropout: float | None) -> Finding:
 
 
 def _sign(estimate: Estimate, above: str) -> str:
-    """A verdict by which side of zero an interval lies on."""
+    """Judge by the side of zero that an interval lies on: `above`, below, or unclear."""
     return above if estimate.low > 0 else FAILS if estimate.high < 0 else UNCLEAR
 
 
@@ -225,7 +225,7 @@ _CLAIMS = (
         "The Hydra effect",
         "Attention layers downstream take over part of an ablated attention layer's work.",
         "the share restored by downstream attention is clearly above zero and a tenth or more (weakly: less than a"
-        " tenth; in part: not of all together, but a twentieth or more of single layers)",
+        " tenth; in part: not for all together, but a twentieth or more for single layers)",
         _hydra,
     ),
     (
@@ -245,7 +245,7 @@ _CLAIMS = (
     (
         "Compensation is close to linear",
         "Compensation grows linearly with the direct effect: R² up to 0.92, slope below one, about 70 % restored.",
-        "in the attention layer of the best fit R² is clearly 0.5 or more and the slope between zero and one",
+        "in the attention layer with the best fit, R² is clearly 0.5 or more and the slope is between zero and one",
         _linear,
     ),
     (

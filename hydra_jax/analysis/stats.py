@@ -1,4 +1,4 @@
-"""What each statistic of a sweep is; `bootstrap` is how it is resampled."""
+"""The statistics of a sweep, each defined; the module `bootstrap` resamples them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PARTS = ("", "attn_", "mlp_", "norm_")
 
 _PAIRS = {part: ("direct_effect", f"{part}compensation") for part in PARTS}
 _PAIRS["total_"] = ("delta_unembed", "total_effect")
-"""What is regressed on what: (x, y), by the prefix of the statistics' names."""
+"""The variables of each regression, of y on x: (x, y), by the prefix of the statistics' names."""
 
 _RESAMPLED = (*variables.EFFECTS, "compensation")
 _ENTERING = (*_RESAMPLED, "delta_unembed")
 
 
 def _rows(means: jax.Array, given: Mapping[str, Any]) -> tuple[Sums, jax.Array]:
-    """What each prompt adds to the sums that every statistic is made of, and whether it is repaired on balance.
+    """Each prompt's terms in the sums that every statistic is made of, and whether it is repaired on balance.
 
     Args:
       means: [P, V * A], means over replacements of the variables of `_RESAMPLED`, less their centres.

@@ -39,7 +39,7 @@ MEASURES = {
     "erasure_change": "its change per direct effect",
     "responding": "components that respond",
 }
-"""What is compared: measures of the ablated layers that matter (see MATTERS), attention and MLPs apart.
+"""The measures, with their titles: of the ablated layers that matter (see MATTERS), attention and MLPs apart.
 
 These layers are chosen once in each model; `layers` is their number. `direct_effect` is their sum; shares are ratios
 of sums over layers of means over prompts; `slope` and `r2` are of the regression of compensation on direct effect

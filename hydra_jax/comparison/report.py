@@ -41,11 +41,11 @@ REPAIRS = {"restored_share": "the restored share", "slope": "the slope"}
 
 SHARES = (*OF_DIRECT, "responding")
 ABOUT = (
-    "Models that differ in dropout and seed alone: the same initial parameters, data and steps. In each, measures are"
-    f" of the ablated layers together whose mean direct effect is at least {MATTERS:.0%} of the largest. Intervals"
-    " (95 %) resample seeds, prompts and replacements, the same in all models. Of few seeds they are too narrow: an arm"
-    " is said to differ only where a paired t-test over seeds says so as well, and of some twenty measures one may by"
-    " chance."
+    "Models that differ in dropout and seed alone: the same initial parameters, data and steps. In each model,"
+    f" measures are taken over all ablated layers whose mean direct effect is at least {MATTERS:.0%} of the largest."
+    " Intervals (95 %) resample seeds, prompts and replacements, the same in all models. With few seeds they are too"
+    " narrow: an arm is said to differ only where a paired t-test over seeds says so as well, and of some twenty"
+    " measures one may differ by chance."
 )
 
 

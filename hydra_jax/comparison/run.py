@@ -183,7 +183,7 @@ def common_prompts(runs: Sequence[TrainedRun], step: int, limit: int, progress: 
     if len(known) < FEWEST:
         raise UserError(
             f"--workdirs: all of the runs answer {len(known)} of {len(prompts)} prompts right at step {step}, a"
-            f" comparison wants {FEWEST}; train longer"
+            f" comparison needs {FEWEST}; train longer"
         )
     order = np.random.default_rng(0).permutation(len(known))[: limit or None]
     return [known[index] for index in sorted(order)]

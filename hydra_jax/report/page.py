@@ -36,10 +36,10 @@ GLOSSARY = {
     "component": "the attention or the MLP of a layer; what it writes is added to the residual stream",
     "delta_unembed": "what a component's write contributes to the target's logit in the clean run",
     "direct effect": "the drop of the logit if the ablated write changed and nothing else did",
-    "total effect": "the drop that there is, with everything downstream responding",
-    "compensation": "by how much a component downstream contributes more once another is ablated; below zero, less",
-    "restored share": "mean compensation (with the final norm's) over mean direct effect; below zero, made worse",
-    "slope, R²": "of the regression of compensation on direct effect over prompts",
+    "total effect": "the actual drop, with everything downstream responding",
+    "compensation": "how much more a component downstream contributes once another is ablated; below zero, less",
+    "restored share": "mean compensation (with the final norm's) over mean direct effect; below zero, the loss grows",
+    "slope, R²": "the slope and the fit of a regression of compensation on direct effect over prompts",
     "responders": "components downstream that move by more than a tenth of the direct effect, median over prompts",
 }
 """The page's words and their meanings."""
@@ -126,7 +126,7 @@ def page(results: Results, kinds: Sequence[Results] = (), heads: Results | None 
 
 
 def _subtitle(results: Results) -> str:
-    """What was ablated in which prompts, and in what effects are measured."""
+    """A sentence on what was ablated in which prompts, and one on the unit of effects."""
     what = "attention heads" if results.by_head else " and ".join(SITE_NAMES[site] for site in results.sites)
     answers = results.protocol["prompts"].get("target") == ANSWER
     target = "the answer" if answers else "the model's most likely next token"
@@ -134,15 +134,16 @@ def _subtitle(results: Results) -> str:
         f"{results.kind} ablation of {what}, one at a time, at the last token of {results.effects.sizes['prompt']:,}"
         f" prompts ({results.protocol['prompts']['source']}), {results.effects.sizes['replacement']} replacements each."
         f" Effects are in logits of {target}, less the mean logit;"
-        " where a model soft-caps its logits (Gemma 2), before it does."
+        " for models that soft-cap their logits (Gemma 2), before the cap."
     )
 
 
 def _about(results: Results) -> str:
-    """Whose claims these are, and what the brackets hold."""
+    """A note on the origin of the claims and on the brackets."""
     return (
-        "The claims are McGrath et al.'s (arXiv 2307.15771) of Chinchilla 7B; another model need not behave alike."
-        f" In brackets 95 % bootstrap intervals over prompts and replacements ({results.samples:,} resamples)."
+        "The claims are those of McGrath et al. (arXiv 2307.15771) about Chinchilla 7B; other models need not behave"
+        " alike. In brackets are 95 % bootstrap intervals over prompts and replacements"
+        f" ({results.samples:,} resamples)."
     )
 
 

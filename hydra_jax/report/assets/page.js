@@ -85,20 +85,20 @@ function line(name, x, y, shade, panel = 0, more = {}) {
 
 function band(x, low, high, shade, panel, group) {
   const id = panel ? panel + 1 : "", known = range(x.length).filter((i) => low[i] !== null && high[i] !== null);
-  [x, low, high] = [x, low, high].map((each) => known.map((i) => each[i]));
+  [x, low, high] = [x, low, high].map((values) => known.map((i) => values[i]));
   return { type: "scatter", mode: "lines", x: [...x, ...[...x].reverse()], y: [...high, ...[...low].reverse()], fill: "toself",
     fillcolor: faded(shade, 0.18), line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: group,
     xaxis: "x" + id, yaxis: "y" + id };
 }
 
-// A statistic by layer with its interval: table columns are arrays, places which rows.
-function statistic(table, places, name, label, shade, panel, more = {}) {
-  const column = (key) => places.map((i) => table[key][i]);
+// A statistic by layer with its interval: table columns are arrays, indices say which rows.
+function statistic(table, indices, name, label, shade, panel, more = {}) {
+  const column = (key) => indices.map((i) => table[key][i]);
   const x = column("layer"), low = column(name + "_low"), high = column(name + "_high");
   return [
     band(x, low, high, shade, panel, label),
     line(label, x, column(name), shade, panel, {
-      customdata: places.map((i, k) => [table.name ? table.name[i] : "", low[k], high[k]]),
+      customdata: indices.map((i, k) => [table.name ? table.name[i] : "", low[k], high[k]]),
       hovertemplate: `%{customdata[0]}<br>${label}: %{y:.3f} (%{customdata[1]:.3f} to %{customdata[2]:.3f})<extra></extra>`,
       ...more }),
   ];
@@ -133,7 +133,7 @@ const figures = {
   },
   against: {
     title: "Direct against total effect", shown: true, on: ["ablated", "prompt"],
-    caption: "A point a prompt. Below the diagonal the loss is repaired downstream, above it is made worse. Faint: other layers" +
+    caption: "One point per prompt. Below the diagonal the loss is repaired downstream, above it is made worse. Faint: other layers" +
       " (some points, drawn at random); strong: the chosen component; the star: the chosen prompt. Click a point to choose it.",
     draw() {
       const points = data.scatter.map((k) => [Math.floor(k / A), k % A]), a = state.ablated;
@@ -170,9 +170,9 @@ const figures = {
     caption: "R² over prompts between what a layer contributes and what its ablation costs, and the share of prompts in which the" +
       " loss is smaller than the direct effect. Bands are 95 % intervals.",
     draw() {
-      const traces = bySite(data.summary).flatMap((places, panel) => [
-        ...statistic(data.summary, places, "total_r2", "R²", "ink", panel, { showlegend: !panel, meta: "ablated", ids: places.map(String) }),
-        ...statistic(data.summary, places, "share_direct_above_total", "share of prompts repaired", "green", panel, { showlegend: !panel }),
+      const traces = bySite(data.summary).flatMap((indices, panel) => [
+        ...statistic(data.summary, indices, "total_r2", "R²", "ink", panel, { showlegend: !panel, meta: "ablated", ids: indices.map(String) }),
+        ...statistic(data.summary, indices, "share_direct_above_total", "share of prompts repaired", "green", panel, { showlegend: !panel }),
       ]);
       return [traces, { ...panels(data.sites.map((s) => siteName[s] + " ablated"), ["layer"], [""], 320), shapes: markers() }];
     },
@@ -189,17 +189,17 @@ const figures = {
       else after[own.component] += change[own.component] - effect("direct_effect", p, a);
       const traces = [];
       ["attn", "mlp"].forEach((site, panel) => {
-        const places = range(C).filter((c) => data.components[c].site === site);
-        const x = places.map((c) => data.components[c].layer), names = places.map((c) => data.components[c].name);
+        const indices = range(C).filter((c) => data.components[c].site === site);
+        const x = indices.map((c) => data.components[c].layer), names = indices.map((c) => data.components[c].name);
         for (const example of data.examples) {
           if (example.prompt !== p || example.ablated !== a) continue;
-          for (const run of example.runs) traces.push(line("replacements", x, places.map((c) => run[c]), "red", panel,
+          for (const run of example.runs) traces.push(line("replacements", x, indices.map((c) => run[c]), "red", panel,
             { mode: "lines", opacity: 0.25, line: { width: 1, color: colour("red") }, hoverinfo: "skip", showlegend: false }));
         }
-        traces.push(line("clean run", x, places.map((c) => clean[c]), "blue", panel, { showlegend: !panel, text: names,
+        traces.push(line("clean run", x, indices.map((c) => clean[c]), "blue", panel, { showlegend: !panel, text: names,
           hovertemplate: "%{text}, clean: %{y:.3f}<extra></extra>" }));
-        traces.push(line("ablated run", x, places.map((c) => after[c]), "red", panel, { showlegend: !panel, text: names,
-          customdata: places.map((c) => change[c]),
+        traces.push(line("ablated run", x, indices.map((c) => after[c]), "red", panel, { showlegend: !panel, text: names,
+          customdata: indices.map((c) => change[c]),
           hovertemplate: "%{text}, ablated: %{y:.3f}<br>compensation %{customdata:+.3f}<extra></extra>" }));
       });
       const value = (name) => effect(name, p, a).toFixed(2);
@@ -212,7 +212,7 @@ const figures = {
   },
   regress: {
     title: "Compensation against direct effect", shown: P > 2, on: ["ablated", "prompt"],
-    caption: "A point a prompt, for the chosen component, with the regression: a slope of 1 would restore everything.",
+    caption: "One point per prompt, for the chosen component, with the regression: a slope of 1 would restore everything.",
     draw() {
       const a = state.ablated, own = range(P);
       const all = (p) => effect("attn_compensation", p, a) + effect("mlp_compensation", p, a) + effect("norm_compensation", p, a);
@@ -269,8 +269,8 @@ const figures = {
         ["norm_", "final norm", "green"]];
       const traces = [], titles = [], sites = bySite(data.summary);
       let panel = 0;
-      for (const what of ["slope", "r2"]) sites.forEach((places, s) => {
-        for (const [part, label, shade] of parts) traces.push(...statistic(data.summary, places, part + what, label, shade, panel, { showlegend: !panel }));
+      for (const what of ["slope", "r2"]) sites.forEach((indices, s) => {
+        for (const [part, label, shade] of parts) traces.push(...statistic(data.summary, indices, part + what, label, shade, panel, { showlegend: !panel }));
         titles.push(`${what === "r2" ? "R²" : "slope"}, ${siteName[data.sites[s]]} ablated`);
         panel++;
       });
@@ -307,10 +307,10 @@ const figures = {
     draw() {
       const table = data.erasure, runs = [...new Set(table.ablated)], shades = ["ink", "red", "orange", "green"], traces = [];
       runs.forEach((run, r) => {
-        const places = range(table.layer.length).filter((i) => table.ablated[i] === run), label = run ? run + " ablated" : "clean run";
-        const of = { ...table, name: table.layer.map((layer) => "MLP " + layer) };
-        traces.push(...statistic(of, places, "delta_unembed", label, shades[r % 4], 0));
-        if (run) traces.push(...statistic(of, places, "change", label, shades[r % 4], 1, { showlegend: false }));
+        const indices = range(table.layer.length).filter((i) => table.ablated[i] === run), label = run ? run + " ablated" : "clean run";
+        const named = { ...table, name: table.layer.map((layer) => "MLP " + layer) };
+        traces.push(...statistic(named, indices, "delta_unembed", label, shades[r % 4], 0));
+        if (run) traces.push(...statistic(named, indices, "change", label, shades[r % 4], 1, { showlegend: false }));
       });
       return [traces, panels(["contribution", "change under ablation"], ["MLP layer"], ["logits"], 360)];
     },
@@ -425,20 +425,20 @@ function update(change) {
 // The prompts whose text, target or relation has every word of the search.
 function list() {
   const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const found = range(P).filter((p) => words.every((word) => data.prompts.search[p].includes(word)));
-  selects.prompt.replaceChildren(...found.map((p) => new Option(`${data.prompts.text[p]} → ${data.prompts.target[p].trim()}`, p)));
-  status.value = words.length ? `${found.length} of ${P} prompts` : data.prompts.note;
-  return found;
+  const matching = range(P).filter((p) => words.every((word) => data.prompts.search[p].includes(word)));
+  selects.prompt.replaceChildren(...matching.map((p) => new Option(`${data.prompts.text[p]} → ${data.prompts.target[p].trim()}`, p)));
+  status.value = words.length ? `${matching.length} of ${P} prompts` : data.prompts.note;
+  return matching;
 }
 
 data.ablated.forEach((a, i) => selects.ablated.add(new Option(a.name, i)));
 data.prompts.search = data.prompts.text.map((t, p) => `${t} ${data.prompts.target[p]} ${data.prompts.relation[p]}`.toLowerCase());
 selects.ablated.addEventListener("change", () => update({ ablated: Number(selects.ablated.value) }));
 selects.prompt.addEventListener("change", () => update({ prompt: Number(selects.prompt.value) }));
-search.addEventListener("input", () => { const found = list(); if (found.length) update({ prompt: found.includes(state.prompt) ? state.prompt : found[0] }); });
+search.addEventListener("input", () => { const matching = list(); if (matching.length) update({ prompt: matching.includes(state.prompt) ? state.prompt : matching[0] }); });
 list();
 
-const place = document.getElementById("figures"), visible = new Set(), stale = new Set();
+const container = document.getElementById("figures"), visible = new Set(), stale = new Set();
 // A figure is drawn when it comes near the screen, and again only when something it shows has changed.
 const watch = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
@@ -466,7 +466,7 @@ for (const [id, figure] of Object.entries(figures)) {
     element.append(note, plot);
     watch.observe(element);
   }
-  place.append(element);
+  container.append(element);
 }
 selects.ablated.value = state.ablated;
 selects.prompt.value = state.prompt;
