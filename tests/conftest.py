@@ -2,9 +2,18 @@
 
 import gc
 import os
+import time
+
+import platformdirs
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Before JAX is imported, and for the commands that tests start.
+os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
+PROGRAMS = platformdirs.user_cache_path("hydra_jax") / "tests"
+"""Compiled programs, shared by test modules, workers and commands, and by the next run of the tests."""
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 
 import jax
 import jaxtyping
@@ -23,6 +32,18 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Compiling takes seconds now and then: no deadline. Derandomised: a red run can be run again.
 settings.register_profile("hydra", deadline=None, derandomize=True, max_examples=20)
 settings.load_profile("hydra")
+
+
+PROGRAM_DAYS = 3
+"""After which a compiled program is removed, so that those of old code do not fill the disk."""
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist: its controller has done it
+        return
+    for path in PROGRAMS.glob("*-cache"):
+        if time.time() - path.stat().st_mtime > PROGRAM_DAYS * 86_400:
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
