@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from tests.helpers import commands, sweeps
+from tests.helpers import sweeps
 from tests.helpers.commands import ROOT, free_port
 
 SCRIPTS = [*ROOT.glob("launch/**/*.sh"), ROOT / ".ci" / "run"]
@@ -19,74 +19,13 @@ MANIFESTS = sorted(ROOT.glob("launch/cluster/*.yaml"))
 SLURM, TPU = (ROOT / "launch" / "cluster" / name for name in ("slurm.sh", "tpu.sh"))
 JOB = "4711"
 ARGUMENTS = ['--prompt=It\'s a "test" of $HOME; and `more`', "--workdir", "runs/a b", ""]
-
-# As SLURM's own: a process that ends badly has the others ended, and the worst status is that of all.
-SRUN = """
-import os, signal, subprocess, sys, time
-options = [a for a in sys.argv[1 : sys.argv.index("bash")]]
-assert {"--kill-on-bad-exit=1", "--wait=0"} <= set(options), options
-count = int(os.environ["TASKS"])
-step = dict(SLURM_STEP_NUM_TASKS=count, SLURM_NTASKS=count, SLURM_STEP_NODELIST="localhost", SLURM_STEP_NUM_NODES=1)
-tasks = [
-    subprocess.Popen(
-        sys.argv[1 + len(options) :],
-        env=os.environ | {k: str(v) for k, v in step.items()} | {"SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)},
-        start_new_session=True,
-    )
-    for k in range(count)
-]
-open(os.environ["FAKES"] + "/tasks", "w").write(" ".join(str(task.pid) for task in tasks))
-while None in [task.poll() for task in tasks]:
-    if any(task.returncode for task in tasks):
-        for task in tasks:
-            if task.poll() is None:
-                os.killpg(task.pid, signal.SIGTERM)
-                task.wait()
-    time.sleep(0.05)
-sys.exit(max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks))
-"""
-SCANCEL = """
-import os, signal, sys
-assert sys.argv[1:] == ["--signal=TERM", os.environ["SLURM_JOB_ID"]], sys.argv
-for pid in open(os.environ["FAKES"] + "/tasks").read().split():
-    os.killpg(int(pid), signal.SIGTERM)
-"""
-SCONTROL = """
-import os, sys
-open(os.environ["FAKES"] + "/asked", "a").write(" ".join(sys.argv[1:]))
-"""
-# Runs what it is to run on the workers here, one by one; workers have numbers in place of machines.
-GCLOUD = """
-import os, subprocess, sys
-options = dict(a.partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
-assert sys.argv[1:6] == ["compute", "tpus", "tpu-vm", "ssh", "pod"] and options["--zone"] == "here"
-workers = range(2) if options["--worker"] == "all" else [0]
-command = ["bash", "-c", options["--command"]]
-sys.exit(max(subprocess.run(command, env=os.environ | {"SLURM_PROCID": str(k)}).returncode for k in workers))
-"""
-# In place of the project's command: notes how it was called, and ends as ENDINGS has it for this process.
-PYTHON = """
-import glob, json, os, signal, sys, time
-if "pip" in sys.argv:
-    sys.exit()
-number = int(os.environ["SLURM_PROCID"])
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-seen = {k: v for k, v in os.environ.items() if k.startswith(("SLURM_", "JAX_"))}
-part = f"{os.environ['FAKES']}/called-{number}.part"
-open(part, "w").write(json.dumps(dict(arguments=sys.argv[1:], variables=seen)))
-os.rename(part, part.removesuffix(".part"))
-deadline = time.monotonic() + 60
-while len(glob.glob(os.environ["FAKES"] + "/called-?")) < int(os.environ["TASKS"]) and time.monotonic() < deadline:
-    time.sleep(0.02)
-ending = os.environ["ENDINGS"].split()[number]
-time.sleep(60 if ending == "waits" else 0)
-sys.exit(int(ending))
-"""
+PROGRAMS = ROOT / "tests" / "programs" / "cluster"
 
 
-def script(path, source):
+def script(path, program):
+    """Make a program of `tests/programs/cluster` one that is run by its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!{sys.executable}\n{source}")
+    path.write_text(f"#!{sys.executable}\n{(PROGRAMS / program).with_suffix('.py').read_text()}")
     path.chmod(0o755)
 
 
@@ -94,12 +33,12 @@ def script(path, source):
 def repository(tmp_path):
     """A directory that the scripts take for the repository, with a stand-in for its Python."""
     root = tmp_path / "repository"
-    script(root / ".venv" / "bin" / "python", PYTHON)
+    script(root / ".venv" / "bin" / "python", "command")
     for name in ("launch", "hydra_jax", "configs", "requirements.txt"):
         (root / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "requirements.txt", root / ".venv" / "installed-requirements.txt")
-    for name, source in dict(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL, gcloud=GCLOUD).items():
-        script(tmp_path / "fakes" / name, source)
+    for name in ("srun", "scancel", "scontrol", "gcloud"):
+        script(tmp_path / "fakes" / name, name)
     return root
 
 
@@ -270,9 +209,7 @@ def test_slurm_says_where_to_start_it(repository, missing):
 
 
 def test_slurm_finds_out_that_nodes_do_not_share_the_directory(repository):
-    srun = repository.parent / "fakes" / "srun"
-    srun.write_text(srun.read_text().replace("count =", "os.rename('run', 'away'); count ="))
-    done = finish(slurm(repository, "0 0"))
+    done = finish(slurm(repository, "0 0", AWAY="run"))
     assert done.returncode == 255
     assert "does not see run of the first node" in done.err
     assert requeued(repository) is None
@@ -280,10 +217,10 @@ def test_slurm_finds_out_that_nodes_do_not_share_the_directory(repository):
 
 def test_a_sweep_is_preempted_requeued_and_ended_under_slurm(repository):
     """By two tasks, both real: ahead of the time limit they drop their chunks, and the next start goes on."""
-    script(repository / ".venv/bin/python", "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+    script(repository / ".venv/bin/python", "real")
     inputs, workdir = sweeps.inputs(repository, 20), repository / "run"
     chunk = f"--config.rows={sweeps.REPLACEMENTS}"  # a prompt each
-    variables = commands.kept(inputs / "compiled") | dict(JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    variables = dict(JAX_PLATFORMS="cpu", XLA_FLAGS="")
 
     def begin():
         return slurm(

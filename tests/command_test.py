@@ -29,8 +29,7 @@ FIGURES = {
 TABLES = {f"{name}.{form}" for name in ("summary", "erasure", "findings") for form in ("csv", "parquet")}
 RESULTS = {"effects.zarr", "examples.zarr", "prompts.csv", "report.html"} | FIGURES | TABLES
 
-FULL_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))"
-INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+FULL_DISK, INTERRUPTIBLE = ["--file-bytes=600"], ["--interruptible"]
 
 WORKDIR = "--workdir={inputs}/{case}/here"
 REFUSED = {
@@ -58,8 +57,8 @@ STOPS = list(STATUSES)
 FULL = ["new/deeper", "there"]
 
 
-def start(inputs, *arguments, prelude=""):
-    """`python -m launch.sweep` on the tiny model; `prelude` is run before it in the same process."""
+def start(inputs, *arguments, disturbed=()):
+    """`python -m launch.sweep` on the tiny model, `disturbed` as by `commands.start`."""
     defaults = [
         f"--config={ROOT}/configs/sweep.py:{inputs}/tiny.gguf",
         f"--config.prompts.path={inputs}/prompts.jsonl",
@@ -69,8 +68,9 @@ def start(inputs, *arguments, prelude=""):
     ]
     if any(argument.startswith("--config=") for argument in arguments):
         defaults = []
-    variables = {} if prelude == FULL_DISK else commands.kept(f"{inputs}/compiled")
-    return commands.start("launch.sweep", *defaults, *arguments, prelude=prelude, **variables)
+    # Where files are cut short, compiled programs are too: not those of other tests.
+    variables = {"JAX_COMPILATION_CACHE_DIR": f"{inputs}/compiled"} if disturbed == FULL_DISK else {}
+    return commands.start("launch.sweep", *defaults, *arguments, disturbed=disturbed, **variables)
 
 
 def sweep(*arguments, **options):
@@ -80,7 +80,7 @@ def sweep(*arguments, **options):
 def sweep_and_stop(inputs, workdir, stop):
     """A sweep stopped after its first chunk, and the same command again; what was finished in between."""
     arguments = [inputs, f"--workdir={workdir}", f"--config.rows={REPLACEMENTS}"]
-    stopped = start(*arguments, prelude=INTERRUPTIBLE)
+    stopped = start(*arguments, disturbed=INTERRUPTIBLE)
     while not finished_chunks(workdir) and stopped.poll() is None:
         time.sleep(0.005)
     stopped.send_signal(stop)
@@ -131,7 +131,7 @@ def runs(inputs, tmp_path_factory):
         for stop in STOPS:
             made[stop] = pool.submit(sweep_and_stop, inputs, workdir / stop.name, stop)
         for place in FULL:
-            made[place] = pool.submit(sweep, inputs, f"--workdir={inputs}/{place}", prelude=FULL_DISK)
+            made[place] = pool.submit(sweep, inputs, f"--workdir={inputs}/{place}", disturbed=FULL_DISK)
         for name, (arguments, _) in REFUSED.items():
             made[name] = pool.submit(sweep, inputs, *(a.format(inputs=inputs, case=name) for a in arguments))
         yield workdir, {name: future.result for name, future in made.items()}
@@ -203,7 +203,7 @@ def test_another_protocol_in_the_same_workdir_is_refused(inputs, finished):
 
 def test_a_disk_that_fills_up_late_keeps_what_is_whole(inputs, finished):
     before = contents(finished)
-    line = complaint(sweep(inputs, f"--workdir={finished}", prelude=FULL_DISK))
+    line = complaint(sweep(inputs, f"--workdir={finished}", disturbed=FULL_DISK))
     assert str(finished) in line
     assert contents(finished) == before
 

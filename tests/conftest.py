@@ -3,17 +3,16 @@
 import gc
 import os
 import time
+from pathlib import Path
 
 import platformdirs
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-# Before JAX is imported, and for the commands that tests start.
-os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-
-PROGRAMS = platformdirs.user_cache_path("hydra_jax") / "tests"
-"""Compiled programs, shared by test modules, workers and commands, and by the next run of the tests."""
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+# Every compiled program is kept, for other test modules, workers, commands, and the next run of the tests.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(platformdirs.user_cache_path("hydra_jax") / "tests"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import jaxtyping
@@ -41,7 +40,7 @@ PROGRAM_DAYS = 3
 def pytest_configure(config):
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist: its controller has done it
         return
-    for path in PROGRAMS.glob("*-cache"):
+    for path in Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache"):
         if time.time() - path.stat().st_mtime > PROGRAM_DAYS * 86_400:
             path.unlink(missing_ok=True)
 

@@ -27,20 +27,33 @@ def test_a_written_checkpoint_is_a_model_of_its_size(tmp_path):
     assert load(str(tmp_path), dtype="bfloat16").config == SHAPE
 
 
-def test_what_a_process_holds_is_seen():
-    command = [sys.executable, "-c", "import time; held = bytearray(b'x') * {}; time.sleep(0.3)"]
-    none, some = (loading.peak_anonymous([*command[:2], command[2].format(n)]) for n in (1, 100_000_000))
-    assert 95e6 < some - none < 110e6
+def program(name, *arguments):
+    return [sys.executable, "-m", f"tests.programs.{name}", *map(str, arguments)]
 
 
-def test_what_went_before_the_end_counts():
-    command = "import time; held = bytearray(b'x') * 100_000_000; time.sleep(0.3); del held; time.sleep(0.1)"
-    assert loading.peak_anonymous([sys.executable, "-c", command]) > 95e6
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_process_holds_is_seen(tmp_path, monkeypatch, kept):
+    """Also what it holds no longer in the end."""
+    polled = loading._anonymous
+
+    def peak(size):
+        ready, measured = (tmp_path / f"{name}-{size}" for name in ("ready", "measured"))
+
+        def anonymous(pid):
+            there, taken = ready.exists(), polled(pid)
+            if there:
+                measured.touch()
+            return taken
+
+        monkeypatch.setattr(loading, "_anonymous", anonymous)
+        return loading.peak_anonymous(program("hold_memory", size, ready, measured, *["--drop"][kept:]))
+
+    assert 95e6 < peak(100_000_000) - peak(1) < 110e6
 
 
 def test_a_process_that_fails_is_reported_in_one_line():
     with pytest.raises(UserError, match=r"ended with 3 \(no room\)$"):
-        loading.peak_anonymous([sys.executable, "-c", "import sys; print('x\\nno room', file=sys.stderr); sys.exit(3)"])
+        loading.peak_anonymous(program("fail", 3, "x", "no room"))
 
 
 def test_checkpoints_are_loaded_one_by_one_and_removed(temporary):

@@ -161,13 +161,15 @@ def test_eight_devices_make_the_store_of_one(inputs, alone, tmp_path, settings):
 @pytest.mark.parametrize("model", [1, 8])
 def test_two_processes_of_four_devices_make_it_too(inputs, alone, tmp_path, model):
     """Each by itself on its own chunks; or both together, where one cannot hold the model."""
-    first, second = sweeps.done(inputs, tmp_path, f"--config.mesh.model={model}", processes=2, devices=4)
-    assert "results in" in first.out
-    assert not [line for line in second.out.splitlines() if not line.startswith("[Gloo]")]
-    assert_same(tmp_path, alone)
+    workdir = tmp_path / "run"
+    sweeps.done(inputs, workdir, f"--config.mesh.model={model}", processes=2, devices=4, said=tmp_path)
+    first, second = ((tmp_path / f"said-{process}").read_text() for process in range(2))
+    assert "results in" in first
+    assert not second
+    assert_same(workdir, alone)
 
 
-FEW_TOKENS = "from hydra_jax.engine import batched, memory; batched.PREFILL_TOKENS = memory.PREFILL_TOKENS = 64"
+FEW_TOKENS = ["--prefill-tokens=64"]
 """At once, so that a tiny model's parameters are more than what is computed."""
 
 
@@ -177,9 +179,9 @@ def test_a_model_that_one_device_cannot_hold_runs_on_eight(inputs, tmp_path):
     (tmp_path / "model").mkdir()
     loading.write_checkpoint(tmp_path / "model", config)
     asked = [f"--config.model={tmp_path}/model", "--config.memory=0.004", "--config.rows=3"]
-    (one,) = map(finish, sweeps.start(inputs, tmp_path / "run", *asked, devices=8, prelude=FEW_TOKENS))
+    (one,) = map(finish, sweeps.start(inputs, tmp_path / "run", *asked, devices=8, disturbed=FEW_TOKENS))
     assert one.returncode == 1
     assert one.err.startswith("error: memory: the model's parameters take 0.00625 GB a device, 0.004 are there")
     assert not (tmp_path / "run").exists()
-    sweeps.done(inputs, tmp_path / "run", *asked, "--config.mesh.model=8", devices=8, prelude=FEW_TOKENS)
+    sweeps.done(inputs, tmp_path / "run", *asked, "--config.mesh.model=8", devices=8, disturbed=FEW_TOKENS)
     assert store.open_effects(tmp_path / "run")["finished"].values.all()

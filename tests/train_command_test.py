@@ -58,7 +58,7 @@ def start(inputs, *arguments, command="launch.train", changes=None):
     arguments = [argument.format(path=inputs, root=ROOT) for argument in arguments]
     first = [argument for argument in arguments if argument.startswith("--config=")]
     rest = [argument for argument in arguments if argument not in first]
-    return commands.start(command, *first, *settings, *rest, **commands.kept(f"{inputs}/compiled"))
+    return commands.start(command, *first, *settings, *rest)
 
 
 def weights_of(path):

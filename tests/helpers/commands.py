@@ -1,4 +1,4 @@
-"""The project's commands, run as processes."""
+"""The project's commands, run as processes: begun by `start`, waited for by `finish`."""
 
 import os
 import socket
@@ -9,15 +9,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def start(module, *arguments, prelude="", devices=1, **variables):
+def start(module, *arguments, disturbed=(), said=None, devices=1, **variables):
     """`python -m MODULE ARGUMENTS`, with CPU devices and variables of the environment.
 
-    `prelude` is code that is run before it in the same process.
+    `disturbed` are options of `tests.programs.disturbed`, which then runs it. `said` is a file for what it prints:
+    its standard output has what threads of C++ write there as well, one in the middle of another's line.
     """
-    code = f"{prelude}; import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    disturbed = [*disturbed, f"--said={said}"] if said else disturbed
+    command = ["tests.programs.disturbed", *disturbed, "--", module] if disturbed else [module]
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | variables
     return subprocess.Popen(
-        [sys.executable, *(["-c", code] if prelude else ["-m", module]), *arguments],
+        [sys.executable, "-m", *command, *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -32,12 +34,13 @@ def finish(process):
     return process
 
 
+_reserved = []
+
+
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def kept(directory):
-    """Variables that have every compiled program kept in a directory, for commands that are run again and again."""
-    return dict(JAX_COMPILATION_CACHE_DIR=str(directory), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    """A port of this machine that nothing else is given: the socket stays, and gRPC's servers bind beside it."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(("127.0.0.1", 0))
+    _reserved.append(reserved)
+    return reserved.getsockname()[1]

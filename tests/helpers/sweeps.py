@@ -27,14 +27,18 @@ def settings(inputs, workdir):
     ]
 
 
-def start(inputs, workdir, *arguments, processes=1, devices=1, prelude=""):
-    """The sweep, begun: its processes. Every compiled program is kept for the next."""
+def start(inputs, workdir, *arguments, processes=1, devices=1, disturbed=(), said=None):
+    """The sweep, begun: its processes. Process N prints into the file `said-N` of a directory `said`."""
     where = [[]]
     if processes > 1:
         shared = f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"
         where = [[*shared, f"--process={number}"] for number in range(processes)]
-    every, kept = [*settings(inputs, workdir), *arguments], commands.kept(inputs / "compiled")
-    return [commands.start("launch.sweep", *every, *each, devices=devices, prelude=prelude, **kept) for each in where]
+    every = [*settings(inputs, workdir), *arguments]
+    files = [said and said / f"said-{number}" for number in range(processes)]
+    return [
+        commands.start("launch.sweep", *every, *own, devices=devices, disturbed=disturbed, said=file)
+        for own, file in zip(where, files, strict=True)
+    ]
 
 
 def done(inputs, workdir, *arguments, **options):

@@ -1,0 +1,1 @@
+"""Programs that tests start: `python -m tests.programs.NAME`, and the stand-ins for cluster tools in cluster/."""
