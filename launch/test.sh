@@ -16,7 +16,7 @@ for argument in "$@"; do
     --parity) requirements+=(tests/parity/requirements.txt) ;;
     --fast)
       fetch=no
-      arguments+=(-m "not slow and not network")
+      arguments+=(-m "not slow and not network" --ignore=tests/parity)
       ;;
     *) arguments+=("$argument") ;;
   esac

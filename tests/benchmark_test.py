@@ -65,6 +65,7 @@ def test_a_measurement_is_whole():
     assert "bound by" in str(measured.roofline)
 
 
+@pytest.mark.slow
 def test_a_whole_sweep_is_measured_by_the_code_that_sweeps():
     swept = sweep.measure(toys.params(), prompts=6, length=5, ablation=AblationConfig(replacements=3), rows=9)
     assert (swept.prompts, swept.at_once, swept.interventions) == (6, 3, 6 * 3 * 8)
@@ -73,7 +74,7 @@ def test_a_whole_sweep_is_measured_by_the_code_that_sweeps():
     assert "of bare products" in str(swept)
 
 
-@pytest.mark.parametrize(("devices", "model"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize(("devices", "model"), [pytest.param(1, 1, marks=pytest.mark.slow), (4, 2)])
 def test_devices_are_measured_with_what_passes_between_them(devices, model):
     found = scaling.measure(toys.params(), devices, model, prompts=5, length=6, draws=3, step=3)
     assert found.prompts == -(-5 // (devices // model)) * (devices // model)
@@ -82,6 +83,7 @@ def test_devices_are_measured_with_what_passes_between_them(devices, model):
     assert found.parameter_bytes <= sum(leaf.nbytes for leaf in jax.tree.leaves(toys.params())) / model * 1.2
 
 
+@pytest.mark.slow
 def test_the_commands_measure_a_shape_that_is_a_config_alone(tmp_path):
     described = checkpoints.hugging_face_directory(tmp_path / "tiny") / "config.json"
     asked = [f"--shape={described}", "--config.lengths=(6,)", "--config.rows=6", "--config.draws=3"]

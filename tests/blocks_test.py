@@ -13,12 +13,13 @@ from hydra_jax.core.prefill import prefill
 from hydra_jax.core.replay import direct_edges, replay
 from hydra_jax.models.transformer import Edits, embed, forward, head_delta, head_share, unembed
 from tests.helpers import models as toys
+from tests.helpers.speed import few
 
 jit_forward, jit_prefill, jit_replay, jit_edges = (jax.jit(f) for f in (forward, prefill, replay, direct_edges))
 TOKENS = toys.tokens(9)
 LAST = toys.config().layers - 1
 
-pytestmark = pytest.mark.parametrize("block", toys.BLOCKS)
+pytestmark = pytest.mark.parametrize("block", few(toys.BLOCKS, "pythia", "gemma 2"))
 
 
 def clean_run(params):

@@ -215,6 +215,7 @@ def test_slurm_finds_out_that_nodes_do_not_share_the_directory(repository):
     assert requeued(repository) is None
 
 
+@pytest.mark.slow
 def test_a_sweep_is_preempted_requeued_and_ended_under_slurm(repository):
     """By two tasks, both real: ahead of the time limit they drop their chunks, and the next start goes on."""
     script(repository / ".venv/bin/python", "real")

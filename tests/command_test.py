@@ -151,6 +151,7 @@ def finished(good, tmp_path):
     return shutil.copytree(good, tmp_path / "workdir")
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_its_results_and_nothing_else(good):
     assert {path.name for path in good.iterdir()} == RESULTS
     effects = store.open_effects(good)
@@ -164,6 +165,7 @@ def test_a_sweep_leaves_its_results_and_nothing_else(good):
     assert len(set(examples["prompt_id"].values)) == 4
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_is_not_computed_again(inputs, finished):
     before = contents(finished)
     process = sweep(inputs, f"--workdir={finished}")
@@ -173,6 +175,7 @@ def test_a_finished_sweep_is_not_computed_again(inputs, finished):
     assert {p for p in after if after[p] != before[p]} <= {finished / name for name in FIGURES | TABLES}
 
 
+@pytest.mark.slow
 def test_one_prompt_is_swept_by_itself(inputs, tmp_path):
     text = "The Eiffel Tower is located in the city of"
     process = sweep(inputs, f"--prompt={text}", f"--workdir={tmp_path}")
@@ -193,6 +196,7 @@ def test_one_prompt_is_swept_by_itself(inputs, tmp_path):
     assert text in (tmp_path / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_another_protocol_in_the_same_workdir_is_refused(inputs, finished):
     before = contents(finished)
     line = complaint(sweep(inputs, f"--workdir={finished}", "--config.ablation.kind=mean"))
@@ -201,6 +205,7 @@ def test_another_protocol_in_the_same_workdir_is_refused(inputs, finished):
     assert contents(finished) == before
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_late_keeps_what_is_whole(inputs, finished):
     before = contents(finished)
     line = complaint(sweep(inputs, f"--workdir={finished}", disturbed=FULL_DISK))
@@ -208,6 +213,7 @@ def test_a_disk_that_fills_up_late_keeps_what_is_whole(inputs, finished):
     assert contents(finished) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_stopped_sweep_goes_on_to_the_same_results(runs, good, stop):
     workdir, result = runs
@@ -226,6 +232,7 @@ def test_a_stopped_sweep_goes_on_to_the_same_results(runs, good, stop):
         np.testing.assert_allclose(effects[name], expected[name], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", FULL)
 def test_a_full_disk_leaves_nothing_half_written(runs, inputs, place):
     assert f"{inputs}/{place}" in complaint(runs[1][place]())
@@ -233,6 +240,7 @@ def test_a_full_disk_leaves_nothing_half_written(runs, inputs, place):
     assert list((inputs / "there").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_done_is_refused_in_one_line(inputs, runs, case):
     assert REFUSED[case][1].format(inputs=inputs) in complaint(runs[1][case]())
@@ -286,6 +294,7 @@ def test_a_directory_is_worked_in_by_one_run_alone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_damaged_chunk_is_computed_again(inputs, tmp_path):
     arguments = [inputs, f"--workdir={tmp_path}/run", f"--config.rows={4 * REPLACEMENTS}"]
     assert sweep(*arguments).returncode == 0

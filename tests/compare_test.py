@@ -104,6 +104,7 @@ class TestRuns:
         with pytest.raises(UserError, match=r"train\.json: is not there"):
             compare.read_runs([tmp_path])
 
+    @pytest.mark.slow
     def test_that_know_too_little(self, workdirs):
         with pytest.raises(UserError, match=r"all of the runs answer \d+ of 32 prompts right at step 4, .* needs 20"):
             compare.common_prompts(compare.read_runs(workdirs), 4, 10, False)
@@ -115,6 +116,7 @@ def checkpoint_like(path):
     return initial(CONFIG, workdir.read_run(path)[1]["vocab_size"]).weights
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known")
 def test_a_comparison(workdirs, tmp_path):
     runs = compare.read_runs(workdirs)

@@ -86,6 +86,7 @@ def test_what_each_kind_needs():
     }
 
 
+@pytest.mark.slow
 @given(ids, st.randoms(), st.integers(0, 3))
 def test_sources_follow_the_id_and_not_the_order(ids, random, seed):
     other = ids.copy()

@@ -19,6 +19,7 @@ def model(tmp_path_factory):
     return hydra_jax.load(str(checkpoints.gguf_file(tmp_path_factory.mktemp("model") / "tiny.gguf")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sites", ["attn,mlp", "mlp", "heads"])
 def test_every_figure_is_drawn_whatever_the_text(model, tmp_path, sites):
     results = Results(hydra_jax.sweep(model, TEXTS, replacements=2, sites=sites), samples=5)
@@ -34,6 +35,7 @@ def test_every_figure_is_drawn_whatever_the_text(model, tmp_path, sites):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_one_prompt_has_no_regression(model, tmp_path):
     results = Results(hydra_jax.sweep(model, TEXTS[:1], kind="zero"), samples=5)
     drawn = figures.figures_of(results)
@@ -41,6 +43,7 @@ def test_one_prompt_has_no_regression(model, tmp_path):
     figures.draw(tmp_path, results)
 
 
+@pytest.mark.slow
 def test_kinds_and_heads_stand_beside_a_sweep(model, tmp_path):
     every = [
         Results(hydra_jax.sweep(model, TEXTS, kind=kind, sites=sites), samples=5)

@@ -64,10 +64,12 @@ def test_dropout_is_judged_only_where_it_is_known(random):
     assert [verdicts(effects, dropout)[5] for dropout in (0.0, 0.1, None)] == [HOLDS, UNTOLD, UNTOLD]
 
 
+@pytest.mark.slow
 def test_few_prompts_get_no_verdict(random):
     assert verdicts(sweep(random, 0.7, prompts=5))[:5] == [UNTOLD] * 5
 
 
+@pytest.mark.slow
 def test_nothing_is_said_where_no_attention_was_ablated(random):
     effects = sweep(random, 0.7)
     assert verdicts(effects.isel(ablated=slice(1, None, 2)))[:5] == [UNTOLD] * 5

@@ -318,9 +318,17 @@ KINDS = {
     "half": half_input,
 }
 CASES = list(itertools.islice(((kind, number) for number in itertools.count() for kind in KINDS), INPUTS))
+FAST = 3
+"""Inputs of a kind that are tried while one works."""
 
 
-@pytest.mark.parametrize(("kind", "number"), CASES, ids=[f"{kind}-{number}-" for kind, number in CASES])
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case[1] >= FAST else (), id="{}-{}-".format(*case))
+        for case in CASES
+    ],
+)
 def test_an_input_gives_the_right_result_or_one_line(inputs, tmp_path, kind, number):
     if number % PROGRAMS == PROGRAMS - 1:
         jax.clear_caches()

@@ -12,6 +12,7 @@ from hydra_jax.store import effects as store
 from tests.helpers import sweeps
 from tests.helpers.commands import finish
 
+pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("HYDRA_JAX_KILLS", "2"))
 PROMPTS = 20 if KILLS < 10 else 120  # of many kills, some are to come between chunks
 

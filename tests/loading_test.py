@@ -56,6 +56,7 @@ def test_a_process_that_fails_is_reported_in_one_line():
         loading.peak_anonymous(program("fail", 3, "x", "no room"))
 
 
+@pytest.mark.slow
 def test_checkpoints_are_loaded_one_by_one_and_removed(temporary):
     rows = list(loading.measure(SHAPE, (1, 2)))
     assert [row.layers for row in rows] == [1, 2]

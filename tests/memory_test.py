@@ -10,6 +10,7 @@ from hydra_jax.engine import memory, mesh
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import layout
 from tests.helpers import models as toys
+from tests.helpers.speed import few
 
 SHAPE = toys.config(width=256, heads=8, kv_heads=4, head_dim=32, mlp_width=1024, vocab_size=4000, layers=6)
 
@@ -18,8 +19,8 @@ def sizer(free, rows=0, data=4, config=SHAPE):
     return memory.BatchSizer(config, mesh.make(MeshConfig(data)), 3, False, rows, free)
 
 
-@pytest.mark.parametrize("length", [8, 64])
-@pytest.mark.parametrize("prompts", [8, 64])
+@pytest.mark.parametrize("length", few([8, 64], 64))
+@pytest.mark.parametrize("prompts", few([8, 64], 8))
 def test_what_is_planned_with_is_what_the_compiled_programs_take(prompts, length):
     """Temporaries, arguments and results of both programs on one device, besides the parameters."""
     of = jax.ShapeDtypeStruct

@@ -20,6 +20,7 @@ from hydra_jax.store import variables
 from tests.helpers import models as toys
 from tests.helpers import sweeps
 from tests.helpers.commands import finish
+from tests.helpers.speed import few
 
 PROMPTS = 22
 SHAPES = {"data 4": (0, 1), "data 2, model 2": (2, 2), "model 4": (1, 4)}
@@ -52,7 +53,16 @@ def ablated(params):
 
 @pytest.mark.parametrize(
     ("block", "shape"),
-    [*((block, "data 2, model 2") for block in toys.BLOCKS), ("llama 3", "data 4"), ("pythia", "model 4")],
+    [
+        *(
+            pytest.param(block, "data 2, model 2", marks=pytest.mark.slow)
+            for block in toys.BLOCKS
+            if block != "gemma 2"
+        ),
+        ("gemma 2", "data 2, model 2"),
+        pytest.param("llama 3", "data 4", marks=pytest.mark.slow),
+        pytest.param("pythia", "model 4", marks=pytest.mark.slow),
+    ],
 )
 def test_every_family_is_ablated_alike_on_every_mesh(block, shape):
     expected = ablated(toys.block(block))
@@ -72,7 +82,7 @@ def test_parameters_of_a_device_fall_as_the_model_is_shared():
         assert held[0] == mesh.bytes_a_device(params.config, model)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", few(SHAPES, "data 2, model 2"))
 def test_nothing_passes_between_devices_that_take_other_prompts(shape):
     """In the compiled programs: on the model axis two sums a layer, on the data axis nothing."""
     params = laid("mistral", *SHAPES[shape])
@@ -145,6 +155,7 @@ def assert_same(workdir, expected):
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -158,6 +169,7 @@ def test_eight_devices_make_the_store_of_one(inputs, alone, tmp_path, settings):
     assert_same(tmp_path, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [1, 8])
 def test_two_processes_of_four_devices_make_it_too(inputs, alone, tmp_path, model):
     """Each by itself on its own chunks; or both together, where one cannot hold the model."""
@@ -173,6 +185,7 @@ FEW_TOKENS = ["--prefill-tokens=64"]
 """At once, so that a tiny model's parameters are more than what is computed."""
 
 
+@pytest.mark.slow
 def test_a_model_that_one_device_cannot_hold_runs_on_eight(inputs, tmp_path):
     """Of 6.3 MB of parameters, where each device may use 4 MB."""
     config = ModelConfig(2000, 128, 4, 8, 8, 16, 512, 64)

@@ -34,6 +34,7 @@ def start(*arguments, **options):
     return commands.start("launch.train", *settings, *arguments, devices=2, **options)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_model_of_one(tmp_path):
     """Two processes of two devices each, against one of four; and one process goes on from what two have saved."""
     both, alone = tmp_path / "both", tmp_path / "alone"

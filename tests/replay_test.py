@@ -11,6 +11,7 @@ from hydra_jax.core.prefill import MOST_LIKELY, prefill
 from hydra_jax.core.replay import direct_edges, replay
 from hydra_jax.models.transformer import Edits, forward, head_share
 from tests.helpers import models as toys
+from tests.helpers.speed import few
 
 jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.jit(replay)
 lengths = st.sampled_from([1, 2, 5, 9])
@@ -93,6 +94,7 @@ def test_the_last_layer_has_no_downstream_attention():
     assert of["mlp"].attn_compensation == of["mlp"].mlp_compensation == 0
 
 
+@pytest.mark.slow
 @given(seeds, lengths, st.sampled_from([1, 4]))
 def test_padding_changes_nothing(seed, length, padding):
     params, tokens = toys.params(seed), toys.tokens(length, seed)
@@ -105,6 +107,7 @@ def test_padding_changes_nothing(seed, length, padding):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *found)
 
 
+@pytest.mark.slow
 def test_batching_over_prompts_and_edits_changes_nothing():
     params = toys.params()
     tokens = jnp.stack([toys.tokens(10, seed) for seed in range(3)])
@@ -124,7 +127,7 @@ def test_batching_over_prompts_and_edits_changes_nothing():
             )
 
 
-@pytest.mark.parametrize("over", ["prompts", "all", "cache"])
+@pytest.mark.parametrize("over", few(["prompts", "all", "cache"], "all"))
 def test_vmap_of_what_does_not_share_a_cache_is_right_too(over):
     """The cached attention's own batching rule covers one case; these are the others."""
     params = toys.params()
@@ -162,6 +165,7 @@ def test_a_given_target_is_the_one_that_is_read():
         np.testing.assert_allclose(clean.lens(clean.resid_post[-1]), clean.centred_logit, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_keep_the_identity():
     params = toys.params(dtype="bfloat16")
     clean = jit_prefill(params, toys.tokens(8), 8)

@@ -108,6 +108,7 @@ def requests(driver):
 
 
 @browser_only
+@pytest.mark.slow
 def test_every_figure_renders_and_nothing_goes_wrong_or_out(page, swept):
     figures = page.execute_script("return [...document.querySelectorAll('figure')].map(f => f.id)")
     assert figures == [
@@ -130,6 +131,7 @@ def test_every_figure_renders_and_nothing_goes_wrong_or_out(page, swept):
 
 
 @browser_only
+@pytest.mark.slow
 def test_prompts_stay_text(page):
     for figure in ("against", "prompt", "regress"):
         traces(page, figure)
@@ -146,6 +148,7 @@ def test_prompts_stay_text(page):
 
 
 @browser_only
+@pytest.mark.slow
 def test_a_chosen_component_changes_what_the_figures_show(page, swept):
     effects = swept[1].effects
     for ablated in (0, 3):
@@ -166,6 +169,7 @@ def test_a_chosen_component_changes_what_the_figures_show(page, swept):
 
 
 @browser_only
+@pytest.mark.slow
 def test_the_keyboard_reaches_a_component_and_a_prompt(page):
     from selenium.webdriver import ActionChains, Keys
 
@@ -188,6 +192,7 @@ def test_the_keyboard_reaches_a_component_and_a_prompt(page):
 
 
 @browser_only
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1400])
 def test_the_page_fits_screens_of_all_widths(page, width):
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -241,6 +246,7 @@ def test_of_more_prompts_than_fit_some_are_drawn(monkeypatch):
     assert f"of {30} prompts" in tree["prompts"]["note"]
 
 
+@pytest.mark.slow
 def test_tables_are_the_same_as_csv_and_parquet(swept):
     for name in ("summary", "erasure", "findings"):
         text = pd.read_csv(swept[0] / f"{name}.csv", keep_default_na=name == "summary")
@@ -326,6 +332,7 @@ def test_a_store_that_cannot_be_reported_on_is_refused_in_one_line(stored, how):
     assert str(stored) in str(raised.value)
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_or_one_line(stored):
     def run(*arguments):
         command = [sys.executable, "-m", "launch.report", f"--workdir={stored}", "--bootstrap=10", *arguments]

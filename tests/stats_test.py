@@ -31,6 +31,7 @@ def test_statistics_have_their_closed_forms(random):
     assert table[["layer", "site"]].to_numpy().tolist() == [[0, "attn"], [0, "mlp"], [1, "attn"], [1, "mlp"]]
 
 
+@pytest.mark.slow
 def test_intervals_of_a_mean_are_as_wide_as_theory_says(random):
     direct = random.normal(0, 2, (400, 2, 1)).astype(np.float32)
     table = summary(synthetic.effects(direct, np.zeros_like(direct)), samples=2000)
@@ -41,6 +42,7 @@ def test_intervals_of_a_mean_are_as_wide_as_theory_says(random):
     assert (table["direct_effect"] < table["direct_effect_high"]).all()
 
 
+@pytest.mark.slow
 def test_intervals_know_of_the_replacements(random):
     """Prompts all alike: what is uncertain comes from their replacements alone."""
     one = random.normal(0, 1, 5).astype(np.float32)
@@ -66,6 +68,7 @@ def test_intervals_equal_a_plain_bootstrap(random):
     np.testing.assert_allclose(table["restored_share_high"], high, atol=0.03)
 
 
+@pytest.mark.slow
 def test_nothing_is_restored_where_nothing_was_taken(random):
     direct = random.normal(0, 1, (40, 2, 3)).astype(np.float32)
     direct[:, 1] += 5
@@ -74,6 +77,7 @@ def test_nothing_is_restored_where_nothing_was_taken(random):
     assert table["restored_share_low"].isna().tolist() == [True, False]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_intervals_again(random):
     direct = random.normal(1, 1, (20, 2, 3)).astype(np.float32)
     effects = synthetic.effects(direct, direct / 2)
@@ -82,6 +86,7 @@ def test_a_seed_gives_the_same_intervals_again(random):
     assert not np.allclose(first["direct_effect_low"], other["direct_effect_low"])
 
 
+@pytest.mark.slow
 def test_regressions_equal_scipys(random):
     direct = random.normal(1, 2, (80, 2, 3)).astype(np.float32)
     noise = random.normal(0, 1, direct.shape).astype(np.float32)
@@ -137,6 +142,7 @@ def test_planted_slopes_fits_and_coupling_are_recovered(random):
         assert (truth < table[f"{name}_high"]).all()
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_as_often_as_they_say(random):
     times, prompts, draws, slope, noise, inner = 400, 120, 3, 0.6, 0.5, 0.3
     spread = 1 + inner**2 / draws

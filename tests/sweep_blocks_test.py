@@ -11,6 +11,7 @@ from tests.helpers import models as toys
 PROMPTS = [f"the {number} in the" for number in (7, 12, 385, 4096)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", ["gpt-2", "pythia", "gemma 2", "olmo 2"])
 @pytest.mark.parametrize("sites", ["attn,mlp", "heads"])
 def test_a_sweep_of_every_kind_of_block(block, sites):

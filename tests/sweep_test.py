@@ -24,6 +24,7 @@ from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.text.tokenizer import encode
 from tests.helpers import checkpoints
+from tests.helpers.speed import few
 
 ZERO = AblationConfig(kind="zero")
 TEXTS = ["the", "in the of", "the the in of the", "a b c d e f", "of in", "the of the", "12345 in the", "x"]
@@ -49,7 +50,7 @@ def assert_same(left: xr.Dataset, right: xr.Dataset):
         np.testing.assert_allclose(left[name], right[name], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", few(Kind, Kind.RESAMPLE))
 def test_order_and_chunking_change_nothing(model, kind):
     first = hydra_jax.sweep(model, TEXTS, kind=kind, replacements=3)
     second = hydra_jax.sweep(model, TEXTS[::-1], kind=kind, replacements=3, rows=6)
@@ -161,6 +162,7 @@ def test_ablate_is_one_entry_of_a_sweep(model):
     assert list(one["site"].values) == ["attn", "mlp"] * 2
 
 
+@pytest.mark.slow
 def test_a_resampled_write_is_the_sources_own(model):
     effects = hydra_jax.sweep(model, TEXTS, replacements=2, sites="mlp", layers="1")
     ids = effects["prompt_id"].values
@@ -172,6 +174,7 @@ def test_a_resampled_write_is_the_sources_own(model):
             np.testing.assert_allclose(one["total_effect"].values[0], swept, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", Kind)
 def test_heads_are_swept_like_writes(model, kind):
     effects = hydra_jax.sweep(model, TEXTS, kind=kind, replacements=2, sites="heads")
@@ -191,6 +194,7 @@ def test_heads_are_swept_like_writes(model, kind):
     np.testing.assert_allclose(one["total_effect"], swept["total_effect"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_noise_follows_the_seed(model):
     first, again, other = (hydra_jax.sweep(model, TEXTS, kind="noise", replacements=2, seed=s) for s in (0, 0, 1))
     np.testing.assert_array_equal(first["total_effect"], again["total_effect"])
@@ -199,6 +203,7 @@ def test_noise_follows_the_seed(model):
     assert not np.allclose(drawn[..., 0], drawn[..., 1])
 
 
+@pytest.mark.slow
 def test_chosen_components_are_the_ones_ablated(model):
     effects = hydra_jax.sweep(model, TEXTS, kind="zero", sites="mlp", layers="1")
     assert effects["ablated_layer"].values.tolist() == [1]
@@ -212,6 +217,7 @@ def chosen(model, prompts, **wanted):
     return [item.prompt.id for item in kept], [item.prompt.id for item in examined]
 
 
+@pytest.mark.slow
 def test_a_limit_picks_the_same_prompts_in_any_order(model):
     prompts = [Prompt(str(number), text) for number, text in enumerate(TEXTS)]
     kept, _ = chosen(model, prompts, correct_only=False, limit=3)
@@ -234,6 +240,7 @@ def test_correct_only_keeps_what_the_model_answers_right(model):
     assert {item.prompt.id for item in examined} == set(TEXTS) == set(says)
 
 
+@pytest.mark.slow
 def test_the_real_model_knows_where_the_eiffel_tower_is(smollm2):
     text = "The Eiffel Tower is located in the city of"
     assert encode(smollm2.tokenizer, text) == [504, 414, 46682, 18669, 314, 3807, 281, 260, 2240, 282]
@@ -242,6 +249,7 @@ def test_the_real_model_knows_where_the_eiffel_tower_is(smollm2):
     assert round(effects.attrs["clean_probability"], 2) == 0.70
 
 
+@pytest.mark.slow
 def test_the_real_model_repairs_itself(smollm2):
     # The Hydra effect where it is strongest: of what ablated late attention wrote, much comes back.
     effects = hydra_jax.sweep(smollm2, correct_only=True, limit=24, sites="attn", layers="27-29", replacements=8)
@@ -301,6 +309,7 @@ def test_a_token_without_a_row_is_refused_where_a_prompt_has_it(tmp_path):
         plan.itemise(model, [Prompt("1", "the of"), Prompt("2", "the <image> of")])
 
 
+@pytest.mark.slow
 def test_a_sweep_in_the_stored_type_says_which_it_was(tmp_path):
     path = checkpoints.hugging_face_directory(tmp_path / "tiny", torch_dtype="bfloat16")
     prompts = checkpoints.json_lines(tmp_path / "p.jsonl", [{"prompt": text} for text in TEXTS[:3]])

@@ -14,6 +14,7 @@ from hydra_jax.training.step import initial
 from hydra_jax.weights import checkpoints as trained_weights
 from tests.helpers import checkpoints, commands
 from tests.helpers.commands import ROOT, finish
+from tests.helpers.speed import few
 
 KILLS = int(os.environ.get("HYDRA_JAX_KILLS", "4"))
 """Random moments at which a run is killed; a start of the command takes seconds."""
@@ -85,7 +86,7 @@ def assert_same(path, other):
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", few(REFUSED, "setting unknown"))
 def test_refused_in_one_line(inputs, case):
     arguments, named = REFUSED[case]
     process = finish(start(inputs, *arguments))
@@ -97,6 +98,7 @@ def test_refused_in_one_line(inputs, case):
     assert not (inputs / "here").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_and_gone_on_with(inputs, undisturbed, number, status):
     path = inputs / f"stopped-{status}"
@@ -114,6 +116,7 @@ def test_stopped_and_gone_on_with(inputs, undisturbed, number, status):
     assert_same(path, undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(inputs, undisturbed):
     path, moments = inputs / "killed", random.Random(0)
     for kill in range(KILLS):
@@ -129,6 +132,7 @@ def test_killed_at_random_moments(inputs, undisturbed):
     assert not list((path / trained_weights.NAME).glob("*tmp*"))
 
 
+@pytest.mark.slow
 def test_compare_refuses_in_one_line(inputs, undisturbed):
     checkpoints.text_file(inputs / "no_run", "")
     for arguments, named in (
@@ -144,6 +148,7 @@ def test_compare_refuses_in_one_line(inputs, undisturbed):
         assert not (inputs / "here").exists()
 
 
+@pytest.mark.slow
 def test_small_trains_on_a_cpu(inputs):
     # Its model and types; fewer people and sequences, so that 20 steps take seconds.
     path = inputs / "small"

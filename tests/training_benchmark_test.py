@@ -1,3 +1,5 @@
+import pytest
+
 from hydra_jax.benchmarks import training
 from tests.helpers import training as training_toys
 
@@ -9,6 +11,7 @@ def test_arithmetic_of_a_step():
     assert training.step_flops(decoder, 16) == 6 * 16 * (3 * (4 * 16 + 3 * 24 + 2 * 4 * 8) + 40)
 
 
+@pytest.mark.slow
 def test_a_measurement():
     config = training_toys.config(dropout=dict(attn=0.1), accumulate=2)
     found = training.measure(config, turns=1)

@@ -17,6 +17,7 @@ from hydra_jax.weights import checkpoints as trained_weights
 from hydra_jax.weights.load import load
 from tests.helpers import checkpoints
 from tests.helpers import training as training_toys
+from tests.helpers.speed import few
 
 CONFIG = training_toys.config(dropout=dict(attn=0.1, depth=0.1))
 """With dropout, so that its keys have to be gone on with, too."""
@@ -87,7 +88,7 @@ class TestWorkdir:
 
 
 class TestResume:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", few([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
     def test_stopped_by_a_signal(self, done, tmp_path, monkeypatch, number):
         with monkeypatch.context() as patch:
             stop_at(patch, 3, number)
@@ -98,6 +99,7 @@ class TestResume:
         train(CONFIG, tmp_path / "run", progress=False)
         assert_same(tmp_path / "run", done)
 
+    @pytest.mark.slow
     def test_before_the_first_step(self, done, tmp_path, monkeypatch):
         for saved in (False, True):
             path = tmp_path / str(saved)
@@ -115,6 +117,7 @@ class TestResume:
             train(CONFIG, path, progress=False)
             assert_same(path, done)
 
+    @pytest.mark.slow
     def test_after_what_was_not_saved(self, done, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             count = iter(range(1, 100))
@@ -162,6 +165,7 @@ class TestRefusals:
             train(CONFIG, directory, progress=False)
         assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
+    @pytest.mark.slow
     def test_other_text(self, tmp_path):
         text = checkpoints.text_file(tmp_path / "a.txt", "".join(f"some text {n} " for n in range(900)))
         config = training_toys.config(data=dict(kind="text", path=str(text)), steps=2)
@@ -177,6 +181,7 @@ class TestRefusals:
             train(training_toys.config(batch=6), tmp_path / "run", progress=False)
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.slow
     def test_a_loss_that_is_not_a_number(self, tmp_path):
         config = training_toys.config(optimizer=dict(learning_rate=1e30, warmup=1))
         with pytest.raises(UserError, match=r"by step \d the loss or its gradient is not a number; .* saved is \d"):
@@ -185,6 +190,7 @@ class TestRefusals:
             weights, _, _ = trained_weights.weights(tmp_path / "run", initial(config, 300).weights, step)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))
 
+    @pytest.mark.slow
     def test_a_damaged_checkpoint_is_not_gone_on_from(self, done, tmp_path):
         copy = shutil.copytree(done, tmp_path / "copy")
         damage(copy / trained_weights.NAME / "6" / "optimizer", "flipped")

@@ -11,6 +11,7 @@ from hydra_jax.models.transformer import Dropout, DropoutRates
 from hydra_jax.training import data, step
 from tests.helpers import models as toys
 from tests.helpers import training as training_toys
+from tests.helpers.speed import few
 
 VOCABULARY = 40
 BOUNDARY = 3
@@ -48,6 +49,7 @@ def keyed(tree):
 
 
 class TestArms:
+    @pytest.mark.slow
     @pytest.mark.parametrize("arm", ARMS)
     def test_share_initial_parameters(self, arm):
         assert_equal(
@@ -65,6 +67,7 @@ class TestArms:
         np.testing.assert_array_equal(batches[0], batches[1])
         np.testing.assert_array_equal(batches[0], batches[2])
 
+    @pytest.mark.slow
     def test_rate_0_is_no_dropout(self):
         weights = step.initial(training_toys.config(), VOCABULARY).weights
         keys = jax.random.split(jax.random.key(1), 4)
@@ -82,8 +85,8 @@ class TestArms:
 
 
 class TestDropout:
-    @pytest.mark.parametrize("arm", ARMS)
-    @pytest.mark.parametrize("block", ["llama 3", "pythia", "gemma 2"])
+    @pytest.mark.parametrize("arm", few(ARMS, "dropout"))
+    @pytest.mark.parametrize("block", few(["llama 3", "pythia", "gemma 2"], "gemma 2"))
     def test_trace_is_what_was_added(self, arm, block):
         params, tokens = toys.block(block), toys.tokens(7)
         dropout = Dropout(jax.random.key(5), DropoutRates(**ARMS[arm]))
@@ -114,6 +117,7 @@ class TestDropout:
             if arm == "no_dropout":
                 assert not left_out.any()
 
+    @pytest.mark.slow
     def test_leaves_out_as_much_as_its_rate_and_keeps_the_mean(self):
         params, tokens = toys.params(layers=1), toys.tokens(5)
         _, clean = transformer.forward(params, tokens)
@@ -129,6 +133,7 @@ class TestDropout:
         entering = run(DropoutRates(resid=0.4)).resid_pre[:, 0]
         assert abs(float((entering == 0).mean()) - 0.4) < 0.02
 
+    @pytest.mark.slow
     def test_an_edit_replaces_what_dropout_left(self):
         params, tokens = toys.params(), toys.tokens(6)
         edit = toys.edit(params.config, 6, 1, 0, 3, jnp.full(params.config.width, 2.0))
@@ -152,7 +157,7 @@ class TestLoss:
         assert count == len(losses) < given[:, 1:].size
         np.testing.assert_allclose(total, np.sum(losses), rtol=1e-5)
 
-    @pytest.mark.parametrize("arm", ARMS)
+    @pytest.mark.parametrize("arm", few(ARMS, "dropout"))
     def test_gradient_agrees_with_finite_differences(self, arm):
         config = training_toys.config(dropout=ARMS[arm])
         weights = step.initial(config, VOCABULARY).weights
@@ -175,7 +180,7 @@ class TestLoss:
 
 
 class TestUpdate:
-    @pytest.mark.parametrize("arm", ["no_dropout", "dropout"])
+    @pytest.mark.parametrize("arm", few(["no_dropout", "dropout"], "dropout"))
     def test_parts_of_a_batch_make_the_whole(self, arm):
         # A part's share of boundaries is its own: the mean is over all that is foretold, not over parts.
         whole = rows(batch=4)
@@ -186,6 +191,7 @@ class TestUpdate:
         np.testing.assert_allclose(of_one.gradient_norm, of_two.gradient_norm, rtol=1e-5)
         assert of_one.gradient_norm > 0.1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("arm", ["no_dropout", "dropout"])
     def test_devices_change_nothing(self, arm):
         config = training_toys.config(dropout=ARMS[arm])
@@ -200,6 +206,7 @@ class TestUpdate:
         # Adam divides small gradients by their own size, so rounding of those shows.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), alone.weights, state.weights)
 
+    @pytest.mark.slow
     def test_bfloat16_computes_on_float32_weights(self):
         config = training_toys.config(dtype="bfloat16")
         state, metrics = after(config)
