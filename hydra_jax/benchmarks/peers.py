@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from hydra_jax.benchmarks.timing import timed
 from hydra_jax.core.edits import ATTN, SITES, Component, Kind, WriteStatistics, all_components
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine.batched import ablate_program, prefill_program
@@ -31,7 +31,8 @@ from hydra_jax.models.transformer import Params
 from hydra_jax.weights import families
 
 ROUNDS = 3
-"""The number of times that each component is timed; the fastest counts, as other work on the machine disturbs it least."""
+"""Times that each component is measured: the fastest counts, as other work disturbs it least."""
+# """How often each component is timed; the fastest time counts, as other work on the machine disturbs it least."""
 
 PAIRS = 3
 """The pairs of component and prompt that a peer is timed on in a round: its time depends on neither."""
@@ -313,11 +314,11 @@ def measure(
     times: dict[Component | str, list[float]] = collections.defaultdict(list)
     differences, largest = dict.fromkeys((peer.name for peer in peers), 0.0), 0.0
     for turn, component in itertools.product(range(ROUNDS), components):
-        spent, effects = _timed(functools.partial(kernel, component))
+        spent, effects = timed(functools.partial(kernel, component))
         times[component].append(spent)
         if component not in shared:
             continue
-        times["prefill"].append(_timed(prefill)[0])
+        times["prefill"].append(timed(prefill)[0])
         prompt = (turn * PAIRS + shared.index(component)) % prompts
         layer, site = component.layer, component.site
         ids, target = np.array(tokens[prompt], np.int64), int(clean.target[prompt])
@@ -358,8 +359,8 @@ def _total_effects(
       The seconds of one edit and of R at once, and the total effects [R].
     """
     # An edit that puts the clean write in its own place gives the clean run.
-    alone, clean = _timed(functools.partial(peer.run, ids[None], component, old[None]))
-    spent, ablated = _timed(functools.partial(peer.run, np.repeat(ids[None], len(new), axis=0), component, new))
+    alone, clean = timed(functools.partial(peer.run, ids[None], component, old[None]))
+    spent, ablated = timed(functools.partial(peer.run, np.repeat(ids[None], len(new), axis=0), component, new))
     return alone, spent, _centred(clean, target) - _centred(ablated, target)
 
 
@@ -395,9 +396,3 @@ def _spread(components: Sequence[Component], count: int) -> list[Component]:
 
 def _centred(logits: np.ndarray, target: int) -> np.ndarray:
     return logits[:, target] - logits.mean(axis=1)
-
-
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = jax.block_until_ready(call())
-    return time.perf_counter() - start, result

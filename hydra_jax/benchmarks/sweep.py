@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 from tokenizers import Tokenizer, models
 
 from hydra_jax.benchmarks.kernels import layer_products
+from hydra_jax.benchmarks.timing import timed
 from hydra_jax.config import AblationConfig, SweepConfig
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly, round_up
@@ -103,7 +101,7 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
         return clean.bank
 
     clean_pass()
-    clean_seconds, bank = _timed(clean_pass)
+    clean_seconds, bank = timed(clean_pass)
     # Random weights lose precision: what is timed does not stop for it.
     config = SweepConfig(ablation=ablation, seed=seed, identity_tolerance=0.999, non_finite=1.0)
     plan = Plan.build(model, bank, sizer, config, items)
@@ -114,19 +112,19 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
         fill(plan, chunks, lambda chunk, arrays: None, progress=False)
 
     sweep()
-    seconds, _ = _timed(sweep)
+    seconds, _ = timed(sweep)
     sources = Sources(plan)
     parts: dict[str, float] = dict.fromkeys(("prefill", "sources", "kernel"), 0.0)
     for chunk in chunks:
-        spent, batch = _timed(
+        spent, batch = timed(
             functools.partial(Batch, plan, chunk, round_up(chunks[0].stop, sizer.least), sources),
             lambda made: made.clean,
         )
         parts["prefill"] += spent
         for unit, component in enumerate(plan.components):
-            spent, new = _timed(functools.partial(sources, batch.prompts, unit))
+            spent, new = timed(functools.partial(sources, batch.prompts, unit))
             parts["sources"] += spent
-            parts["kernel"] += _timed(functools.partial(batch.ablate, component, new))[0]
+            parts["kernel"] += timed(functools.partial(batch.ablate, component, new))[0]
     draws = ablation.draws
     flops = prompts * draws * sum(intervention_flops(c, component, length) for component in plan.components)
     return Swept(
@@ -150,14 +148,6 @@ def _gemm_flops(params: Params, rows: int, least: float) -> float:
     jax.block_until_ready(run())
     spent, turns = 0.0, 0
     while spent < least or turns < 3:
-        once, _ = _timed(run)
+        once, _ = timed(run)
         spent, turns = spent + once, turns + 1
     return operations * turns / spent
-
-
-def _timed(call: Callable[[], Any], arrays: Callable[[Any], Any] = lambda result: result) -> tuple[float, Any]:
-    """Return the seconds until the `arrays` of a call's result are computed, and the result."""
-    start = time.perf_counter()
-    result = call()
-    jax.block_until_ready(arrays(result))
-    return time.perf_counter() - start, result
