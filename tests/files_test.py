@@ -15,7 +15,7 @@ import pytest
 from hydra_jax.errors import UserError
 from hydra_jax.store import files
 
-HOLDER = Path(__file__).parent / "helpers" / "holder.py"
+HOLDER = Path(__file__).parent / "programs" / "hold_directory.py"
 REFUSED = "another run is working in it; wait for it, or give another --workdir"
 
 
