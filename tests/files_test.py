@@ -15,7 +15,7 @@ import pytest
 from hydra_jax.errors import UserError
 from hydra_jax.store import files
 
-HOLDER = Path(__file__).parent / "programs" / "hold_directory.py"
+ROOT = Path(__file__).parent.parent
 REFUSED = "another run is working in it; wait for it, or give another --workdir"
 
 
@@ -31,11 +31,8 @@ def refused(directory):
 @pytest.fixture
 def holder(tmp_path):
     """A process that works in a directory."""
-    environment = os.environ | {"PYTHONPATH": str(HOLDER.parents[2])}
-    command = [sys.executable, str(HOLDER), str(tmp_path)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, env=environment, text=True
-    ) as process:
+    command = [sys.executable, "-m", "tests.programs.hold_directory", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "holding\n"
         yield process
         process.kill()

@@ -1,4 +1,7 @@
-"""Work in the directory that is given, until standard input ends or has a line."""
+"""Keep other runs out of a directory, until standard input has a line or ends.
+
+python -m tests.programs.hold_directory DIRECTORY: it prints "holding" once it does.
+"""
 
 import sys
 from pathlib import Path
