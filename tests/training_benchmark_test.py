@@ -14,9 +14,9 @@ def test_arithmetic_of_a_step():
 @pytest.mark.slow
 def test_a_measurement():
     config = training_toys.config(dropout=dict(attn=0.1), accumulate=2)
-    found = training.measure(config, turns=1)
-    assert found.step_to_gemm > 0  # of products so small, the calls' own time
-    assert found.tokens > 0
+    measured = training.measure(config, turns=1)
+    assert measured.step_to_gemm > 0  # of products so small, the calls' own time
+    assert measured.tokens > 0
     expected = training.step_flops(config.decoder(config.data.vocab_size), 48) / 48
-    assert abs(found.step_flops / found.tokens / expected - 1) < 1e-9
-    assert "%" in training.table([found])
+    assert abs(measured.step_flops / measured.tokens / expected - 1) < 1e-9
+    assert "%" in training.table([measured])

@@ -41,7 +41,7 @@ def final(path, config=CONFIG):
 def assert_same(path, other):
     jax.tree.map(np.testing.assert_array_equal, final(path), final(other))
     times = {"tokens_per_second"}
-    lines = [workdir.read_metrics(each).drop(columns=times).to_csv() for each in (path, other)]
+    lines = [workdir.read_metrics(directory).drop(columns=times).to_csv() for directory in (path, other)]
     assert lines[0] == lines[1]
 
 
