@@ -32,7 +32,6 @@ from hydra_jax.weights import families
 
 ROUNDS = 3
 """Times that each component is measured: the fastest counts, as other work disturbs it least."""
-# """How often each component is timed; the fastest time counts, as other work on the machine disturbs it least."""
 
 PAIRS = 3
 """The pairs of component and prompt that a peer is timed on in a round: its time depends on neither."""
