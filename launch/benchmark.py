@@ -38,7 +38,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.models.shapes import SHAPES, shape
 from hydra_jax.models.transformer import Params, init_params
 from hydra_jax.training.config import train_config
-from hydra_jax.weights.load import read_settings
+from hydra_jax.weights.directory import read_stated
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to measure: configs/benchmark.py:MODEL; see the file")
 SHAPE = flags.DEFINE_string("shape", None, f"a published shape, or a config.json: one of {', '.join(SHAPES)}")
@@ -146,7 +146,7 @@ def model_params() -> Params:
     switches = {"dtype": config.dtype, "precision": config.precision}
     asked = SHAPE.value or config.model
     if SHAPE.value and Path(asked).is_file():
-        sizes = read_settings(Path(asked), **switches)
+        sizes = read_stated(Path(asked)).config(**switches)
     elif SHAPE.value or asked in SHAPES:
         sizes = dataclasses.replace(shape(asked, config.layers), **switches)
     else:

@@ -15,8 +15,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.models.config import DTYPES
 from hydra_jax.models.shapes import SHAPES
 from hydra_jax.sweep.cost import describe
-from hydra_jax.weights import hub
-from hydra_jax.weights.load import read_config
+from hydra_jax.weights import source
 
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "a named model, a .gguf file, a directory, or a Hub id")
 PROMPTS = flags.DEFINE_integer("prompts", 1000, "prompts of the sweep", lower_bound=1)
@@ -37,7 +36,8 @@ def main() -> None:
         stored = "bfloat16" if DTYPE.value == AS_STORED else DTYPE.value
         architecture, config = SHAPE.value, dataclasses.replace(SHAPES[SHAPE.value], dtype=stored)
     else:
-        architecture, config = read_config(hub.locate(MODEL.value), dtype=DTYPE.value)
+        opened = source.open(MODEL.value)
+        architecture, config = opened.architecture, opened.config(dtype=DTYPE.value)
     if LENGTH.value > config.context:
         raise UserError(f"--length: {LENGTH.value:,} tokens, {architecture} takes at most {config.context:,}")
     sweep = PROMPTS.value, LENGTH.value, REPLACEMENTS.value

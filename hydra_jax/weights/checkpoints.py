@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from hydra_jax.config import LAST_STEP
 from hydra_jax.errors import UserError, reason
-from hydra_jax.store.digests import sha256
+from hydra_jax.store.files import sha256
 
 NAME = "checkpoints"
 SUMS = "checkpoints.json"

@@ -52,7 +52,7 @@ def _factors(s: Settings, tensors: Mapping[str, Any], rotated: int) -> tuple[flo
         if name in tensors:
             raise UserError(f"tensor {name}: this rotary scaling is not supported; use a model without it")
     if "rope_freqs.weight" in tensors:
-        return tuple(factor * float(each) for each in tensors["rope_freqs.weight"].data.ravel())
+        return tuple(factor * float(each) for each in tensors["rope_freqs.weight"].decoded().ravel())
     return (factor,) * (rotated // 2) if factor != 1.0 else ()
 
 

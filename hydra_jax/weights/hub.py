@@ -15,10 +15,10 @@ from pathlib import Path
 import platformdirs
 
 from hydra_jax.errors import UserError, reason
-from hydra_jax.store.digests import sha256
+from hydra_jax.store.files import sha256
+from hydra_jax.weights.faults import CONVERT
 
 CACHE_VARIABLE = "HYDRA_JAX_CACHE"
-CONVERT = 'convert it in PyTorch with model.save_pretrained("DIRECTORY", safe_serialization=True)'
 WANTED = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
 UNWANTED = ["*/*", "consolidated*"]
 """Of a Hub repository: other formats in subdirectories, and Mistral's second copy of the weights."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hydra_jax.config import AS_STORED
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 
@@ -47,6 +48,13 @@ ACTIVATION_NAMES = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+
+
+def stored_as(name: object, dtype: str) -> str:
+    """Return a model's dtype: the one asked for, or, for AS_STORED, ours for weights stored as type `name`."""
+    if dtype != AS_STORED:
+        return dtype
+    return "bfloat16" if name in ("bf16", "bfloat16") else "float32"
 
 
 class Settings:
