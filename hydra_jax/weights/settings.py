@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hydra_jax.config import AS_STORED
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.config import AS_STORED, ModelConfig
 
 Fields = dict[str, Any]
 """Of a ModelConfig."""

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 from tokenizers import Tokenizer
 
-from hydra_jax.config import AS_STORED, LAST_STEP, ShapeConfig
+from hydra_jax.config import LAST_STEP, ShapeConfig
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
-from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.config import AS_STORED, ModelConfig
 from hydra_jax.models.transformer import DropoutRates, Params
 from hydra_jax.parsing import parse
 from hydra_jax.text import tokenizer
