@@ -1,4 +1,4 @@
-"""What every command does around its work."""
+"""The frame of every command: flags, help, errors, signals, and several processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hydra_jax.errors import UserError
 
 INTERRUPTED, TERMINATED = 130, 143  # what shells report for Ctrl-C and SIGTERM
 JOIN_SECONDS = 300
-"""In which all processes of a run must have started."""
+"""The time in which all processes of a run must have started."""
 
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT on the host of process 0, of a run of many processes; auto: JAX is to find them"
@@ -32,26 +32,26 @@ CLUSTERS = {"SLURM": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
 """Launchers, and the variable in which they say how many processes they started."""
 
 TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
-"""Where a TPU slice names its hosts, separated by commas."""
+"""The variable in which a TPU slice names its hosts, separated by commas."""
 
 POD = "JOB_COMPLETION_INDEX"
-"""Where Kubernetes says which pod of an indexed job this is, but not how many there are."""
+"""The variable in which Kubernetes says which pod of an indexed job this is, but not how many there are."""
 
 AUTO = "auto"
-"""As --coordinator: JAX is to find the others."""
+"""The --coordinator with which JAX finds the others."""
 
 LOST_SECONDS = 30
-"""After which a process that is not heard of is lost, and ends the run."""
+"""The silence after which a process is lost, and ends the run."""
 
 LEAVE_SECONDS = 10
-"""That a process waits for the others where all are told to stop."""
+"""The time that a process waits for the others where all are told to stop."""
 
 HELP = {"--help": True, "-help": True, "-?": True, "--helpshort": False, "--helpfull": False, "--helpxml": False}
 """Arguments that ask for help, and whether it is with the settings of the config file."""
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
-"""Of XLA_FLAGS: trying Triton's kernels for float32 products of full precision takes minutes a program on a GPU."""
+"""One of XLA_FLAGS: trying Triton's kernels for float32 products of full precision takes minutes a program on a GPU."""
 
 
 def main(
@@ -139,7 +139,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def join(several: bool) -> None:
-    """Make this process one of a run's, where flags or a launcher's variables say that there are several.
+    """Make this process one of a run's, if flags or a launcher's variables say that there are several.
 
     Args:
       several: whether there may be.
@@ -190,7 +190,7 @@ def part() -> None:
 
 
 def _launched() -> int:
-    """How many processes a launcher says that it started; 1 where there is none."""
+    """Return how many processes a launcher says that it started; 1 where there is none."""
     for launcher, variable in CLUSTERS.items():
         if text := os.environ.get(variable):
             if not text.isdecimal():

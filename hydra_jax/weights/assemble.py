@@ -24,7 +24,7 @@ from hydra_jax.models.transformer import Params
 from hydra_jax.weights.families import Family, Form
 
 READERS = 4
-"""Layers of a parameter that are read at once: what a thread holds of its own is a layer's array or two."""
+"""Layers of a parameter that are read at once. Each takes the memory of one layer's array, or of two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _check_names(source: Tensors, needed: Set[str], ignored: Sequence[str]) -> N
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that JAX can take over as it is on a CPU, where it wants 64-byte alignment, and need not copy."""
+    """Return an empty array that JAX takes over without a copy on a CPU, where it wants 64-byte alignment."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -117,12 +117,12 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _published(table: Mapping[str, str], path: str) -> str:
-    """A parameter's name in the file, `{}` for the layer."""
+    """Return a parameter's name in the file, `{}` for the layer."""
     return f"{table[_module(path)]}.{'bias' if path.endswith('/bias') else 'weight'}"
 
 
 def _module(path: str) -> str:
-    """What a table calls the owner of a parameter."""
+    """Return the name that a table has for the owner of a parameter."""
     return path.rpartition("/")[0] or path
 
 

@@ -1,4 +1,4 @@
-"""What is checked of every model that is loaded, on two short inputs."""
+"""The check of every model that is loaded, on two short inputs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from hydra_jax.models.transformer import Params
 LONG, SHORT = 8, 5
 TOLERANCES = {("float32", "highest"): 1e-4}
 ROUNDED_TOLERANCE = 3e-2
-"""Where products round their inputs."""
+"""The tolerance where products round their inputs."""
 
 
 OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-"""Of the compiler: a CPU, which computes in float32, would convert all layers' bfloat16 weights at once."""
+"""Options of the compiler: a CPU, which computes in float32, would convert all layers' bfloat16 weights at once."""
 
 
 class Read(flax.struct.PyTreeNode):
-    """What is compared of P prompts' clean runs, at their last tokens; more would take longer to compile.
+    """The part of P prompts' clean runs that is compared, at their last tokens; more would take longer to compile.
 
     Attributes:
       entering: [P, D], what the first layer reads.
@@ -51,7 +51,7 @@ class Read(flax.struct.PyTreeNode):
 
 
 def _read(params: Params, tokens: jax.Array, lengths: jax.Array) -> Read:
-    """Run P prompts, padded to tokens [P, T]."""
+    """Run P prompts, padded to tokens [P, T], and return what is compared."""
     entering = jax.vmap(lambda tokens, length: transformer.embed(params, tokens)[length - 1])(tokens, lengths)
     clean = jax.vmap(prefill, (None, 0, 0))(params, tokens, lengths)
     return Read(

@@ -31,7 +31,7 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COLUMN = 0
-"""Of a family's names."""
+"""The column of a family's table with the names of these files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Directory:
             return assemble(config, family, Tensors(path, read, names, family.form, COLUMN, family.ignored), mesh)
 
     def digest(self) -> str:
-        """Return what `digest` says of the directory."""
+        """Return the SHA-256 (hex) of the files that the model is made of, as `digest`."""
         return digest(self._path)
 
 

@@ -24,10 +24,10 @@ from hydra_jax.weights.gguf_header import Header, TensorInfo
 from hydra_jax.weights.settings import Settings, model_config, stored_as
 
 COLUMN = 1
-"""Of a family's names."""
+"""The column of a family's table with the names of these files."""
 
 DECODED = 1 << 18
-"""Weights that are decoded at once, about what a core's cache holds: of fewer the calls take longer than the work."""
+"""Weights that are decoded at once, about as many as a core's cache holds. With fewer, calls take longer than work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Tensor:
 
     @property
     def dtype(self) -> str:
-        """Its type, as files of other formats call it where they have it."""
+        """The name of the type, as other formats write it where they have the type."""
         return self.kind.name.lower()
 
     def decoded(self) -> np.ndarray:

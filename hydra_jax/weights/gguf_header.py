@@ -19,12 +19,12 @@ from hydra_jax.errors import UserError, shown
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
-"""Where `general.alignment` does not say it: every tensor's first byte is at a multiple of it."""
+"""Every tensor's first byte is at a multiple of this, unless `general.alignment` says otherwise."""
 
 MOST_ALIGNMENT = 1 << 20
 MOST_DIMENSIONS = 4
 MOST_NESTED = 4
-"""Arrays within arrays."""
+"""The most arrays within one another."""
 
 NUMBERS = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8")
 """Types of values by their numbers in the file, as numpy's; of STRING and ARRAY there is none."""
@@ -41,7 +41,7 @@ LEAST_ARRAY = LENGTH.size + NUMBER.size
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of a tensor.
+    """A tensor as the header describes it.
 
     Attributes:
       name: as published.

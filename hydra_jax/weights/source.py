@@ -62,7 +62,7 @@ class Source:
     """
 
     def __init__(self, name: str, path: Path, stored: Stored, known: hub.PackagedFile | None = None) -> None:
-        """Hold what `stored` is; `known` is the named model whose verified file it is, if it is one."""
+        """Take what is `stored` at `path`; `known` is the named model whose verified file it is, if it is one."""
         self.name = name
         self.path = path
         self._stored = stored
@@ -77,7 +77,7 @@ class Source:
 
     @property
     def weights_hash(self) -> str:
-        """SHA-256 (hex), as `Model.weights_hash`."""
+        """The SHA-256 (hex) of `Model.weights_hash`."""
         if not self._digest:
             with faults_of(self.path):
                 self._digest = self._stored.digest()
