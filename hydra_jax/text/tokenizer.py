@@ -56,7 +56,7 @@ SPACE = "\u2581"
 
 @contextlib.contextmanager
 def _faults(what: str) -> Iterator[None]:
-    """Turn what `tokenizers` raises, a bare Exception or a panic, a BaseException without a public name, into our error."""
+    """Turn what `tokenizers` raises into our error: a bare Exception, or a panic, which has no public name."""
     try:
         yield
     except BaseException as error:
@@ -118,7 +118,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> Tok
 
 
 def _by_scores(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
-    """Build SentencePiece's BPE: the pair whose whole scores highest is merged first, the unknown is spelled in bytes."""
+    """Build SentencePiece's BPE: the pair whose whole scores highest is merged first, unknown text is bytes."""
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pieces = {t for t, type in zip(tokens, types, strict=False) if type in (NORMAL, USER_DEFINED)}
     lengths = sorted({len(piece) for piece in pieces})

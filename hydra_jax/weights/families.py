@@ -1,4 +1,4 @@
-"""Families of architectures as they are published: tables of the names of their weights, and what is particular about each.
+"""Architectures as they are published: tables of the names of their weights, and what is particular about each.
 
 A table's rows are our module -> (Hugging Face's, GGUF's); `{}` stands for the layer. Several modules
 with one published name are fused there, in the table's order. Published matrices are [out, in]; ours
@@ -141,7 +141,7 @@ def _two_rows_early(path: str, array: np.ndarray, config: ModelConfig) -> np.nda
 
 
 def _neighbouring_pairs(path: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Reorder rows: llama.cpp rotates dimensions (2i, 2i + 1) of a head, Hugging Face and this project (i, i + half)."""
+    """Reorder rows: llama.cpp rotates dimensions (2i, 2i + 1) of a head, Hugging Face and we (i, i + half)."""
     if not path.startswith(("layers/attn/query/", "layers/attn/key/")):
         return array
     heads = array.shape[0] // config.head_dim

@@ -81,7 +81,7 @@ def gemma2(s: Settings, tensors: Mapping[str, Any]) -> Fields:
 
 
 def gemma3(s: Settings, tensors: Mapping[str, Any]) -> Fields:
-    """Read Gemma 3. Its files leave out the windows' pattern, their rotary base, and how the 27B model scales queries."""
+    """Read Gemma 3. Its files leave out windows' pattern and rotary base, and how the 27B model scales queries."""
     fields = gemma(s, tensors)
     largest = fields["layers"] == 62
     pattern = s("attention.sliding_window_pattern", 6)

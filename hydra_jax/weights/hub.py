@@ -21,7 +21,7 @@ from hydra_jax.weights.faults import CONVERT
 CACHE_VARIABLE = "HYDRA_JAX_CACHE"
 WANTED = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
 UNWANTED = ["*/*", "consolidated*"]
-"""Files of a Hub repository that are left there: other formats in subdirectories, and Mistral's second copy of the weights."""
+"""Files that are left on the Hub: other formats in subdirectories, and Mistral's second copy of the weights."""
 
 
 @dataclasses.dataclass(frozen=True)

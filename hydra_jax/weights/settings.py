@@ -139,7 +139,7 @@ def rotary(s: Settings, head_dim: int, theta: str = "rope_theta", share: str = "
 
 
 def windows(s: Settings, layers: int, slides: Callable[[int], bool], key: str = "sliding_window") -> tuple[int, ...]:
-    """Return each layer's window: of `layer_types` or, where they are not listed, of those layers that `slides` says."""
+    """Return each layer's window: by `layer_types` or, where they are not listed, of the layers that `slides` says."""
     window, types = s(key, None), s("layer_types", None)
     if types is None:
         sliding = [bool(window) and slides(layer) for layer in range(layers)]

@@ -1,4 +1,4 @@
-"""Run statements that import parts of the package, each an argument, and check the package's public names after each."""
+"""Run statements that import parts of the package, one an argument, and check its public names after each."""
 
 import sys
 import types
