@@ -11,17 +11,20 @@ from ml_collections import config_dict
 
 
 def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
-    """The defaults."""
+    """The defaults. What stands after a setting is what --help says of it."""
     return config_dict.create(
-        model=model,
-        dtype="float32",
-        precision="highest",
+        model=model,  # what is measured: a model, or the name of a shape for random weights
+        dtype="float32",  # of weights, keys and values: float32 or bfloat16
+        precision="highest",  # of float32 products: highest, high or default (TF32 on a GPU)
         lengths=(12, 64, 256),  # tokens of a prompt
         peer_lengths=(12, 64),  # the same of --peers, which take long
         rows=0,  # edits at once; 0: the sweep's default for the device
         draws=15,  # replacements a prompt
         step=1,  # measure every step-th component
-        mesh=dict(data=0, model=1),  # of --sweep; of --devices, how many share the model
+        mesh=dict(
+            data=0,  # of --sweep: devices that each take other prompts; 0: all there are
+            model=1,  # of --sweep and --devices: devices that share a copy of the model
+        ),
         strong=0,  # prompts that --devices spreads over them; 0: what fills the most of them
         layers=0,  # of a shape of random weights, its first so many alone, to fit it into memory; 0: all
     )

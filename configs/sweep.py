@@ -12,36 +12,36 @@ from ml_collections import config_dict
 
 
 def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
-    """The defaults; `hydra_jax/config.py` says what each setting means and what it may be."""
+    """The defaults. What stands after a setting is what --help says of it."""
     return config_dict.create(
-        model=model,
-        model_step=-1,  # of a model that launch.train trained: which checkpoint; -1: the last
+        model=model,  # a named model, a .gguf file, a Hugging Face directory, a Hub id, or what launch.train trained
+        model_step=-1,  # the checkpoint of a model that launch.train trained; -1: the last
         dtype="float32",  # or bfloat16: half the memory; on accelerators, faster; auto: what the weights are stored in
         precision="highest",  # of float32 products: highest, high or default (TF32 on a GPU)
         prompts=dict(
-            kind="records",  # or text: prompts cut from an ordinary text file at random positions
-            path="",  # the built-in facts; or known_1000.json, CounterFact, or JSON lines
+            kind="records",  # a prompt a record; or text: prompts cut from an ordinary text file at random positions
+            path="",  # known_1000.json, CounterFact, or JSON lines; "": the built-in facts
             text="",  # one prompt by itself, as --prompt gives it
             correct_only=True,  # as the paper: prompts that the model answers right
-            limit=0,  # of prompts swept; 0: no limit
-            target="top",  # whose logit is read: the most likely next token, or the answer
+            limit=0,  # the most prompts that are swept, picked by seed; 0: no limit
+            target="top",  # the token whose logit is read: the most likely next one, or the answer
         ),
         ablation=dict(
-            kind="resample",  # or mean, zero, noise
-            replacements=15,
-            sites="attn,mlp",  # or heads: each attention head by itself
+            kind="resample",  # what a write is replaced by: that of another prompt; or mean, zero, noise
+            replacements=15,  # drawn for each ablation, where the kind is random: resample, noise
+            sites="attn,mlp",  # or one of them; or heads: each attention head by itself
             layers="all",  # or e.g. "0,5,10-14"
             edges=True,  # also what each component does when it alone sees the edit: doubles the work
         ),
-        seed=0,
+        seed=0,  # of every draw: prompts under a limit, replacements, noise, bootstrap
         rows=0,  # edits at once on each device, memory permitting; 0: 512 on a CPU, 16,384 on an accelerator
         memory=0.0,  # GB of each device that may be used; 0: what is free
         mesh=dict(
             data=0,  # devices that each take other prompts; 0: all there are
             model=1,  # devices that share a copy of the model, where one cannot hold it
         ),
-        identity_tolerance=1e-4,  # logits
-        non_finite=0.01,  # share of interventions whose values may be no numbers
-        bootstrap=1000,
+        identity_tolerance=1e-4,  # logits that the effects' identity may be off by, before the run stops
+        non_finite=0.01,  # share of interventions whose values may be no numbers, before the run stops
+        bootstrap=1000,  # resamples behind each interval
         example="",  # prompt_id for the single-prompt figure, among those picked by how much is repaired
     )

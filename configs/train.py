@@ -46,45 +46,62 @@ PRESETS = {
 
 
 def get_config(arm: str = "no_dropout") -> config_dict.ConfigDict:
-    """The defaults; `hydra_jax/training/config.py` says what each setting means and what it may be."""
+    """The defaults. What stands after a setting is what --help says of it."""
     arm, _, preset = arm.partition(",")
     preset = preset or "tiny"
     for name, known in ((arm, ARMS), (preset, PRESETS)):
         if name not in known:
             raise ValueError(f"{name!r} is none of {', '.join(known)}")
     config = config_dict.create(
-        arm=arm,
-        preset=preset,
+        arm=arm,  # its name in comparisons; what it changes is the dropout
+        preset=preset,  # where the defaults come from: tiny, small or base
         seed=0,  # of initial parameters, the order of data, and dropout
-        steps=700,
+        steps=700,  # of the optimiser
         batch=32,  # sequences a step, over all devices
         accumulate=4,  # parts that a batch is worked through in, one after the other: small ones fit a CPU's cache
-        dtype="float32",  # or bfloat16, with float32 parameters
-        precision="highest",  # of float32 products
-        model=dict(layers=8, width=128, heads=4, kv_heads=4, mlp_width=384, context=64),
+        dtype="float32",  # of products and activations; or bfloat16, with float32 parameters
+        precision="highest",  # of float32 products: highest, high or default (TF32 on a GPU)
+        model=dict(
+            layers=8,  # of attention and MLP
+            width=128,  # dimensions of the residual stream
+            heads=4,  # of queries
+            kv_heads=4,  # of keys and values; they divide the heads
+            mlp_width=384,  # dimensions within an MLP
+            context=64,  # tokens of a sequence
+        ),
         data=dict(
             kind="biographies",  # of invented people; or text: UTF-8 files
             seed=0,  # of the people; leave it as it is for models that are compared
-            people=120,
+            people=120,  # in biographies
             unseen_people=40,  # who are in no biography: what is guessed
             variants=30,  # biographies a person
             path="",  # of text: files, directories and patterns, separated by commas
-            holdout=0.05,  # of text, kept for evaluation
-            vocab_size=2048,
+            holdout=0.05,  # share of text that is kept for evaluation
+            vocab_size=2048,  # tokens of the tokenizer that is trained on the text
         ),
-        dropout=dict(resid=0.0, attn=0.0, mlp=0.0, depth=0.0) | ARMS[arm],
+        dropout=dict(
+            resid=0.0,  # share of the embedding's dimensions that is left out
+            attn=0.0,  # share of the dimensions of attention's writes
+            mlp=0.0,  # share of the dimensions of MLPs' writes
+            depth=0.0,  # share of whole writes: stochastic depth
+        )
+        | ARMS[arm],
         optimizer=dict(
-            learning_rate=3e-3,
-            final_share=0.1,  # of it, at the last step
-            warmup=50,  # steps
+            learning_rate=3e-3,  # the highest
+            final_share=0.1,  # of the learning rate, at the last step
+            warmup=50,  # steps in which the learning rate rises
             weight_decay=0.1,  # of matrices
-            beta1=0.9,
-            beta2=0.95,
-            clip=1.0,  # of the gradient's norm
+            beta1=0.9,  # of Adam: how slowly the mean of gradients moves
+            beta2=0.95,  # of Adam: how slowly the mean of their squares moves
+            clip=1.0,  # norm that gradients are scaled down to
         ),
-        checkpoint=dict(every=100, keep_last=2, keep_every=100),  # in steps
-        evaluate_every=100,
-        log_every=10,
+        checkpoint=dict(
+            every=100,  # steps
+            keep_last=2,  # of checkpoints, the last few
+            keep_every=100,  # steps whose checkpoints stay for good, a multiple of every
+        ),
+        evaluate_every=100,  # steps
+        log_every=10,  # steps between lines of metrics.jsonl
     )
     config.update(PRESETS[preset])
     return config

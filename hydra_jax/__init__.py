@@ -1,13 +1,21 @@
 """The Hydra effect, measured: ablate a layer of a language model and see which later layers repair it."""
 
-from hydra_jax.analysis.stats import summary
-from hydra_jax.api import ablate, sweep
-from hydra_jax.errors import UserError
-from hydra_jax.store.effects import open_effects
-from hydra_jax.text.prompts import Prompt, builtin
-from hydra_jax.text.prompts import read as read_prompts
+import importlib
+import sys
+import types
+import typing
+
 from hydra_jax.version import __version__
-from hydra_jax.weights.load import Model, load
+
+if typing.TYPE_CHECKING:
+    from hydra_jax.analysis.stats import summary
+    from hydra_jax.api import ablate, sweep
+    from hydra_jax.errors import UserError
+    from hydra_jax.store.effects import open_effects
+    from hydra_jax.text.prompts import Prompt, builtin
+    from hydra_jax.text.prompts import read as read_prompts
+    from hydra_jax.weights.load import load
+    from hydra_jax.weights.model import Model
 
 __all__ = [
     "Model",
@@ -22,3 +30,47 @@ __all__ = [
     "summary",
     "sweep",
 ]
+
+_HOMES = {
+    "Model": ("hydra_jax.weights.model", "Model"),
+    "Prompt": ("hydra_jax.text.prompts", "Prompt"),
+    "UserError": ("hydra_jax.errors", "UserError"),
+    "ablate": ("hydra_jax.api", "ablate"),
+    "builtin": ("hydra_jax.text.prompts", "builtin"),
+    "load": ("hydra_jax.weights.load", "load"),
+    "open_effects": ("hydra_jax.store.effects", "open_effects"),
+    "read_prompts": ("hydra_jax.text.prompts", "read"),
+    "summary": ("hydra_jax.analysis.stats", "summary"),
+    "sweep": ("hydra_jax.api", "sweep"),
+}
+"""Public names, and the module and name that each is there: imported when it is first asked for, as JAX and xarray
+take a second, which those who only want a module of the package, or a command's --help, need not wait for."""
+
+
+class _Package(types.ModuleType):
+    """This package, in which a public name is never a module.
+
+    Whoever imports `hydra_jax.sweep.run`, wherever that is, has the import system set the attribute `sweep` of this
+    package to the folder `hydra_jax/sweep`. Then `hydra_jax.sweep` would be the function or the folder, by what was
+    imported last. So that attribute is not set: the folder is found by `import` and `from ... import` all the same.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, inner = _HOMES[name]
+    value = getattr(importlib.import_module(module), inner)
+    globals()[name] = value  # the next time it is there
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,7 +24,7 @@ from hydra_jax.sweep.plan import Plan, facts_beside, itemise
 from hydra_jax.sweep.protocol import protocol
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
-from hydra_jax.weights.load import Model
+from hydra_jax.weights.model import Model
 
 
 def sweep(

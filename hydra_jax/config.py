@@ -8,25 +8,16 @@ from typing import Any
 
 from hydra_jax.core.edits import ATTN, SITES, Component, Kind
 from hydra_jax.errors import UserError, shown
-from hydra_jax.models.config import DTYPES, PRECISIONS, ModelConfig
+from hydra_jax.limits import MOST, MOST_BOOTSTRAP, MOST_REPLACEMENTS, MOST_SEED
+from hydra_jax.models.config import AS_STORED, DTYPES, PRECISIONS, ModelConfig
 from hydra_jax.parsing import one_of, parse
 from hydra_jax.text import prompts as prompt_sets
-
-AS_STORED = "auto"
-"""The dtype that stands for bfloat16 where a model's weights are stored in it, else for float32."""
 
 LAST_STEP = -1
 """The step that stands for the last checkpoint that there is."""
 
 HEADS = "heads"
 TARGETS = TOP, ANSWER = "top", "answer"
-
-MOST = 2**31 - 1
-MOST_REPLACEMENTS = 10_000
-MOST_BOOTSTRAP = 100_000
-"""More resamples would take memory and change nothing."""
-MOST_SEED = 2**32 - 1
-"""JAX takes 32 bits of a seed: a longer one would draw what another draws."""
 
 
 @dataclasses.dataclass(frozen=True)

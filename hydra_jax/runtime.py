@@ -1,4 +1,4 @@
-"""What every command does around its work."""
+"""The frame of every command: flags, help, errors, signals, and several processes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import jax
 from absl import app, flags, logging
 
-from hydra_jax.engine import cluster
+from hydra_jax import usage
 from hydra_jax.errors import UserError
-from hydra_jax.weights.hub import cache_dir
+
+# JAX, and what imports it, is imported where it is used: a command's --help is there at once.
 
 INTERRUPTED, TERMINATED = 130, 143  # what shells report for Ctrl-C and SIGTERM
 JOIN_SECONDS = 300
-"""In which all processes of a run must have started."""
+"""The time in which all processes of a run must have started."""
 
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT on the host of process 0, of a run of many processes; auto: JAX is to find them"
@@ -31,23 +32,26 @@ CLUSTERS = {"SLURM": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
 """Launchers, and the variable in which they say how many processes they started."""
 
 TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
-"""Where a TPU slice names its hosts, separated by commas."""
+"""The variable in which a TPU slice names its hosts, separated by commas."""
 
 POD = "JOB_COMPLETION_INDEX"
-"""Where Kubernetes says which pod of an indexed job this is, but not how many there are."""
+"""The variable in which Kubernetes says which pod of an indexed job this is, but not how many there are."""
 
 AUTO = "auto"
-"""As --coordinator: JAX is to find the others."""
+"""The --coordinator with which JAX finds the others."""
 
 LOST_SECONDS = 30
-"""After which a process that is not heard of is lost, and ends the run."""
+"""The silence after which a process is lost, and ends the run."""
 
 LEAVE_SECONDS = 10
-"""That a process waits for the others where all are told to stop."""
+"""The time that a process waits for the others where all are told to stop."""
+
+HELP = {"--help": True, "-help": True, "-?": True, "--helpshort": False, "--helpfull": False, "--helpxml": False}
+"""Arguments that ask for help, and whether it is with the settings of the config file."""
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
-"""Of XLA_FLAGS: trying Triton's kernels for float32 products of full precision takes minutes a program on a GPU."""
+"""One of XLA_FLAGS: trying Triton's kernels for float32 products of full precision takes minutes a program on a GPU."""
 
 
 def main(
@@ -65,16 +69,17 @@ def main(
     chosen = os.environ.get("XLA_FLAGS", "")
     if NO_TRITON.partition("=")[0] not in chosen:
         os.environ["XLA_FLAGS"] = f"{chosen} {NO_TRITON}".strip()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     # A cache that cannot be written costs time, not results.
     warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
 
     def parse(arguments: list[str]) -> list[str]:
         if config and not any(a == "--config" or a.startswith("--config=") for a in arguments):
             arguments = [arguments[0], f"--config={CONFIGS / config}", *arguments[1:]]
+        # Last, so that the settings are shown as the other arguments make them.
+        asked = [argument for argument in arguments[1:] if argument in HELP]
+        arguments = [argument for argument in arguments if argument not in HELP] + asked
         try:
-            rest = flags.FLAGS(arguments)
+            rest = _parsed(arguments, asked, config)
             if config:
                 dict(flags.FLAGS["config"].value or {})  # a file that did not load says so only when it is read
         except Exception as error:  # flags, ml_collections and the config file's own code raise all kinds
@@ -85,6 +90,13 @@ def main(
 
     def run(arguments: list[str]) -> None:
         del arguments
+        import jax
+
+        from hydra_jax.engine import cluster
+        from hydra_jax.weights.hub import cache_dir
+
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         signal.signal(signal.SIGTERM, _terminate)
         try:
             join(several)
@@ -104,6 +116,19 @@ def main(
     app.run(run, flags_parser=parse)
 
 
+def _parsed(arguments: list[str], asked: list[str], config: str | None) -> list[str]:
+    """Parse flags; where help is `asked` for, show it, with the settings of a config, and exit with success."""
+    try:
+        return flags.FLAGS(arguments)
+    except SystemExit:  # absl's, with 1
+        if not asked:
+            raise
+        if config and HELP[asked[0]]:
+            flag: Any = flags.FLAGS["config"]
+            print(f"\n{usage.settings(Path(flag.config_filename.partition(':')[0]), flag.value)}")
+        sys.exit(0)
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as schedulers send it: a stop like that of Ctrl-C."""
 
@@ -114,7 +139,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def join(several: bool) -> None:
-    """Make this process one of a run's, where flags or a launcher's variables say that there are several.
+    """Make this process one of a run's, if flags or a launcher's variables say that there are several.
 
     Args:
       several: whether there may be.
@@ -135,6 +160,8 @@ def join(several: bool) -> None:
         return
     if not several:
         raise UserError(f"this command runs as one process, {expected} were started; start one")
+    import jax
+
     # It would take SIGTERM for itself, and say nothing of it to anyone.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -156,12 +183,14 @@ def join(several: bool) -> None:
 
 def part() -> None:
     """Let the other processes of a run end, where this one has work left that is none of theirs."""
+    import jax
+
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 def _launched() -> int:
-    """How many processes a launcher says that it started; 1 where there is none."""
+    """Return how many processes a launcher says that it started; 1 where there is none."""
     for launcher, variable in CLUSTERS.items():
         if text := os.environ.get(variable):
             if not text.isdecimal():
@@ -192,7 +221,10 @@ def _one_line(error: Exception) -> str:
 
 def _stop(message: str, status: int) -> None:
     print(message, file=sys.stderr)
-    if jax.distributed.is_initialized():
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        from hydra_jax.engine import cluster
+
         # An orderly end of JAX's service waits for processes that may not end. It lets them know of this one's.
         if status == TERMINATED:
             cluster.leave(LEAVE_SECONDS)

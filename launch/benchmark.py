@@ -14,6 +14,8 @@ measures how rates grow with devices, and counts what passes between them; confi
 made peers ten times slower on two busy cores. With OMP_WAIT_POLICY=PASSIVE in the environment they sleep instead.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -21,28 +23,23 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from configs import train
-from hydra_jax import load, runtime
-from hydra_jax.benchmarks import devices, kernels, loading, peers, sweep
-from hydra_jax.benchmarks import training as steps
-from hydra_jax.config import AblationConfig, MeshConfig
-from hydra_jax.engine import mesh
-from hydra_jax.engine.memory import default_rows
+from hydra_jax import runtime
 from hydra_jax.errors import UserError
 from hydra_jax.models.shapes import SHAPES, shape
-from hydra_jax.models.transformer import Params, init_params
-from hydra_jax.training.config import train_config
-from hydra_jax.weights.load import read_settings
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "what to measure: configs/benchmark.py:MODEL; see the file")
-SHAPE = flags.DEFINE_string("shape", None, f"a published shape, or a config.json: one of {', '.join(SHAPES)}")
-WEIGHTS = flags.DEFINE_enum("weights", "random", ["random"], "of a shape: speed does not depend on their values")
+if TYPE_CHECKING:
+    from hydra_jax.models.transformer import Params
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "what to measure: configs/benchmark.py:MODEL")
+SHAPE = flags.DEFINE_string(
+    "shape", None, f"random weights of a published shape, or a config.json: one of {', '.join(SHAPES)}"
+)
 SWEEP = flags.DEFINE_integer("sweep", None, "measure a whole sweep instead, of so many prompts", lower_bound=2)
 SITES = flags.DEFINE_string("sites", "attn,mlp", "of that sweep, as --config.ablation.sites of launch.sweep")
 TRACE = flags.DEFINE_string("trace", None, "directory for a profile of that sweep, for Perfetto or TensorBoard")
@@ -68,6 +65,9 @@ def main() -> None:
 
 
 def measure_kernels() -> None:
+    from hydra_jax.benchmarks import kernels
+    from hydra_jax.engine.memory import default_rows
+
     config = CONFIG.value
     params, on = model_params(), start()
     rows = []
@@ -80,6 +80,12 @@ def measure_kernels() -> None:
 
 
 def measure_sweep(prompts: int) -> None:
+    import jax
+
+    from hydra_jax.benchmarks import sweep
+    from hydra_jax.config import AblationConfig, MeshConfig
+    from hydra_jax.engine import mesh
+
     config = CONFIG.value
     params, on = model_params(), start()
     params = mesh.lay(mesh.make(MeshConfig(**config.mesh)), params)
@@ -92,6 +98,11 @@ def measure_sweep(prompts: int) -> None:
 
 
 def measure_devices(asked: list[str]) -> None:
+    import jax
+
+    from hydra_jax.benchmarks import devices
+    from hydra_jax.engine.memory import default_rows
+
     config = CONFIG.value
     counts = [int(count) if count.isdecimal() else 0 for count in asked]
     if not all(counts):
@@ -116,6 +127,9 @@ def measure_devices(asked: list[str]) -> None:
 
 
 def measure_peers() -> None:
+    from hydra_jax.benchmarks import peers
+    from hydra_jax.engine.memory import default_rows
+
     config = CONFIG.value
     params, on = model_params(), start()
     peers.check_comparable(params.config)
@@ -135,6 +149,8 @@ def measure_peers() -> None:
 
 def start() -> dict[str, Any]:
     """Say what is measured and where; a description of the machine."""
+    from hydra_jax.benchmarks import kernels
+
     config, on = CONFIG.value, kernels.machine()
     what = SHAPE.value or config.model
     print(f"{what}, {config.dtype}, {on['devices']} x {on['device']} ({on['backend']})", flush=True)
@@ -142,11 +158,17 @@ def start() -> dict[str, Any]:
 
 
 def model_params() -> Params:
+    import jax
+
+    from hydra_jax import load
+    from hydra_jax.models.transformer import init_params
+    from hydra_jax.weights.directory import read_stated
+
     config = CONFIG.value
     switches = {"dtype": config.dtype, "precision": config.precision}
     asked = SHAPE.value or config.model
     if SHAPE.value and Path(asked).is_file():
-        sizes = read_settings(Path(asked), **switches)
+        sizes = read_stated(Path(asked)).config(**switches)
     elif SHAPE.value or asked in SHAPES:
         sizes = dataclasses.replace(shape(asked, config.layers), **switches)
     else:
@@ -155,6 +177,10 @@ def model_params() -> Params:
 
 
 def measure_training() -> None:
+    from hydra_jax.benchmarks import kernels
+    from hydra_jax.benchmarks import training as steps
+    from hydra_jax.training.config import train_config
+
     on, rows = kernels.machine(), []
     print(f"{TRAINING.value}, {on['devices']} x {on['device']} ({on['backend']})", flush=True)
     for arm in train.ARMS:
@@ -166,6 +192,8 @@ def measure_training() -> None:
 
 
 def measure_loading() -> None:
+    from hydra_jax.benchmarks import loading
+
     print(
         f"loading Llama checkpoints of {loading.LAYERS[0]} and {loading.LAYERS[1]} layers in bfloat16 ...", flush=True
     )

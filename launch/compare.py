@@ -14,13 +14,8 @@ from pathlib import Path
 from absl import flags
 
 from hydra_jax import runtime
-from hydra_jax.analysis import results
-from hydra_jax.comparison import report as report_arms
-from hydra_jax.comparison import run as compare
-from hydra_jax.config import MOST_BOOTSTRAP, MOST_SEED
 from hydra_jax.errors import UserError
-from hydra_jax.report import tables
-from hydra_jax.store import files
+from hydra_jax.limits import MOST_BOOTSTRAP, MOST_SEED
 
 WORKDIRS = flags.DEFINE_list(
     "workdirs", None, "directories of training runs, or patterns of them: arms and seeds", required=True
@@ -35,6 +30,12 @@ SEED = flags.DEFINE_integer("seed", 0, "of replacements and resamples", 0, MOST_
 
 
 def main() -> None:
+    from hydra_jax.analysis import results
+    from hydra_jax.comparison import report as report_arms
+    from hydra_jax.comparison import run as compare
+    from hydra_jax.report import tables
+    from hydra_jax.store import files
+
     try:
         steps = [int(step) for step in STEPS.value]
     except ValueError:

@@ -7,13 +7,14 @@ python -m launch.fetch --list
 from absl import flags
 
 from hydra_jax import runtime
-from hydra_jax.weights import hub
 
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "a named model, or a Hugging Face Hub id")
 LIST = flags.DEFINE_bool("list", False, "show the named models and where they are kept")
 
 
 def main() -> None:
+    from hydra_jax.weights import hub
+
     if LIST.value:
         print(f"{'name':16} {'size':>8}  {'licence':12} {'dropout in training':20} model")
         for name, source in hub.MODELS.items():

@@ -10,13 +10,9 @@ import dataclasses
 from absl import flags
 
 from hydra_jax import runtime
-from hydra_jax.config import AS_STORED
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import DTYPES
+from hydra_jax.models.config import AS_STORED, DTYPES
 from hydra_jax.models.shapes import SHAPES
-from hydra_jax.sweep.cost import describe
-from hydra_jax.weights import hub
-from hydra_jax.weights.load import read_config
 
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "a named model, a .gguf file, a directory, or a Hub id")
 PROMPTS = flags.DEFINE_integer("prompts", 1000, "prompts of the sweep", lower_bound=1)
@@ -33,11 +29,15 @@ DTYPE = flags.DEFINE_enum("dtype", DTYPES[0], [*DTYPES, AS_STORED], "of weights,
 
 
 def main() -> None:
+    from hydra_jax.sweep.cost import describe
+    from hydra_jax.weights import source
+
     if SHAPE.value:
         stored = "bfloat16" if DTYPE.value == AS_STORED else DTYPE.value
         architecture, config = SHAPE.value, dataclasses.replace(SHAPES[SHAPE.value], dtype=stored)
     else:
-        architecture, config = read_config(hub.locate(MODEL.value), dtype=DTYPE.value)
+        opened = source.open(MODEL.value)
+        architecture, config = opened.architecture, opened.config(dtype=DTYPE.value)
     if LENGTH.value > config.context:
         raise UserError(f"--length: {LENGTH.value:,} tokens, {architecture} takes at most {config.context:,}")
     sweep = PROMPTS.value, LENGTH.value, REPLACEMENTS.value

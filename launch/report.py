@@ -16,12 +16,7 @@ from pathlib import Path
 from absl import flags
 
 from hydra_jax import runtime
-from hydra_jax.analysis import results
-from hydra_jax.comparison import report as report_arms
-from hydra_jax.config import MOST_BOOTSTRAP, MOST_SEED
-from hydra_jax.report import page as report
-from hydra_jax.report import tables
-from hydra_jax.store import files
+from hydra_jax.limits import MOST_BOOTSTRAP, MOST_SEED
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep; the report goes into it", required=True)
 ALSO = flags.DEFINE_list("also", [], "directories of sweeps of other kinds, or of heads, on the same prompts")
@@ -31,6 +26,12 @@ SEED = flags.DEFINE_integer("seed", 0, "of the resamples", 0, MOST_SEED)
 
 
 def main() -> None:
+    from hydra_jax.analysis import results
+    from hydra_jax.comparison import report as report_arms
+    from hydra_jax.report import page as report
+    from hydra_jax.report import tables
+    from hydra_jax.store import files
+
     workdir = Path(WORKDIR.value)
     every = [
         results.load(Path(str(each)), BOOTSTRAP.value, SEED.value) for each in (workdir, *filter(None, ALSO.value))

@@ -11,22 +11,13 @@ Stopped, by Ctrl-C or otherwise, the same command goes on where it was.
 
 from pathlib import Path
 
-import pandas as pd
 from absl import flags
 from ml_collections import config_flags
 
 from hydra_jax import runtime
-from hydra_jax.analysis import results
-from hydra_jax.config import sweep_config
-from hydra_jax.engine.cluster import Cluster
 from hydra_jax.errors import UserError
-from hydra_jax.report import page as report
-from hydra_jax.report import tables
-from hydra_jax.store import effects as store
-from hydra_jax.store import files
-from hydra_jax.sweep.run import run
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "what to sweep: configs/sweep.py:MODEL; see the file itself")
+CONFIG = config_flags.DEFINE_config_file("config", None, "what to sweep: configs/sweep.py:MODEL")
 PROMPT = flags.DEFINE_string("prompt", None, "one prompt to sweep by itself: short for --config.prompts.text")
 REPORT = flags.DEFINE_bool("report", True, "end with tables, figures and the page; launch.report makes them later")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory for the results", required=True)
@@ -34,6 +25,17 @@ flags.adopt_module_key_flags(runtime)  # those of several processes, for --help
 
 
 def main() -> None:
+    import pandas as pd
+
+    from hydra_jax.analysis import results
+    from hydra_jax.config import sweep_config
+    from hydra_jax.engine.cluster import Cluster
+    from hydra_jax.report import page as report
+    from hydra_jax.report import tables
+    from hydra_jax.store import effects as store
+    from hydra_jax.store import files
+    from hydra_jax.sweep.run import run
+
     if PROMPT.value is not None:
         if not PROMPT.value.strip():
             raise UserError("--prompt: is empty; give a text whose next token is to be explained")

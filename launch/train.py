@@ -13,25 +13,27 @@ is a model like any other: python -m launch.sweep --config.model=DIR --config.pr
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from hydra_jax import runtime
 from hydra_jax.errors import UserError
-from hydra_jax.report import figures
-from hydra_jax.report.figures.training import training_curves
-from hydra_jax.store import files
-from hydra_jax.training.config import train_config
-from hydra_jax.training.loop import Stopped, train
-from hydra_jax.training.workdir import PROMPTS, read_metrics
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "what to train: configs/train.py:ARM,PRESET; see the file")
+CONFIG = config_flags.DEFINE_config_file("config", None, "what to train: configs/train.py:ARM,PRESET")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory for the run", required=True)
 flags.adopt_module_key_flags(runtime)  # those of several processes, for --help
 
 
 def main() -> None:
+    import jax
+
+    from hydra_jax.report import figures
+    from hydra_jax.report.figures.training import training_curves
+    from hydra_jax.store import files
+    from hydra_jax.training.config import train_config
+    from hydra_jax.training.loop import Stopped, train
+    from hydra_jax.training.workdir import PROMPTS, read_metrics
+
     if not WORKDIR.value:
         raise UserError("--workdir: is empty; give a directory for the run")
     config, workdir = train_config(CONFIG.value), Path(WORKDIR.value)

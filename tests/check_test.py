@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,13 @@ from hydra_jax.core.prefill import prefill
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.weights import check as checks
-from hydra_jax.weights.check import check
 from tests.helpers import models as toys
 from tests.helpers.speed import few
+
+
+def check(params, where):
+    with ThreadPoolExecutor(1) as beside:
+        checks.Check(params.config, None, beside)(params, where)
 
 
 def refusal(params):

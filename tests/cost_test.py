@@ -8,7 +8,8 @@ import pytest
 from hydra_jax.models.shapes import SHAPES
 from hydra_jax.models.transformer import forward
 from hydra_jax.sweep.cost import cost, describe, parameters
-from hydra_jax.weights.load import load, read_config
+from hydra_jax.weights import source
+from hydra_jax.weights.load import load
 from tests.helpers import checkpoints
 from tests.helpers import models as toys
 
@@ -56,9 +57,12 @@ def test_arithmetic_of_a_clean_run_is_about_what_xla_counts():
 def test_both_files_of_a_model_are_described_alike_without_their_weights(tmp_path):
     directory = checkpoints.hugging_face_directory(tmp_path / "tiny")
     file = checkpoints.gguf_file(tmp_path / "tiny.gguf")
-    assert read_config(file) == read_config(directory) == ("llama", load(str(file)).config)
+    for path in (file, directory):
+        opened = source.open(str(path))
+        assert (opened.architecture, opened.config()) == ("llama", load(str(file)).config)
     (directory / "model.safetensors").unlink()
-    architecture, config = read_config(directory, dtype="bfloat16")
+    opened = source.open(str(directory))
+    architecture, config = opened.architecture, opened.config(dtype="bfloat16")
     text = describe(architecture, config, prompts=10, length=4, draws=2)
     assert "norm_eps 1.52588e-05, dtype bfloat16" in text
     assert f"{10 * 2 * 4:,} ablations" in text

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 import gguf
 import jax
@@ -11,7 +12,8 @@ import pytest
 import safetensors.flax
 
 import hydra_jax
-from hydra_jax.weights.load import load, read_config
+from hydra_jax.weights import source
+from hydra_jax.weights.load import load
 from tests.helpers import checkpoints
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -47,7 +49,7 @@ ENCODED = [kind for kind in DECODED if is_done(gguf.quantize, np.zeros((1, WIDE)
 def loaded(tmp_path, monkeypatch):
     """What `NAME` is as a loaded parameter [in, out] where a GGUF file stores it so, the other weights in float32."""
     monkeypatch.setattr(checkpoints, "MLP_WIDTH", WIDE)
-    monkeypatch.setattr("hydra_jax.weights.load.check", lambda *_: None)  # random bytes make no working model
+    monkeypatch.setattr(source, "Check", mock.MagicMock())  # random bytes make no working model
 
     def load_stored(data, kind):
         path = checkpoints.gguf_file(tmp_path / "tiny.gguf", stored={NAME: (data, kind)})
@@ -137,7 +139,7 @@ def test_weights_of_every_stored_type_are_read(tmp_path, kept):
 def test_the_stored_type_is_honoured_where_it_is_asked_for(tmp_path, stated, expected):
     path = checkpoints.hugging_face_directory(tmp_path / "tiny", **stated)
     assert hydra_jax.load(str(path), dtype="auto").config.dtype == expected
-    assert read_config(path, dtype="auto")[1].dtype == expected
+    assert source.open(str(path)).config(dtype="auto").dtype == expected
     assert hydra_jax.load(str(path)).config.dtype == "float32"
 
 
@@ -146,7 +148,7 @@ def test_a_multimodal_model_states_its_type_outside_of_its_text(tmp_path):
     text = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2)
     stated = dict(model_type="gemma3", torch_dtype="bfloat16", text_config=text)
     (path / "config.json").write_text(json.dumps(stated))
-    assert read_config(path, dtype="auto")[1].dtype == "bfloat16"
+    assert source.open(str(path)).config(dtype="auto").dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])

@@ -14,6 +14,7 @@ FLOORS = (
     "__init__",
     "api",
     "runtime",
+    "usage",
     "comparison",
     "benchmarks",
     "report",
@@ -28,6 +29,7 @@ FLOORS = (
     "text",
     "core",
     "models",
+    "limits",
     "errors",
     "version",
 )

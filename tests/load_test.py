@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from hydra_jax.errors import UserError
+from hydra_jax.store.files import sha256
 from hydra_jax.text.tokenizer import encode
-from hydra_jax.weights.load import load, weights_hash
+from hydra_jax.weights import directory as directories
+from hydra_jax.weights.load import load
 from tests.helpers import checkpoints
 
 
@@ -48,6 +50,10 @@ def within(seconds):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
+
+
+def weights_hash(path):
+    return directories.digest(path) if path.is_dir() else sha256(path)
 
 
 def complaint(path):
@@ -186,7 +192,7 @@ def test_a_corrupted_gguf_header_is_refused_or_read(published, tmp_path_factory,
     for place, byte in changes.items():
         data[place] = byte
     path.write_bytes(data)
-    with mock.patch("hydra_jax.weights.load.check"):  # would compile every shape that the changes make
+    with mock.patch("hydra_jax.weights.source.Check"):  # would compile every shape that the changes make
         message = complaint(path)
     assert not message or (str(path) in message and "\n" not in message)
 

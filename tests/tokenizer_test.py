@@ -90,6 +90,12 @@ def test_the_highest_score_is_merged_first():
     assert unspaced.encode("bab", add_special_tokens=False).tokens == ["b", "ab"]
 
 
+def test_a_token_of_a_megabyte_is_no_more_work_than_others():
+    metadata = by_scores()
+    metadata["tokenizer.ggml.tokens"][-1] = "a" * (1 << 20)
+    assert from_gguf(metadata, "x.gguf").encode("bab", add_special_tokens=False).tokens == [SPACE, "b", "ab"]
+
+
 def test_what_scores_do_not_know_is_spelled_in_bytes():
     built = from_gguf(by_scores(), "x.gguf")
     assert built.encode("é", add_special_tokens=False).tokens == [SPACE, "<0xC3>", "<0xA9>"]

@@ -29,7 +29,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import init_params
 from hydra_jax.weights import families
-from hydra_jax.weights.load import INDEX
+from hydra_jax.weights.directory import INDEX
 
 LLAMA_7B = ModelConfig(32_000, 4096, 32, 32, 32, 128, 11_008, 4096, dtype="bfloat16")
 LAYERS = 2, 6

@@ -24,7 +24,7 @@ from hydra_jax.sweep.plan import Item, Plan
 from hydra_jax.sweep.roofline import intervention_flops
 from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.prompts import Prompt
-from hydra_jax.weights.load import Model
+from hydra_jax.weights.model import Model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An ablation's effects, as pure functions of a clean and an ablated run (design equations in the README).
+"""An ablation's effects, as pure functions of a clean and an ablated run (its equations are in the README).
 
 Every effect is in units of the target's centred logit, the logit minus its mean over the vocabulary.
 """

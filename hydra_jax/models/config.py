@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+import typing
 
-import jax
+if typing.TYPE_CHECKING:
+    import jax
 
 DTYPES = ("float32", "bfloat16")
+AS_STORED = "auto"
+"""The dtype that stands for bfloat16 where a model's weights are stored in it, else for float32."""
+
 PRECISIONS = ("highest", "high", "default")
 NORMS = ("rms", "layer")
 QK_NORMS = ("none", "head", "width")
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,4 +156,6 @@ class ModelConfig:
     @property
     def lax_precision(self) -> jax.lax.Precision:
         """`precision` in JAX's spelling."""
+        import jax  # which names and shapes do without, as --help does
+
         return jax.lax.Precision[self.precision.upper()]

@@ -15,16 +15,11 @@ import xarray as xr
 import zarr
 
 from hydra_jax.errors import UserError, reason, shown
+from hydra_jax.store.files import sha256
 from hydra_jax.store.metadata import ZARR_FORMAT
 
 DIGESTS = "files_sha256"
 """The attribute that has the sums."""
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, filled: Sequence[str] = ()) -> None:

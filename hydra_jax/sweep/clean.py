@@ -24,7 +24,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.sweep.bank import COLUMNS, Bank
 from hydra_jax.sweep.plan import Item, batch_of, by_length
 from hydra_jax.text.padding import padded_length
-from hydra_jax.weights.load import Model
+from hydra_jax.weights.model import Model
 
 Keep = Callable[[Item, int], bool]
 """Says of a prompt and its most likely next token whether its values are kept."""

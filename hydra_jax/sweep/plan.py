@@ -19,7 +19,7 @@ from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.padding import padded
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.text.tokenizer import answer_token, encode
-from hydra_jax.weights.load import Model
+from hydra_jax.weights.model import Model
 
 POOL = 64
 """Built-in facts that replacements for a single prompt come from."""

@@ -12,7 +12,7 @@ from hydra_jax.config import SweepConfig
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.version import __version__
-from hydra_jax.weights.load import Model
+from hydra_jax.weights.model import Model
 
 
 def protocol(config: SweepConfig, model: Model, prompts: Sequence[Prompt]) -> dict[str, Any]:

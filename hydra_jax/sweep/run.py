@@ -32,8 +32,8 @@ from hydra_jax.sweep.plan import Item, Plan, facts_beside, itemise
 from hydra_jax.sweep.protocol import protocol
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
-from hydra_jax.weights import hub
-from hydra_jax.weights.load import Model, load, read_config
+from hydra_jax.weights import source
+from hydra_jax.weights.model import Model
 
 SINGLE = "prompt"
 """Id of the prompt of `config.prompts.text`."""
@@ -242,10 +242,10 @@ class _Sweep:
 def _load(config: SweepConfig, mesh: Mesh) -> Model:
     """Load the model, if it fits."""
     switches = {"dtype": config.dtype, "precision": config.precision}
-    _, described = read_config(hub.locate(config.model), **switches)
+    opened = source.open(config.model, config.model_step)
     limit = config.memory * 1e9 or memory.free_bytes(mesh.local_devices[0])
-    memory.check_model(described, mesh.shape[meshes.MODEL], limit)
-    return load(config.model, step=config.model_step, mesh=mesh, **switches)
+    memory.check_model(opened.config(**switches), mesh.shape[meshes.MODEL], limit)
+    return opened.load(mesh=mesh, **switches)
 
 
 def _prompts(config: SweepConfig) -> list[Prompt]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,18 @@ PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     **dict.fromkeys((*LLAMA3, "dbrx", "smaug-bpe"), _split("{1,3}")),
     **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), _split("")),
 }
-"""By GGUF's `tokenizer.ggml.pre`."""
+"""Makers of pre-tokenizers by what GGUF's `tokenizer.ggml.pre` calls them."""
 
 NORMAL, _, CONTROL, USER_DEFINED = range(1, 5)
 """GGUF's types of tokens; control ones stand for no text."""
 
 SPACE = "\u2581"
-"""What SentencePiece writes for a space."""
+"""SentencePiece's sign for a space."""
 
 
 @contextlib.contextmanager
 def _faults(what: str) -> Iterator[None]:
-    """What `tokenizers` raises: bare Exception and, where its own code fails, a BaseException without a public name."""
+    """Turn what `tokenizers` raises into our error: a bare Exception, or a panic, which has no public name."""
     try:
         yield
     except BaseException as error:
@@ -65,7 +66,7 @@ def _faults(what: str) -> Iterator[None]:
 
 
 def from_file(path: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, but for any padding and truncation that it was last used with.
+    """Read a `tokenizer.json`, but for any padding and truncation that it was last used with.
 
     Raises:
       UserError: if the file is damaged.
@@ -80,7 +81,7 @@ def from_file(path: Path) -> Tokenizer:
 
 
 def from_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-    """The tokenizer that GGUF metadata describes: a byte-level BPE, or SentencePiece's BPE by scores.
+    """Build the tokenizer that GGUF metadata describes: a byte-level BPE, or SentencePiece's BPE by scores.
 
     Raises:
       UserError: if it is of a kind that is not supported.
@@ -117,14 +118,16 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> Tok
 
 
 def _by_scores(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
-    """SentencePiece merges the pair whose whole scores highest; what it does not know it spells in bytes."""
+    """Build SentencePiece's BPE: the pair whose whole scores highest is merged first, unknown text is bytes."""
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pieces = {t for t, type in zip(tokens, types, strict=False) if type in (NORMAL, USER_DEFINED)}
+    lengths = sorted({len(piece) for piece in pieces})
     scored = sorted(
         (-score, vocabulary[token[:cut]], vocabulary[token[cut:]], token, cut)
         for token, score in zip(tokens, metadata["tokenizer.ggml.scores"], strict=True)
         if token in pieces
-        for cut in range(1, len(token))
+        # Only where pieces could end: a damaged file may have a token of a megabyte, with as many places to cut.
+        for cut in itertools.takewhile(len(token).__gt__, lengths)
         if token[:cut] in pieces and token[cut:] in pieces
     )
     merges = [(token[:cut], token[cut:]) for *_, token, cut in scored]
@@ -141,21 +144,21 @@ def _by_scores(metadata: Mapping[str, Any], tokens: list[str], types: list[int])
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokens of a prompt, with what the tokenizer puts before one (a beginning-of-sequence token), not after it.
+    """Encode a prompt, with what the tokenizer puts before one (a beginning-of-sequence token), not after it.
 
-    What is read is the last token, which has to be the prompt's own.
+    Effects are read at the last token, which has to be the prompt's own.
 
     Raises:
       UserError: if the tokenizer is damaged.
     """
     with _faults(f"prompt {shown(text)}: the model's tokenizer fails"):
-        found = tokenizer.encode(text)
-    own = [place for place, put in enumerate(found.special_tokens_mask) if not put]
-    return found.ids[: own[-1] + 1] if own else found.ids
+        encoding = tokenizer.encode(text)
+    own = [position for position, put in enumerate(encoding.special_tokens_mask) if not put]
+    return encoding.ids[: own[-1] + 1] if own else encoding.ids
 
 
 def answer_token(tokenizer: Tokenizer, text: str, answer: str) -> int:
-    """The first token of `answer` where it continues `text` after a space.
+    """Return the first token of `answer` where it continues `text` after a space.
 
     Raises:
       UserError: if the tokenizer is damaged, or has no token for it.

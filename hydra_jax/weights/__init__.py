@@ -1,1 +1,1 @@
-"""Where weights come from: files, directories, the Hub, training runs; knows nothing of what is computed with them."""
+"""Sources of weights: files, directories, the Hub, training runs; it knows nothing of what is computed with them."""

@@ -7,7 +7,8 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
 from hydra_jax.weights.families import Family, Form
 
+READERS = 4
+"""Layers of a parameter that are read at once. Each takes the memory of one layer's array, or of two."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Where published tensors come from.
+class Tensors:
+    """Published tensors, to be read by name.
 
     Attributes:
       path: of the file or directory.
-      read: a published name -> the array.
+      read: a published name -> the array; called by several threads.
       names: names as a family's table has them -> as published.
       form: of the arrays.
       column: of the table's names.
@@ -44,24 +48,35 @@ class Source:
     ignored: tuple[str, ...]
 
 
-def assemble(config: ModelConfig, family: Family, source: Source, mesh: jax.sharding.Mesh | None) -> Params:
-    """Read every parameter that the config calls for, check it, and stack the layers."""
+def assemble(config: ModelConfig, family: Family, source: Tensors, mesh: jax.sharding.Mesh | None) -> Params:
+    """Read every parameter that the config calls for, check it, and stack the layers.
+
+    Args:
+      config: of the model.
+      family: of the model.
+      source: where the parameters are.
+      mesh: the devices that they are laid on, or None for one device.
+
+    Raises:
+      UserError: if a tensor is missing, is one too many (both before any is read), or is not what it should be.
+    """
     expected = transformer.flat(transformer.layout(config).weights)
     table = {ours: row[source.column] for ours, row in family.names.items()}
     order = list(table)
     # In the table's order, which is that of fused parameters.
     published = {path: _published(table, path) for path in sorted(expected, key=lambda p: order.index(_module(p)))}
-    used: set[str] = set()
+    ignored = (*source.ignored, *([re.escape(_published(table, "unembedding"))] if config.tied else []))
+    needed = {
+        name.format(layer)
+        for path, name in published.items()
+        for layer in range(config.layers if path.startswith("layers/") else 1)
+    }
+    _check_names(source, needed, ignored)
 
-    def read(path: str, into: np.ndarray, layer: int) -> np.ndarray:
+    def read(path: str, into: np.ndarray, layer: int = 0) -> np.ndarray:
         # Parameters of one name are fused: each has the rows after those of the ones before it.
         sizes = {p: expected[p].shape[-1] for p, name in published.items() if name == published[path]}
-        name = published[path].format(layer)
-        if name not in source.names:
-            raise UserError(f"{source.path}: tensor {name} is missing; fetch the model again")
-        name = source.names[name]
-        used.add(name)
-        _fill(into, path, config, source, name, sizes)
+        _fill(into, path, config, source, source.names[published[path].format(layer)], sizes)
         return into
 
     weights: dict[str, Any] = {}
@@ -74,19 +89,27 @@ def assemble(config: ModelConfig, family: Family, source: Source, mesh: jax.shar
             weights[path] = meshes.stack(mesh, path, struct, parts) if stacked else meshes.lay_one(mesh, path, *parts)
             continue
         whole = _aligned(struct.shape, struct.dtype)
-        for layer in range(config.layers if stacked else 1):
-            read(path, whole[layer] if stacked else whole, layer)
+        if stacked:
+            with ThreadPoolExecutor(READERS) as pool:
+                list(pool.map(read, itertools.repeat(path), whole, range(config.layers)))
+        else:
+            read(path, whole)
         array = jax.device_put(whole, may_alias=True)
         weights[path] = array if mesh is None else meshes.lay_one(mesh, path, array)
-    ignored = (*source.ignored, *([re.escape(_published(table, "unembedding"))] if config.tied else []))
-    for ours, name in source.names.items():
-        if name not in used and not any(re.fullmatch(pattern, ours) for pattern in ignored):
-            raise UserError(f"{source.path}: tensor {name} is more than this architecture has; fetch the model again")
     return Params(weights=traverse_util.unflatten_dict(weights, sep="/"), config=config)
 
 
+def _check_names(source: Tensors, needed: Set[str], ignored: Sequence[str]) -> None:
+    """Refuse a source without a tensor that is needed, or with one that is neither needed nor among those ignored."""
+    for name in sorted(needed - source.names.keys()):
+        raise UserError(f"{source.path}: tensor {name} is missing; fetch the model again")
+    for ours, name in source.names.items():
+        if ours not in needed and not any(re.fullmatch(pattern, ours) for pattern in ignored):
+            raise UserError(f"{source.path}: tensor {name} is more than this architecture has; fetch the model again")
+
+
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that JAX can take over as it is on a CPU, where it wants 64-byte alignment, and need not copy."""
+    """Return an empty array that JAX takes over without a copy on a CPU, where it wants 64-byte alignment."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -94,17 +117,17 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _published(table: Mapping[str, str], path: str) -> str:
-    """A parameter's name in the file, `{}` for the layer."""
+    """Return a parameter's name in the file, `{}` for the layer."""
     return f"{table[_module(path)]}.{'bias' if path.endswith('/bias') else 'weight'}"
 
 
 def _module(path: str) -> str:
-    """What a table calls the owner of a parameter."""
+    """Return the name that a table has for the owner of a parameter."""
     return path.rpartition("/")[0] or path
 
 
 def _fill(
-    into: np.ndarray, path: str, config: ModelConfig, source: Source, name: str, sizes: Mapping[str, int]
+    into: np.ndarray, path: str, config: ModelConfig, source: Tensors, name: str, sizes: Mapping[str, int]
 ) -> None:
     """Read tensor `name`, or its part that is parameter `path` among those of `sizes`, into one layer's array."""
     array = source.read(name)

@@ -1,74 +1,150 @@
-"""What is checked of every model that is loaded, on two short inputs."""
+"""The check of every model that is loaded, on two short inputs."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from concurrent.futures import Executor
+from typing import Any
 
-from hydra_jax.core.prefill import Clean, prefill
-from hydra_jax.engine import mesh
+import flax.struct
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hydra_jax.core.prefill import prefill
+from hydra_jax.engine import mesh as meshes
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
+from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
 
 LONG, SHORT = 8, 5
 TOLERANCES = {("float32", "highest"): 1e-4}
 ROUNDED_TOLERANCE = 3e-2
-"""Where products round their inputs."""
+"""The tolerance where products round their inputs."""
 
 
 OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-"""Of the compiler: a CPU, which computes in float32, would convert all layers' bfloat16 weights at once."""
+"""Options of the compiler: a CPU, which computes in float32, would convert all layers' bfloat16 weights at once."""
 
 
-def _runs(params: Params, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Clean]:
-    """What enters the first layer at the last token [P, D], and the clean runs of P prompts."""
-    entering = jax.vmap(lambda tokens, length: transformer.embed(params, tokens)[length - 1])(tokens, lengths)
-    return entering, jax.vmap(prefill, (None, 0, 0))(params, tokens, lengths)
+class Read(flax.struct.PyTreeNode):
+    """The part of P prompts' clean runs that is compared, at their last tokens; more would take longer to compile.
 
-
-def check(params: Params, where: str) -> None:
-    """Run a long and a short input, the short one padded and as it is.
-
-    Differences are relative to the stream's norm, or to the logit that it has room for.
-
-    Args:
-      params: the model.
-      where: what a fault is reported of.
-
-    Raises:
-      UserError: that says which check failed: that the writes sum to the stream, that what the lens says
-        they contribute sums to the logit, or that padding changes nothing.
+    Attributes:
+      entering: [P, D], what the first layer reads.
+      writes: [P, L, 2, D], each component's write.
+      final: [P, D], the stream after the last layer.
+      readout: [P, D], r of the most likely next token.
+      constant: [P], what no write adds to its centred logit.
+      final_scale: [P], sigma.
+      centred_logit: [P].
     """
-    c = params.config
-    long, short = min(LONG, c.context), min(SHORT, c.context)
-    tokens = jnp.asarray((np.arange(2 * long) * 7919 + 11).reshape(2, long) % c.vocab_size, jnp.int32)
-    # On every device, as those of other processes cannot be read.
-    whole = NamedSharding(mesh.of(params), PartitionSpec())
-    runs = jax.jit(_runs, compiler_options=OPTIONS, out_shardings=whole)
-    entering, clean = jax.device_get(runs(params, tokens, jnp.array([long, short])))
-    _, alone = jax.device_get(runs(params, tokens[1:, :short], jnp.array([short])))
-    final = clean.resid_post[:, -1]
-    room = np.linalg.norm(final, axis=1)
-    room_of_logit = room * np.linalg.norm(clean.readout, axis=1) / clean.final_scale
 
-    def lens(vectors: np.ndarray) -> np.ndarray:
-        return (vectors * clean.readout).sum(axis=1) / clean.final_scale
+    entering: jax.Array
+    writes: jax.Array
+    final: jax.Array
+    readout: jax.Array
+    constant: jax.Array
+    final_scale: jax.Array
+    centred_logit: jax.Array
 
-    parts = clean.writes.reshape(2, c.components, c.width)
-    contributions = sum(lens(parts[:, i]) for i in range(c.components)) + lens(entering) + clean.constant
-    differences = {
-        "the writes do not sum to the stream": np.linalg.norm(entering + parts.sum(axis=1) - final, axis=1) / room,
-        "the contributions do not sum to the logit": np.abs(contributions - clean.centred_logit) / room_of_logit,
-        "padding changes the stream": np.linalg.norm(alone.resid_post[0, -1] - final[1]) / room[1],
+
+def _read(params: Params, tokens: jax.Array, lengths: jax.Array) -> Read:
+    """Run P prompts, padded to tokens [P, T], and return what is compared."""
+    entering = jax.vmap(lambda tokens, length: transformer.embed(params, tokens)[length - 1])(tokens, lengths)
+    clean = jax.vmap(prefill, (None, 0, 0))(params, tokens, lengths)
+    return Read(
+        entering=entering,
+        writes=clean.writes,
+        final=clean.resid_post[:, -1],
+        readout=clean.readout,
+        constant=clean.constant,
+        final_scale=clean.final_scale,
+        centred_logit=clean.centred_logit,
+    )
+
+
+def _final(params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Run P prompts, padded to tokens [P, T], and return their final streams [P, D]."""
+    return jax.vmap(prefill, (None, 0, 0))(params, tokens, lengths).resid_post[:, -1]
+
+
+class Check:
+    """The check of a model that is still to be read; its programs are compiled meanwhile."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh | None, beside: Executor) -> None:
+        """Begin to compile.
+
+        Args:
+          config: the model's.
+          mesh: the devices that its parameters will lie on; None for one device.
+          beside: what compiles.
+        """
+        self._config = c = config
+        long, short = min(LONG, c.context), min(SHORT, c.context)
+        tokens = ((np.arange(2 * long) * 7919 + 11).reshape(2, long) % c.vocab_size).astype(np.int32)
+        self._both = tokens, np.array([long, short], np.int32)
+        self._alone = tokens[1:, :short], np.array([short], np.int32)
+        like = _layout(config, mesh)
+        # On every device, as those of other processes cannot be read.
+        everywhere: Any = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
+        # Lowered here, as threads do not have the settings of JAX that hold in a `with` around this.
+        lowered = [
+            jax.jit(run, compiler_options=OPTIONS, **everywhere).lower(like, *inputs)
+            for run, inputs in ((_read, self._both), (_final, self._alone))
+        ]
+        self._programs = [beside.submit(program.compile) for program in lowered]
+
+    def __call__(self, params: Params, where: str) -> None:
+        """Run a long and a short input, the short one padded and as it is.
+
+        Differences are relative to the stream's norm, or to the logit that it has room for.
+
+        Args:
+          params: the model.
+          where: what a fault is reported of.
+
+        Raises:
+          UserError: that says which check failed: that the writes sum to the stream, that what the lens says
+            they contribute sums to the logit, or that padding changes nothing.
+        """
+        c = self._config
+        read, final = (program.result() for program in self._programs)
+        both: Any = jax.device_get(read(params, *self._both))
+        alone: np.ndarray = jax.device_get(final(params, *self._alone))
+        room = np.linalg.norm(both.final, axis=1)
+        room_of_logit = room * np.linalg.norm(both.readout, axis=1) / both.final_scale
+
+        def lens(vectors: np.ndarray) -> np.ndarray:
+            return (vectors * both.readout).sum(axis=1) / both.final_scale
+
+        parts = both.writes.reshape(2, c.components, c.width)
+        contributions = sum(lens(parts[:, i]) for i in range(c.components)) + lens(both.entering) + both.constant
+        off = np.linalg.norm(both.entering + parts.sum(axis=1) - both.final, axis=1)
+        differences = {
+            "the writes do not sum to the stream": off / room,
+            "the contributions do not sum to the logit": np.abs(contributions - both.centred_logit) / room_of_logit,
+            "padding changes the stream": np.linalg.norm(alone[0] - both.final[1]) / room[1],
+        }
+        allowed = TOLERANCES.get((c.dtype, c.precision), ROUNDED_TOLERANCE)
+        for fault, difference in differences.items():
+            worst = np.max(difference)
+            if not worst <= allowed:  # NaN is wrong too
+                raise UserError(
+                    f"{where}: {fault}, by {worst:.2g} of its size (more than {allowed:g}); the weights are damaged,"
+                    " or this model is not what its settings say"
+                )
+
+
+def _layout(config: ModelConfig, mesh: Mesh | None) -> Params:
+    """Return the model's parameters without values, and where they will lie."""
+    params = transformer.layout(config)
+    if mesh is None:
+        return params
+    flat = transformer.flat(params.weights)
+    lying = {
+        name: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=meshes.parameter(mesh, name, like.shape))
+        for name, like in flat.items()
     }
-    allowed = TOLERANCES.get((c.dtype, c.precision), ROUNDED_TOLERANCE)
-    for what, difference in differences.items():
-        worst = np.max(difference)
-        if not worst <= allowed:  # NaN is wrong too
-            raise UserError(
-                f"{where}: {what}, by {worst:.2g} of its size (more than {allowed:g}); the weights are damaged, or"
-                " this model is not what its settings say"
-            )
+    return params.replace(weights=traverse_util.unflatten_dict(lying, sep="/"))

@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from hydra_jax.config import LAST_STEP
 from hydra_jax.errors import UserError, reason
-from hydra_jax.store.digests import sha256
+from hydra_jax.store.files import sha256
 
 NAME = "checkpoints"
 SUMS = "checkpoints.json"
@@ -25,13 +25,13 @@ WEIGHTS = "weights"
 
 
 def steps(workdir: Path) -> list[int]:
-    """The steps of a run's checkpoints, in order; half-written ones are not among them."""
-    found = [path for path in directory(workdir).glob("*") if path.name.isdecimal()]
-    return sorted(int(path.name) for path in found if ocp.is_orbax_checkpoint(path))
+    """Return the steps of a run's checkpoints, in order; half-written ones are not among them."""
+    numbered = [path for path in directory(workdir).glob("*") if path.name.isdecimal()]
+    return sorted(int(path.name) for path in numbered if ocp.is_orbax_checkpoint(path))
 
 
 def weights(workdir: Path, like: Any, step: int = LAST_STEP) -> tuple[Any, str, int]:
-    """A trained model's weights, their SHA-256, and the step they are of.
+    """Read a trained model's weights; return them, their SHA-256, and the step they are of.
 
     Args:
       workdir: of the run.
@@ -42,12 +42,12 @@ def weights(workdir: Path, like: Any, step: int = LAST_STEP) -> tuple[Any, str, 
       UserError: if there is no such checkpoint, or it is damaged.
     """
     step = chosen(step, steps(workdir), workdir)
-    found = read(workdir, step, {WEIGHTS: like})[WEIGHTS]
-    return found, digest(found), step
+    arrays = read(workdir, step, {WEIGHTS: like})[WEIGHTS]
+    return arrays, digest(arrays), step
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 of a tree's arrays, in order."""
+    """Return the SHA-256 of a tree's arrays, in order."""
     total = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         array = np.ascontiguousarray(jax.device_get(leaf))
@@ -95,7 +95,7 @@ def read(workdir: Path, step: int, like: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Where an array goes: the devices that it was saved from may not be here."""
+    """Return an array's shape with a device of this process: those that it was saved from may not be here."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
 

@@ -1,4 +1,4 @@
-"""How architectures are published: tables of the names of their weights, and what is particular about each.
+"""Architectures as they are published: tables of the names of their weights, and what is particular about each.
 
 A table's rows are our module -> (Hugging Face's, GGUF's); `{}` stands for the layer. Several modules
 with one published name are fused there, in the table's order. Published matrices are [out, in]; ours
@@ -129,7 +129,7 @@ def _in_out(path: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def _fused_by_head(path: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Rows [H, (query, key, value), head_dim] -> [(query, key, value), H, head_dim]."""
+    """Reorder rows [H, (query, key, value), head_dim] to [(query, key, value), H, head_dim]."""
     if not path.startswith(("layers/attn/query", "layers/attn/key", "layers/attn/value")):
         return array
     by_head = array.reshape(config.heads, 3, config.head_dim, *array.shape[1:])
@@ -141,7 +141,7 @@ def _two_rows_early(path: str, array: np.ndarray, config: ModelConfig) -> np.nda
 
 
 def _neighbouring_pairs(path: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Llama.cpp rotates dimensions (2i, 2i + 1) of a head, Hugging Face and this project (i, i + half)."""
+    """Reorder rows: llama.cpp rotates dimensions (2i, 2i + 1) of a head, Hugging Face and we (i, i + half)."""
     if not path.startswith(("layers/attn/query/", "layers/attn/key/")):
         return array
     heads = array.shape[0] // config.head_dim
@@ -151,7 +151,7 @@ def _neighbouring_pairs(path: str, array: np.ndarray, config: ModelConfig) -> np
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one architecture is published.
+    """An architecture as it is published.
 
     Attributes:
       names: the table.
@@ -180,13 +180,13 @@ class Family:
     gguf: str = ""
 
     def fields(self, s: Settings) -> Fields:
-        """Of a ModelConfig, from `config.json`."""
+        """Read the fields of a ModelConfig from `config.json`."""
         for key in ("dtype", "torch_dtype"):
             s.only(key, None, *settings.STORED_TYPES)
         return self.switches | self.read(s)
 
     def gguf_fields(self, s: Settings, tensors: Mapping[str, Any]) -> Fields:
-        """Of a ModelConfig, from a GGUF file."""
+        """Read the fields of a ModelConfig from a GGUF file."""
         return self.switches | self.read_gguf(s, tensors)
 
 
@@ -281,16 +281,16 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(OPT, settings.opt, switches=_GPT, form=_two_rows_early, renamed=(("decoder.", "model.decoder."),)),
 }
 FAMILIES["gemma3"] = dataclasses.replace(FAMILIES["gemma3_text"], nested="text_config", gguf="")
-"""By Hugging Face's `model_type`."""
+"""The families by Hugging Face's `model_type`."""
 
 
 def find(name: object, where: str, by: str = "") -> Family:
-    """The family whose `model_type` (or, `by` "gguf", whose GGUF architecture) is `name`.
+    """Return the family whose `model_type` (or, `by` "gguf", whose GGUF architecture) is `name`.
 
     Raises:
       UserError: if it is not a known one.
     """
-    known = {(each.gguf if by == "gguf" else key): each for key, each in FAMILIES.items()}
+    known = {(family.gguf if by == "gguf" else key): family for key, family in FAMILIES.items()}
     known.pop("", None)
     if not isinstance(name, str) or name not in known:
         raise UserError(f"{where}: architecture {name!r} is not supported; known: {', '.join(known)}")

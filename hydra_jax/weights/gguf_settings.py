@@ -1,4 +1,4 @@
-"""What a GGUF file's metadata says, as fields of a ModelConfig: its keys without the architecture before them.
+"""Readers of a GGUF file's metadata, as fields of a ModelConfig: its keys without the architecture before them.
 
 Arguments of all: the metadata, and the tensors by name, of which some say what a key does not.
 """
@@ -13,7 +13,7 @@ from hydra_jax.weights.settings import Fields, Settings, windows
 
 
 def common(s: Settings, tensors: Mapping[str, Any]) -> Fields:
-    """What GGUF files of all architectures have in common.
+    """Read what GGUF files of all architectures have in common.
 
     Args:
       s: the metadata, of the keys that begin with the architecture, without it.
@@ -52,24 +52,24 @@ def _factors(s: Settings, tensors: Mapping[str, Any], rotated: int) -> tuple[flo
         if name in tensors:
             raise UserError(f"tensor {name}: this rotary scaling is not supported; use a model without it")
     if "rope_freqs.weight" in tensors:
-        return tuple(factor * float(each) for each in tensors["rope_freqs.weight"].data.ravel())
+        return tuple(factor * float(value) for value in tensors["rope_freqs.weight"].decoded().ravel())
     return (factor,) * (rotated // 2) if factor != 1.0 else ()
 
 
 def mistral(s: Settings, tensors: Mapping[str, Any]) -> Fields:
-    """Mistral (published as Llama) and Phi-3: every layer has the window, if there is one."""
+    """Read Mistral (published as Llama) and Phi-3: every layer has the window, if there is one."""
     fields = common(s, tensors)
     return fields | dict(windows=windows(s, fields["layers"], lambda layer: True, "attention.sliding_window"))
 
 
 def gemma(s: Settings, tensors: Mapping[str, Any]) -> Fields:
-    """Gemma 1."""
+    """Read Gemma 1."""
     fields = common(s, tensors)
     return fields | dict(embedding_scale=float(fields["width"] ** 0.5))
 
 
 def gemma2(s: Settings, tensors: Mapping[str, Any]) -> Fields:
-    """Gemma 2. Its files leave out that the 27B model scales queries by width / heads."""
+    """Read Gemma 2. Its files leave out that the 27B model scales queries by width / heads."""
     fields = gemma(s, tensors)
     largest = fields["layers"] == 46
     return fields | dict(
@@ -81,7 +81,7 @@ def gemma2(s: Settings, tensors: Mapping[str, Any]) -> Fields:
 
 
 def gemma3(s: Settings, tensors: Mapping[str, Any]) -> Fields:
-    """Gemma 3. Its files leave out the windows' pattern, their rotary base, and how the 27B model scales queries."""
+    """Read Gemma 3. Its files leave out windows' pattern and rotary base, and how the 27B model scales queries."""
     fields = gemma(s, tensors)
     largest = fields["layers"] == 62
     pattern = s("attention.sliding_window_pattern", 6)
@@ -98,5 +98,5 @@ def gemma3(s: Settings, tensors: Mapping[str, Any]) -> Fields:
 
 
 def gpt_neox(s: Settings, tensors: Mapping[str, Any]) -> Fields:
-    """GPT-NeoX and Pythia."""
+    """Read GPT-NeoX and Pythia."""
     return common(s, tensors) | dict(parallel=bool(s("use_parallel_residual", True)))

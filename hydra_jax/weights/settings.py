@@ -1,4 +1,4 @@
-"""What a `config.json` says, as fields of a ModelConfig (of GGUF files, see `gguf_settings`).
+"""Readers of a `config.json`, as fields of a ModelConfig (of GGUF files: `gguf_settings`).
 
 A key that nothing here reads and that is not known to be harmless is an error, as it might change the
 computation.
@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.config import AS_STORED, ModelConfig
 
 Fields = dict[str, Any]
-"""Of a ModelConfig."""
+"""Fields of a ModelConfig by their names."""
 
 # fmt: off
 HARMLESS = frozenset({
@@ -49,6 +49,13 @@ ACTIVATION_NAMES = {
 }
 
 
+def stored_as(name: object, dtype: str) -> str:
+    """Return a model's dtype: the one asked for, or, for AS_STORED, ours for weights stored as type `name`."""
+    if dtype != AS_STORED:
+        return dtype
+    return "bfloat16" if name in ("bf16", "bfloat16") else "float32"
+
+
 class Settings:
     """A mapping that notes which of its keys were read."""
 
@@ -57,7 +64,7 @@ class Settings:
         self._read: set[str] = set()
 
     def __call__(self, key: str, *default: Any) -> Any:
-        """The value of `key`, or the default. Raises KeyError where there is neither."""
+        """Return the value of `key`, or the default. Raises KeyError where there is neither."""
         self._read.add(key)
         return self._values.get(key, *default) if default else self._values[key]
 
@@ -68,14 +75,14 @@ class Settings:
             raise UserError(f"{key} is {self(key)!r}, only {known} is supported; use another model")
 
     def layers(self, key: str) -> int:
-        """The number of layers, fit to be counted to."""
+        """Return the number of layers, fit to be counted to."""
         layers = self(key)
         if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
             raise UserError(f"{key} must be 1 to {MOST_LAYERS:,} layers, it is {layers!r}; fetch the model again")
         return layers
 
     def check_all_read(self) -> None:
-        """Refuse what nothing asked for.
+        """Refuse keys that nothing asked for.
 
         Raises:
           UserError: that names the keys.
@@ -86,14 +93,14 @@ class Settings:
 
 
 def activation(name: object) -> str:
-    """Ours, by Hugging Face's name."""
+    """Return our name of an activation, by Hugging Face's."""
     if name not in ACTIVATION_NAMES:
         raise UserError(f"activation {name!r} is not supported; known: {', '.join(ACTIVATION_NAMES)}")
     return ACTIVATION_NAMES[str(name)]
 
 
 def rope_factors(scaling: Mapping[str, Any], base: float, rotated: int) -> tuple[float, ...]:
-    """What each rotary frequency is divided by, from a `rope_scaling` or `rope_parameters`."""
+    """Return the divisor of each rotary frequency, from a `rope_scaling` or `rope_parameters`."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     unknown = set(scaling) - ROPE_KEYS
     if kind not in ("default", "linear", "llama3") or unknown:
@@ -108,7 +115,7 @@ def rope_factors(scaling: Mapping[str, Any], base: float, rotated: int) -> tuple
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
 
     def one(pair: int) -> float:
-        """Short waves stay, long ones are stretched, and between them a blend of both."""
+        """Return a pair's divisor: short waves stay, long ones are stretched, between them is a blend of both."""
         turns = trained * base ** (-pair / half) / (2 * math.pi)
         blend = min(max((turns - low) / (high - low), 0.0), 1.0)
         return 1 / ((1 - blend) / factor + blend)
@@ -117,7 +124,7 @@ def rope_factors(scaling: Mapping[str, Any], base: float, rotated: int) -> tuple
 
 
 def rotary(s: Settings, head_dim: int, theta: str = "rope_theta", share: str = "partial_rotary_factor") -> Fields:
-    """The rotary fields; `theta` and `share` are the keys of the base and of how much of a head turns."""
+    """Read the rotary fields; `theta` and `share` are the keys of the base and of how much of a head turns."""
     scaling = {**(s("rope_parameters", None) or {}), **(s("rope_scaling", None) or {})}
     old_base, old_share = s(theta, None), s(share, 1.0)
     base = float(scaling.get("rope_theta") or old_base or 10_000.0)
@@ -132,7 +139,7 @@ def rotary(s: Settings, head_dim: int, theta: str = "rope_theta", share: str = "
 
 
 def windows(s: Settings, layers: int, slides: Callable[[int], bool], key: str = "sliding_window") -> tuple[int, ...]:
-    """Each layer's window, of `layer_types` or, where they are not listed, of those layers that `slides` says."""
+    """Return each layer's window: by `layer_types` or, where they are not listed, of the layers that `slides` says."""
     window, types = s(key, None), s("layer_types", None)
     if types is None:
         sliding = [bool(window) and slides(layer) for layer in range(layers)]
@@ -142,11 +149,11 @@ def windows(s: Settings, layers: int, slides: Callable[[int], bool], key: str = 
         sliding = [kind == "sliding_attention" for kind in types]
     if any(sliding) and not window:
         raise UserError(f"layer_types has sliding_attention, but {key} is not set; fetch the model again")
-    return tuple(window if each else 0 for each in sliding) if any(sliding) else ()
+    return tuple(window if slide else 0 for slide in sliding) if any(sliding) else ()
 
 
 def _decoder(s: Settings) -> Fields:
-    """What Llama and most since have in common, but for positions."""
+    """Read what Llama and most since have in common, but for positions."""
     heads, width = s("num_attention_heads"), s("hidden_size")
     bias = bool(s("attention_bias", False))
     return dict(
@@ -168,21 +175,21 @@ def _decoder(s: Settings) -> Fields:
 
 
 def llama(s: Settings) -> Fields:
-    """Llama 1 to 3, SmolLM2, TinyLlama, OLMo 2, and what differs from them in switches alone."""
+    """Read Llama 1 to 3, SmolLM2, TinyLlama, OLMo 2, and what differs from them in switches alone."""
     s.only("rope_interleaved", False)
     fields = _decoder(s)
     return fields | rotary(s, fields["head_dim"])
 
 
 def mistral(s: Settings) -> Fields:
-    """Mistral and Phi-3: every layer has the window."""
+    """Read Mistral and Phi-3: every layer has the window."""
     s("original_max_position_embeddings", None)
     fields = llama(s)
     return fields | dict(windows=windows(s, fields["layers"], lambda layer: True))
 
 
 def qwen3(s: Settings) -> Fields:
-    """Qwen 3: the layers from some on have windows, if any."""
+    """Read Qwen 3: the layers from some on have windows, if any."""
     s.only("use_mrope", False)
     fields, first = llama(s), s("max_window_layers", 28)
     sliding = bool(s("use_sliding_window", False))
@@ -190,7 +197,7 @@ def qwen3(s: Settings) -> Fields:
 
 
 def qwen2(s: Settings) -> Fields:
-    """Qwen 2 and 2.5, which have biases whatever their settings say."""
+    """Read Qwen 2 and 2.5, which have biases whatever their settings say."""
     return qwen3(s) | dict(qkv_bias=True)
 
 
@@ -208,13 +215,13 @@ def _gemma(s: Settings) -> Fields:
 
 
 def gemma(s: Settings) -> Fields:
-    """Gemma 1."""
+    """Read Gemma 1."""
     fields = _gemma(s)
     return fields | rotary(s, fields["head_dim"])
 
 
 def gemma2(s: Settings) -> Fields:
-    """Gemma 2: windows in every other layer."""
+    """Read Gemma 2: windows in every other layer."""
     return gemma(s) | dict(
         attn_softcap=float(s("attn_logit_softcapping", None) or 0.0),
         windows=windows(s, s.layers("num_hidden_layers"), lambda layer: layer % 2 == 0),
@@ -222,7 +229,7 @@ def gemma2(s: Settings) -> Fields:
 
 
 def gemma3(s: Settings) -> Fields:
-    """Gemma 3: windows in all layers but every sixth, which have rotary frequencies of their own."""
+    """Read Gemma 3: windows in all layers but every sixth, which have rotary frequencies of their own."""
     fields = _gemma(s)
     pattern = s("sliding_window_pattern", None) or s("_sliding_window_pattern", 6)
     by_type = s("rope_parameters", None) or {}
@@ -241,7 +248,7 @@ def gemma3(s: Settings) -> Fields:
 
 
 def gpt2(s: Settings) -> Fields:
-    """GPT-2."""
+    """Read GPT-2."""
     s.only("scale_attn_weights", True)
     s.only("scale_attn_by_inverse_layer_idx", False)
     s.only("add_cross_attention", False)
@@ -262,7 +269,7 @@ def gpt2(s: Settings) -> Fields:
 
 
 def gpt_neox(s: Settings) -> Fields:
-    """GPT-NeoX and Pythia."""
+    """Read GPT-NeoX and Pythia."""
     width, heads, bias = s("hidden_size"), s("num_attention_heads"), bool(s("attention_bias", True))
     return dict(
         vocab_size=s("vocab_size"),
@@ -284,7 +291,7 @@ def gpt_neox(s: Settings) -> Fields:
 
 
 def opt(s: Settings) -> Fields:
-    """OPT, but for the 350M model, which norms after the sublayers and projects its embedding."""
+    """Read OPT, but for the 350M model, which norms after the sublayers and projects its embedding."""
     width, heads = s("hidden_size"), s("num_attention_heads")
     for key in ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine"):
         s.only(key, True)
@@ -306,7 +313,7 @@ def opt(s: Settings) -> Fields:
 
 
 def model_config(where: str, s: Settings, read: Callable[[], Fields], **switches: Any) -> ModelConfig:
-    """A ModelConfig of what `read` finds in `s`, all of it; faults are reported as faults of the file `where`."""
+    """Make a ModelConfig of what `read` finds in `s`, all of it; faults are told as faults of the file `where`."""
     try:
         fields = read()
         s.check_all_read()

@@ -8,14 +8,89 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra_jax.config import AS_STORED, ShapeConfig
+import jax
+from tokenizers import Tokenizer
+
+from hydra_jax.config import LAST_STEP, ShapeConfig
+from hydra_jax.engine import mesh as meshes
 from hydra_jax.errors import UserError
-from hydra_jax.models.config import ModelConfig
-from hydra_jax.models.transformer import DropoutRates
+from hydra_jax.models import transformer
+from hydra_jax.models.config import AS_STORED, ModelConfig
+from hydra_jax.models.transformer import DropoutRates, Params
 from hydra_jax.parsing import parse
+from hydra_jax.text import tokenizer
 
 RUN = "train.json"
 TOKENIZER = "tokenizer.json"
+
+
+class TrainedRun:
+    """A training run's directory, opened: its description is read, no weights are.
+
+    Attributes:
+      architecture: in words.
+      dropout: the highest of its rates.
+    """
+
+    architecture = "llama, trained here"
+    digest_is_apart = False
+
+    def __init__(self, path: Path, step: int = LAST_STEP) -> None:
+        """Read the description of the run in `path`, of which the checkpoint of `step` is meant.
+
+        Raises:
+          UserError: if it is damaged.
+        """
+        self._path = path
+        self._step = step
+        self._digest = ""
+        self._config, self.dropout = model_config(path, AS_STORED, "highest")
+
+    def config(self, dtype: str, precision: str) -> ModelConfig:
+        """Return the settings.
+
+        Args:
+          dtype: as of `load.load`.
+          precision: as of `load.load`.
+        """
+        kept = self._config.dtype if dtype == AS_STORED else dtype
+        return dataclasses.replace(self._config, dtype=kept, precision=precision)
+
+    def tokenizer(self) -> Tokenizer:
+        """Read the tokenizer.
+
+        Raises:
+          UserError: if it is damaged.
+        """
+        return tokenizer.from_file(self._path / TOKENIZER)
+
+    def weights(self, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Params:
+        """Read the checkpoint's weights.
+
+        Args:
+          config: from `config`.
+          mesh: as of `load.load`.
+
+        Raises:
+          UserError: if there is no such checkpoint, or it is damaged.
+        """
+        stored, like = self._read(), transformer.layout(config).weights
+        weights = jax.tree.map(lambda array, like: array.astype(like.dtype), stored, like)
+        params = Params(weights=weights, config=config)
+        return params if mesh is None else meshes.lay(mesh, params)
+
+    def digest(self) -> str:
+        """Return the SHA-256 (hex) of the checkpoint's weights, which are read for it unless they were before."""
+        if not self._digest:
+            self._read()
+        return self._digest
+
+    def _read(self) -> Any:
+        from hydra_jax.weights import checkpoints  # orbax is slow to import, and most runs never need it
+
+        like = transformer.layout(dataclasses.replace(self._config, dtype="float32")).weights
+        weights, self._digest, _ = checkpoints.weights(self._path, like, self._step)
+        return weights
 
 
 def is_trained(path: Path) -> bool:

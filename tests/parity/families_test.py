@@ -1,6 +1,7 @@
 """Every family against `transformers`: the pass itself, and ablations by forward hooks."""
 
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.j
 def unchecked():
     """Loading without the checks of what was loaded: here they only cost time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hydra_jax.weights.load.check", lambda *_: None)
+        patch.setattr("hydra_jax.weights.source.Check", mock.MagicMock())
         yield
 
 
