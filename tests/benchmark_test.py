@@ -18,6 +18,7 @@ from hydra_jax.sweep.roofline import Roofline, intervention_flops
 from tests.helpers import checkpoints, commands
 from tests.helpers import models as toys
 from tests.helpers.commands import finish
+from tests.helpers.speed import few
 
 
 @pytest.mark.parametrize("block", ["llama 3", "gpt-2", "pythia"])
@@ -74,7 +75,7 @@ def test_a_whole_sweep_is_measured_by_the_code_that_sweeps():
     assert "of bare products" in str(swept)
 
 
-@pytest.mark.parametrize(("devices", "model"), [pytest.param(1, 1, marks=pytest.mark.slow), (4, 2)])
+@pytest.mark.parametrize(("devices", "model"), few([(1, 1), (4, 2)], (4, 2)))
 def test_devices_are_measured_with_what_passes_between_them(devices, model):
     found = scaling.measure(toys.params(), devices, model, prompts=5, length=6, draws=3, step=3)
     assert found.prompts == -(-5 // (devices // model)) * (devices // model)

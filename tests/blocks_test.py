@@ -19,7 +19,7 @@ jit_forward, jit_prefill, jit_replay, jit_edges = (jax.jit(f) for f in (forward,
 TOKENS = toys.tokens(9)
 LAST = toys.config().layers - 1
 
-pytestmark = pytest.mark.parametrize("block", few(toys.BLOCKS, "pythia", "gemma 2"))
+pytestmark = pytest.mark.parametrize("block", few(toys.BLOCKS, "gemma 2"))
 
 
 def clean_run(params):

@@ -12,6 +12,7 @@ from hydra_jax.weights import source
 from hydra_jax.weights.load import load
 from tests.helpers import checkpoints
 from tests.helpers import models as toys
+from tests.helpers.speed import few
 
 
 @pytest.mark.parametrize("block", toys.BLOCKS)
@@ -72,12 +73,15 @@ def test_both_files_of_a_model_are_described_alike_without_their_weights(tmp_pat
 
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
-    [
+    few(
+        [
+            (["--model={model}"], 0, "parameters"),
+            (["--model={model}", "--length=129"], 1, "at most 128"),
+            (["--model={model}.not"], 1, "not found"),
+            (["--model={model}", "--prompts=0"], 1, "prompts"),
+        ],
         (["--model={model}"], 0, "parameters"),
-        (["--model={model}", "--length=129"], 1, "at most 128"),
-        (["--model={model}.not"], 1, "not found"),
-        (["--model={model}", "--prompts=0"], 1, "prompts"),
-    ],
+    ),
 )
 def test_the_command(tmp_path, arguments, status, words):
     model = checkpoints.gguf_file(tmp_path / "tiny.gguf")

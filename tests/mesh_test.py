@@ -53,16 +53,10 @@ def ablated(params):
 
 @pytest.mark.parametrize(
     ("block", "shape"),
-    [
-        *(
-            pytest.param(block, "data 2, model 2", marks=pytest.mark.slow)
-            for block in toys.BLOCKS
-            if block != "gemma 2"
-        ),
+    few(
+        [*((block, "data 2, model 2") for block in toys.BLOCKS), ("llama 3", "data 4"), ("pythia", "model 4")],
         ("gemma 2", "data 2, model 2"),
-        pytest.param("llama 3", "data 4", marks=pytest.mark.slow),
-        pytest.param("pythia", "model 4", marks=pytest.mark.slow),
-    ],
+    ),
 )
 def test_every_family_is_ablated_alike_on_every_mesh(block, shape):
     expected = ablated(toys.block(block))

@@ -13,6 +13,7 @@ from hydra_jax.weights import checkpoints as trained_weights
 from tests.helpers import commands
 from tests.helpers import training as training_toys
 from tests.helpers.commands import finish, free_port
+from tests.helpers.speed import few
 
 CONFIG = training_toys.config(dropout=dict(attn=0.1))
 SETTINGS = {
@@ -61,6 +62,7 @@ def test_two_processes_train_the_model_of_one(tmp_path):
     train(CONFIG, both, progress=False)
 
 
+@pytest.mark.slow
 def test_a_command_for_one_process_is_not_run_by_several(tmp_path):
     done = finish(commands.start("launch.report", f"--workdir={tmp_path}/run", SLURM_STEP_NUM_TASKS="2"))
     assert done.returncode == 1
@@ -69,15 +71,18 @@ def test_a_command_for_one_process_is_not_run_by_several(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "variables", "named"),
-    [
-        (["--processes=2"], {}, "--coordinator, --process: is missing"),
-        (["--coordinator=127.0.0.1:1", "--processes=2", "--process=2"], {}, "--process: is 2, of --processes=2"),
-        ([], {"SLURM_STEP_NUM_TASKS": "2"}, "the 2 processes did not find each other"),
-        ([], {"OMPI_COMM_WORLD_SIZE": "two"}, "OMPI_COMM_WORLD_SIZE: is 'two'"),
+    few(
+        [
+            (["--processes=2"], {}, "--coordinator, --process: is missing"),
+            (["--coordinator=127.0.0.1:1", "--processes=2", "--process=2"], {}, "--process: is 2, of --processes=2"),
+            ([], {"SLURM_STEP_NUM_TASKS": "2"}, "the 2 processes did not find each other"),
+            ([], {"OMPI_COMM_WORLD_SIZE": "two"}, "OMPI_COMM_WORLD_SIZE: is 'two'"),
+            ([], {"JOB_COMPLETION_INDEX": "0"}, "JOB_COMPLETION_INDEX: is set"),
+            ([], {"TPU_WORKER_HOSTNAMES": "a,b"}, "the 2 processes did not find each other"),
+            (["--coordinator=auto"], {}, "--coordinator: the processes did not find each other"),
+        ],
         ([], {"JOB_COMPLETION_INDEX": "0"}, "JOB_COMPLETION_INDEX: is set"),
-        ([], {"TPU_WORKER_HOSTNAMES": "a,b"}, "the 2 processes did not find each other"),
-        (["--coordinator=auto"], {}, "--coordinator: the processes did not find each other"),
-    ],
+    ),
 )
 def test_a_misconfigured_cluster_is_no_run_by_itself(tmp_path, arguments, variables, named):
     process = finish(start(f"--workdir={tmp_path}/run", *arguments, **variables))

@@ -11,7 +11,6 @@ from hydra_jax.core.prefill import MOST_LIKELY, prefill
 from hydra_jax.core.replay import direct_edges, replay
 from hydra_jax.models.transformer import Edits, forward, head_share
 from tests.helpers import models as toys
-from tests.helpers.speed import few
 
 jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.jit(replay)
 lengths = st.sampled_from([1, 2, 5, 9])
@@ -55,6 +54,7 @@ def test_replay_equals_the_full_forward(component, kind):
     assert (found.compensation.ravel()[: component.index + 1] == 0).all()
 
 
+@pytest.mark.slow
 @given(seeds, lengths, st.sampled_from(all_components(4)), st.floats(0.01, 10))
 def test_total_effect_is_direct_effect_less_compensation(seed, length, component, size):
     params = toys.params(seed)
@@ -127,7 +127,8 @@ def test_batching_over_prompts_and_edits_changes_nothing():
             )
 
 
-@pytest.mark.parametrize("over", few(["prompts", "all", "cache"], "all"))
+@pytest.mark.slow
+@pytest.mark.parametrize("over", ["prompts", "all", "cache"])
 def test_vmap_of_what_does_not_share_a_cache_is_right_too(over):
     """The cached attention's own batching rule covers one case; these are the others."""
     params = toys.params()

@@ -223,6 +223,7 @@ def test_packed_compensation_comes_back():
         np.testing.assert_allclose(back, compensation[:, ablated, firsts[ablated] :], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_page_of_1209_prompts_is_below_15_megabytes():
     random = np.random.default_rng(0)
     direct = random.normal(1, 1, (1209, 60, 1)).astype(np.float32)

@@ -173,6 +173,7 @@ def test_medians_of_resamples_are_medians(random):
     np.testing.assert_allclose(Bootstrap(np.ones((1, 30))).median(values[:30])[0], np.median(values[:30], axis=0))
 
 
+@pytest.mark.slow
 def test_weights_give_every_statistic_the_same_prompts(random):
     """A mean over the bootstrap's own prompts is the bootstrap's mean, where replacements are all alike."""
     direct = np.broadcast_to(random.normal(1, 1, (30, 2, 1)), (30, 2, 4)).astype(np.float32)

@@ -68,6 +68,7 @@ class TestWorkdir:
         assert len(prompts) == 4 * (2 * CONFIG.data.people + CONFIG.data.unseen_people)
         assert workdir.read_run(done)[0] == CONFIG
 
+    @pytest.mark.slow
     def test_is_a_model_at_every_step(self, done):
         last, first = load(str(done)), load(str(done), step=0)
         assert last.dropout == 0.1

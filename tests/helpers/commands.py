@@ -8,6 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
+LONGEST = 900
+"""Seconds after which a process hangs, however busy the machine is."""
+
 
 def start(module, *arguments, disturbed=(), said=None, devices=1, **variables):
     """`python -m MODULE ARGUMENTS`, with CPU devices and variables of the environment.
@@ -30,7 +33,7 @@ def start(module, *arguments, disturbed=(), said=None, devices=1, **variables):
 
 def finish(process):
     """Wait for a process; what it said is in its attributes `out` and `err`."""
-    process.out, process.err = process.communicate(timeout=300)
+    process.out, process.err = process.communicate(timeout=LONGEST)
     return process
 
 
