@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.helpers import sweeps
-from tests.helpers.commands import ROOT, free_port
+from tests.helpers.commands import LONGEST, ROOT, finish, free_port
 
 SCRIPTS = [*ROOT.glob("launch/**/*.sh"), ROOT / ".ci" / "run"]
 MANIFESTS = sorted(ROOT.glob("launch/cluster/*.yaml"))
@@ -60,11 +60,6 @@ def slurm(repository, endings, *arguments, **variables):
     return start(repository, SLURM, *arguments or ["--workdir=run"], **variables)
 
 
-def finish(process):
-    process.out, process.err = process.communicate(timeout=120)
-    return process
-
-
 def requeued(repository):
     path = repository.parent / "fakes" / "asked"
     return path.read_text() if path.exists() else None
@@ -75,7 +70,7 @@ def called(repository, number):
 
 
 def wait_until_called(repository, count):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LONGEST
     while not all((repository.parent / "fakes" / f"called-{number}").exists() for number in range(count)):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -15,7 +15,7 @@ variables = {name: value for name, value in os.environ.items() if name.startswit
 part = fakes / f"called-{number}.part"
 part.write_text(json.dumps(dict(arguments=sys.argv[1:], variables=variables)))
 part.rename(fakes / f"called-{number}")
-deadline = time.monotonic() + 60
+deadline = time.monotonic() + 600
 while len(list(fakes.glob("called-?"))) < int(os.environ["TASKS"]) and time.monotonic() < deadline:
     time.sleep(0.02)
 ending = os.environ["ENDINGS"].split()[number]
