@@ -149,7 +149,7 @@ def ablate(
 
 def _clean_pass(model: Model, ablation: AblationConfig, rows: int = 0, progress: bool = False) -> CleanPass:
     """Return a clean pass in memory, by this process alone, on the devices that the model is on."""
-    mesh = meshes.of(model.params)
+    mesh = meshes.mesh_of(model.params)
     sizer = BatchSizer(model.config, mesh, ablation.draws, ablation.edges, rows, free_bytes(mesh.local_devices[0]))
     return CleanPass(model, ablation, sizer, Bank(model.config.dtype), Cluster(0, 1), progress)
 

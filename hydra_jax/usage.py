@@ -26,7 +26,7 @@ def settings(path: Path, config: Mapping[str, Any]) -> str:
     said = meanings(path.read_text("utf-8"))
     lines = [f"settings of {path.name}, each changed with --config.NAME=VALUE:", ""]
     order = list(said)
-    # A ConfigDict sorts its keys; the file's order is one of thoughts.
+    # A ConfigDict sorts its keys; the file keeps together what belongs together.
     for name, value in sorted(flat(config), key=lambda item: order.index(item[0]) if item[0] in said else len(order)):
         lines.append(f"  --config.{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
         if name in said:

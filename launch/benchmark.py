@@ -107,11 +107,11 @@ def measure_devices(asked: list[str]) -> None:
     counts = [int(count) if count.isdecimal() else 0 for count in asked]
     if not all(counts):
         raise UserError(f"--devices: {','.join(asked)} are not numbers of devices; give e.g. 1,2,4")
-    each = max(1, (config.rows or default_rows()) // config.draws)
-    strong = config.strong or each * max(counts)
+    filling = max(1, (config.rows or default_rows()) // config.draws)
+    strong = config.strong or filling * max(counts)
     if jax.default_backend() == "cpu" and counts != [jax.device_count()]:
         print(f"measuring {','.join(asked)} CPU devices, each with a core of its own ...", flush=True)
-        found = [devices.apart([*sys.argv[1:], f"--config.strong={strong}"], count) for count in counts]
+        scaling = [devices.apart([*sys.argv[1:], f"--config.strong={strong}"], count) for count in counts]
     else:
         params, length = model_params(), config.lengths[0]
 
@@ -120,10 +120,10 @@ def measure_devices(asked: list[str]) -> None:
             measured = devices.measure(params, count, model, prompts, length, config.draws, config.step)
             return dataclasses.asdict(measured)
 
-        found = [{"strong": scaled(count, strong), "weak": scaled(count, each * count)} for count in counts]
-    print(f"\n{devices.table(found)}\n")
+        scaling = [{"strong": scaled(count, strong), "weak": scaled(count, filling * count)} for count in counts]
+    print(f"\n{devices.table(scaling)}\n")
     print("on data, on model: places in the compiled programs of a chunk where anything passes along that axis")
-    write("devices", {"figures": found})
+    write("devices", {"figures": scaling})
 
 
 def measure_peers() -> None:
@@ -133,12 +133,12 @@ def measure_peers() -> None:
     config = CONFIG.value
     params, on = model_params(), start()
     peers.check_comparable(params.config)
-    found, missing = peers.installed(params, max(config.peer_lengths))
+    present, missing = peers.installed(params, max(config.peer_lengths))
     print("\n".join(missing), flush=True)
     rows = []
     for length in config.peer_lengths:
         print(f"measuring {length} tokens ...", flush=True)
-        rows += peers.measure(params, found, length, config.rows or default_rows(), config.draws, config.step)
+        rows += peers.measure(params, present, length, config.rows or default_rows(), config.draws, config.step)
     print(f"\n{peers.table(rows)}\n")
     print(
         "interventions/s: ours with clean runs, the peer's one a forward pass, and of a prompt's replacements at once;"

@@ -48,7 +48,7 @@ def main() -> None:
     if FROM_LAYER.value >= layers:
         raise UserError(f"--from_layer: is {FROM_LAYER.value}, the models have layers 0-{layers - 1}; name one of them")
     with files.directory(workdir):
-        found = compare.compare(
+        comparison = compare.compare(
             runs,
             workdir,
             compare.common_steps(runs, steps),
@@ -59,10 +59,10 @@ def main() -> None:
             from_layer=FROM_LAYER.value,
         )
         print("tables, figures and the page ...", flush=True)
-        first = results.load(next(iter(found.sweeps.values())), BOOTSTRAP.value, SEED.value)
-        paths = report_arms.write(workdir, found, first)
-    said = "\n".join(textwrap.fill(paragraph, tables.WIDTH) for paragraph in report_arms.paragraphs(found))
-    print(f"\n{report_arms.text(found)}\n\n{said}\n\n{len(paths)} files, the page to open: {paths[-1]}")
+        first = results.load(next(iter(comparison.sweeps.values())), BOOTSTRAP.value, SEED.value)
+        paths = report_arms.write(workdir, comparison, first)
+    said = "\n".join(textwrap.fill(paragraph, tables.WIDTH) for paragraph in report_arms.paragraphs(comparison))
+    print(f"\n{report_arms.text(comparison)}\n\n{said}\n\n{len(paths)} files, the page to open: {paths[-1]}")
 
 
 if __name__ == "__main__":

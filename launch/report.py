@@ -34,7 +34,8 @@ def main() -> None:
 
     workdir = Path(WORKDIR.value)
     every = [
-        results.load(Path(str(each)), BOOTSTRAP.value, SEED.value) for each in (workdir, *filter(None, ALSO.value))
+        results.load(Path(str(directory)), BOOTSTRAP.value, SEED.value)
+        for directory in (workdir, *filter(None, ALSO.value))
     ]
     print(f"{every[0].caption}; intervals from {BOOTSTRAP.value:,} resamples", flush=True)
     beside = results.beside(every[0], every[1:])

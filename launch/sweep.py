@@ -50,16 +50,16 @@ def main() -> None:
     if not REPORT.value:
         print(f"results in {workdir}: {store.NAME} (xarray.open_zarr); python -m launch.report --workdir={workdir}")
         return
-    found = results.load(workdir, config.bootstrap, config.seed)
+    finished = results.load(workdir, config.bootstrap, config.seed)
     if not config.prompts.text:
         print(tables.kept(pd.read_csv(workdir / "prompts.csv", keep_default_na=False)))
     print(f"tables and figures, intervals from {config.bootstrap:,} resamples ...", flush=True)
     with files.directory(workdir):
-        paths = report.write(workdir, found, progress=True)
+        paths = report.write(workdir, finished, progress=True)
     if config.prompts.text:
-        print(f"\n{tables.one_prompt(found)}")
+        print(f"\n{tables.one_prompt(finished)}")
     else:
-        print(f"\n{tables.strongest(found)}\n\nthe paper's findings in this model:\n\n{tables.findings(found)}")
+        print(f"\n{tables.strongest(finished)}\n\nthe paper's findings in this model:\n\n{tables.findings(finished)}")
     print(f"\nresults in {workdir}: {store.NAME} (xarray.open_zarr), tables, figures")
     print(f"the page to open: {paths[-1]}")
 

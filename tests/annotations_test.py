@@ -45,7 +45,7 @@ WRONG = {
     "engine: axes that differ": lambda: prefill_program(toys.params())(
         toys.params(), jnp.zeros((2, 5), int), jnp.zeros(2, int), jnp.zeros(3, int)
     ),
-    "engine: not an array": lambda: mesh.put(mesh.of(toys.params()), [1, 2], mesh.Spec()),
+    "engine: not an array": lambda: mesh.put(mesh.mesh_of(toys.params()), [1, 2], mesh.Spec()),
 }
 
 

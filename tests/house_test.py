@@ -1,6 +1,7 @@
 """Where things are: imports run downward, there are no cycles, and every folder says what it is for."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -102,3 +103,18 @@ def test_a_folder_says_in_a_line_what_it_is_for(path):
 @pytest.mark.parametrize("path", [*modules(), *modules(ROOT / "launch"), *modules(ROOT / "tests")], ids=dotted)
 def test_no_module_is_too_long(path):
     assert len(path.read_text("utf-8").splitlines()) <= MOST_LINES, "split it"
+
+
+FRAGMENT = re.compile(r"(Of|What|How|Where|Who|Which|That) ")
+"""The beginning of a docstring whose subject a reader would have to guess."""
+
+
+@pytest.mark.parametrize("path", [*modules(), *modules(ROOT / "launch"), *modules(ROOT / "configs")], ids=dotted)
+def test_docstrings_name_the_thing_or_begin_with_a_verb(path):
+    """Docstrings of modules, classes and functions, and the strings below constants."""
+    fragments = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {str(node.value.value).splitlines()[0]}"
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and FRAGMENT.match(str(node.value.value))
+    ]
+    assert not fragments

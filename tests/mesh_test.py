@@ -33,7 +33,7 @@ def laid(block, data, model):
 
 def batch(params, prompts=8, length=6, draws=3):
     """Arguments of the kernels, on whatever mesh the parameters lie on."""
-    c, on = params.config, mesh.of(params)
+    c, on = params.config, mesh.mesh_of(params)
     over = lambda array: mesh.put(on, array, mesh.Spec(DATA))  # noqa: E731
     tokens = np.stack([np.asarray(toys.tokens(length, seed)) for seed in range(prompts)])
     clean = kernels.prefill_program(params)(
@@ -81,7 +81,7 @@ def test_nothing_passes_between_devices_that_take_other_prompts(shape):
     """In the compiled programs: on the model axis two sums a layer, on the data axis nothing."""
     params = laid("mistral", *SHAPES[shape])
     clean, where, *others = batch(params)
-    on = mesh.of(params)
+    on = mesh.mesh_of(params)
     programs = [
         kernels.prefill_program(params).lower(
             params, *(mesh.put(on, np.ones(s, np.int32), mesh.Spec(DATA)) for s in ((8, 6), (8,), (8,)))

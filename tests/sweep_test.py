@@ -70,7 +70,7 @@ def test_the_identity_holds_in_every_entry(model):
 
 
 def clean_pass(model, ablation, rows=0):
-    sizer = BatchSizer(model.config, mesh.of(model.params), ablation.draws, ablation.edges, rows, 1e9)
+    sizer = BatchSizer(model.config, mesh.mesh_of(model.params), ablation.draws, ablation.edges, rows, 1e9)
     return CleanPass(model, ablation, sizer, Bank(model.config.dtype), Cluster(0, 1))
 
 

@@ -88,7 +88,7 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
       rows: edits at once on a device; 0 for its default.
       seed: the seed of the tokens.
     """
-    mesh, c = meshes.of(params), params.config
+    mesh, c = meshes.mesh_of(params), params.config
     model = Model("made up", params, Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), "")
     tokens = np.random.default_rng(seed).integers(0, c.vocab_size, (prompts, length))
     items = [Item(Prompt(f"{n:07}", "?"), tuple(row), None) for n, row in enumerate(tokens.tolist())]

@@ -20,7 +20,7 @@ SITES = ("attn", "mlp")
 ATTN, MLP = range(2)
 
 WHOLE = -1
-"""In place of a head: all of the layer's write."""
+"""The head that stands for all of the layer's write."""
 
 NAME = re.compile(r"\s*(?P<site>attn|mlp)\s+(?P<layer>[0-9]{1,9})(\.(?P<head>[0-9]{1,9}))?\s*")
 """A component as text: "attn 23", "mlp 29", or for a head "attn 23.4"."""
@@ -177,5 +177,5 @@ def draw_sources(
         others = jax.random.choice(key, prompts - 1, (replacements,), replace=False)
         return jnp.where(others >= rank, others + 1, others)
 
-    ranks = jax.lax.map(lambda each: one(*each), (keys, jnp.asarray(rank)), batch_size=256)
+    ranks = jax.lax.map(lambda prompt: one(*prompt), (keys, jnp.asarray(rank)), batch_size=256)
     return by_id[np.asarray(ranks)]

@@ -78,12 +78,12 @@ class AblationSummary(flax.struct.PyTreeNode):
 
 def prefill_program(params: Params) -> jax.stages.Wrapped:
     """Return the jitted `prefill` of P prompts: (params, tokens [P, T], lengths [P], targets [P]) -> Clean."""
-    return _prefill_program(meshes.of(params), params.config)
+    return _prefill_program(meshes.mesh_of(params), params.config)
 
 
 def clean_summary_program(params: Params) -> jax.stages.Wrapped:
     """Return the jitted (params, Clean) -> CleanSummary of P clean runs."""
-    return _program(meshes.of(params), _summarise_clean, (0,))
+    return _program(meshes.mesh_of(params), _summarise_clean, (0,))
 
 
 def values_program(params: Params, by_head: bool) -> jax.stages.Wrapped:
@@ -91,7 +91,7 @@ def values_program(params: Params, by_head: bool) -> jax.stages.Wrapped:
 
     They are every write (U = 2L, E = D) or, `by_head`, what every head mixed (U = L * H, E = head_dim).
     """
-    return _program(meshes.of(params), _values, (0,), by_head=by_head)
+    return _program(meshes.mesh_of(params), _values, (0,), by_head=by_head)
 
 
 def ablate_program(params: Params, kind: Kind | str, edges: bool) -> jax.stages.Wrapped:
@@ -112,12 +112,12 @@ def ablate_program(params: Params, kind: Kind | str, edges: bool) -> jax.stages.
         keys: [P], each prompt's;
       that returns the effects [P, R, ...], and the direct edges [P, R, L, 2] or None.
     """
-    return _program(meshes.of(params), _ablate, (0, 2, 4), kind=kind, edges=edges)
+    return _program(meshes.mesh_of(params), _ablate, (0, 2, 4), kind=kind, edges=edges)
 
 
 def ablation_summary_program(params: Params) -> jax.stages.Wrapped:
     """Return the jitted (Effects, direct edges or None) -> AblationSummary of one component's ablations."""
-    return _program(meshes.of(params), _summarise_ablations, ())
+    return _program(meshes.mesh_of(params), _summarise_ablations, ())
 
 
 @functools.cache

@@ -107,7 +107,7 @@ def worker(mesh: Mesh) -> Worker:
     return Worker(hosts[0] // len(hosts), max(1, jax.process_count() // len(hosts)), here)
 
 
-def of(params: Params) -> Mesh:
+def mesh_of(params: Params) -> Mesh:
     """Return the mesh that parameters lie on, or a mesh of their one device if they were not laid on any."""
     sharding = jax.tree.leaves(params)[0].sharding
     if isinstance(sharding, NamedSharding):

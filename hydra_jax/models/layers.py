@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 """The nonlinearities of `models.config.ACTIVATIONS`."""
 
 EVERYTHING = 2**30
-"""As a window: more tokens than any sequence has."""
+"""The window that sees everything: more tokens than any sequence has."""
 
 
 class Positions(NamedTuple):
@@ -205,15 +205,15 @@ class Attention(nn.Module):
         Float[Array, "T D"], Float[Array, "T H head_dim"], Float[Array, "T K head_dim"], Float[Array, "T K head_dim"]
     ]:
         """Attend within a sequence: the sum of heads, the values as each head mixed them, keys and values."""
-        places = jnp.arange(x.shape[0])
-        query, key, value = self.heads(x, places, at.frequencies)
-        distance = places[:, None] - places[None]
+        positions = jnp.arange(x.shape[0])
+        query, key, value = self.heads(x, positions, at.frequencies)
+        distance = positions[:, None] - positions[None]
         seen = ((distance >= 0) & (distance < at.window))[None, None]
         scores = softcap(product(self.config, "qkgd,tkd->kgqt", query, key), self.config.attn_softcap)
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
         mixed = product(self.config, "kgqt,tkd->qkgd", weights, value)
-        mixed = mixed.reshape(len(places), self.config.heads, -1)
-        return self.out(mixed.reshape(len(places), -1)), mixed, key, value
+        mixed = mixed.reshape(len(positions), self.config.heads, -1)
+        return self.out(mixed.reshape(len(positions), -1)), mixed, key, value
 
     def decode(
         self,
@@ -228,7 +228,7 @@ class Attention(nn.Module):
         return self.sum_heads(attend_cached(self.config, query, key, value, keys, values, position, at.window))
 
     def heads(
-        self, x: Float[Array, "T D"], places: Int[Array, " T"], frequencies: Float[Array, " pairs"]
+        self, x: Float[Array, "T D"], positions: Int[Array, " T"], frequencies: Float[Array, " pairs"]
     ) -> tuple[Float[Array, "T K group head_dim"], Float[Array, "T K head_dim"], Float[Array, "T K head_dim"]]:
         """Return scaled queries, keys and values."""
         c = self.config
@@ -240,7 +240,7 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if not c.learned_positions:
             turn = jax.vmap(rotate, (0, 0, None))
-            query, key = turn(query, places, frequencies), turn(key, places, frequencies)
+            query, key = turn(query, positions, frequencies), turn(key, positions, frequencies)
         value = self.value(x).reshape(-1, c.kv_heads, c.head_dim)
         grouped = (query * c.query_scale).reshape(-1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
         return grouped, key.astype(c.dtype), value.astype(c.dtype)

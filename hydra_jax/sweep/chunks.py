@@ -54,7 +54,7 @@ class Batch:
     def __init__(self, plan: Plan, part: slice, size: int, sources: Sources):
         self.plan, self.items, self._sources = plan, plan.items[part], sources
         self.params = plan.model.params
-        mesh = meshes.of(self.params)
+        mesh = meshes.mesh_of(self.params)
         over = functools.partial(meshes.put, mesh, spec=meshes.Spec(meshes.DATA))
         self.prompts = np.array(fill_up(range(part.start, part.stop), size))
         tokens, lengths = batch_of(self.items, size, plan.model.config.context)

@@ -67,7 +67,7 @@ class CleanPass:
         missing = sorted((item for item in items if item.prompt.id not in self.bank.rows), key=by_length)
         bar.update(len(items) - len(missing))
         alone = self.cluster.count == 1
-        worker = Worker(0, 1, True) if alone else meshes.worker(meshes.of(self.model.params))
+        worker = Worker(0, 1, True) if alone else meshes.worker(meshes.mesh_of(self.model.params))
         size = self.sizer.prompts(padded_length(len(missing[-1].tokens), self.model.config.context)) if missing else 1
         size = min(self.cluster.gather(size))  # one of them may have run out of memory before
         parts = evenly(len(missing), min(size, -(-len(missing) // worker.count)))
@@ -88,7 +88,7 @@ class CleanPass:
         answers = [item.answer if target == ANSWER else None for item in items]
         targets = [MOST_LIKELY if answer is None else answer for answer in answers]
         params, c, kind = self.model.params, self.model.config, self.ablation.kind
-        mesh = meshes.of(params)
+        mesh = meshes.mesh_of(params)
         # Zero ablation is made of nothing that clean runs know.
         ablated = self.ablation.components(c) if kind.needs_sources or kind.needs_statistics else []
         units = np.array([component.unit(c.heads) for component in ablated], int)

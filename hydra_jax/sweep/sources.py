@@ -28,7 +28,7 @@ class Sources:
     """
 
     def __init__(self, plan: Plan, resident: bool | None = None):
-        self._plan, self._mesh = plan, meshes.of(plan.model.params)
+        self._plan, self._mesh = plan, meshes.mesh_of(plan.model.params)
         self._values: jax.Array | None = None
         self._nothing: jax.Array | None = None
         if not plan.ablation.kind.needs_sources:

@@ -21,7 +21,7 @@ from hydra_jax.errors import UserError
 
 KINDS = ("records", "text")
 CUTS = 512
-"""How many prompts are cut from a text where no limit says so."""
+"""The number of prompts that are cut from a text where no limit says so."""
 MOST_BYTES = 1 << 27
 """Most bytes of a prompt file, unpacked: three times ROME's counterfact.json."""
 WORDS = (8, 32)
