@@ -20,32 +20,32 @@ from hydra_jax.engine.batched import prefill_program
 from hydra_jax.models.layers import Linear
 from hydra_jax.models.transformer import forward, unembed
 from tests.helpers import annotations
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 
 ROOT = Path(__file__).parent.parent
 FILES = [path for name in annotations.MODULES for path in sorted((ROOT / name.replace(".", "/")).glob("*.py"))]
 
 
 def last_run():
-    tokens = toys.tokens(5)
-    return prefill(toys.params(), tokens, jnp.int32(len(tokens)))
+    tokens = toy_models.tokens(5)
+    return prefill(toy_models.params(), tokens, jnp.int32(len(tokens)))
 
 
 WRONG = {
-    "models: rank": lambda: forward(toys.params(), toys.tokens(5)[None]),
-    "models: type": lambda: unembed(toys.params(), jnp.zeros(toys.config().width, int)),
-    "models: a method": lambda: Linear(toys.config(), 3).init(jax.random.key(0), jnp.zeros(4, int)),
-    "models: under jit": lambda: jax.jit(forward)(toys.params(), toys.tokens(5)[None]),
-    "core: rank": lambda: replay(toys.params(), last_run(), (jnp.int32(0), jnp.int32(0)), jnp.zeros((1, 24))),
+    "models: rank": lambda: forward(toy_models.params(), toy_models.tokens(5)[None]),
+    "models: type": lambda: unembed(toy_models.params(), jnp.zeros(toy_models.config().width, int)),
+    "models: a method": lambda: Linear(toy_models.config(), 3).init(jax.random.key(0), jnp.zeros(4, int)),
+    "models: under jit": lambda: jax.jit(forward)(toy_models.params(), toy_models.tokens(5)[None]),
+    "core: rank": lambda: replay(toy_models.params(), last_run(), (jnp.int32(0), jnp.int32(0)), jnp.zeros((1, 24))),
     "core: a record's method": lambda: last_run().lens(jnp.zeros((2, 24))),
-    "core: not a record": lambda: replay(toys.params(), None, (jnp.int32(0), jnp.int32(0)), jnp.zeros(24)),
-    "engine: rank": lambda: prefill_program(toys.params())(
-        toys.params(), jnp.zeros((2, 5), int), jnp.zeros((2, 1), int), jnp.zeros(2, int)
+    "core: not a record": lambda: replay(toy_models.params(), None, (jnp.int32(0), jnp.int32(0)), jnp.zeros(24)),
+    "engine: rank": lambda: prefill_program(toy_models.params())(
+        toy_models.params(), jnp.zeros((2, 5), int), jnp.zeros((2, 1), int), jnp.zeros(2, int)
     ),
-    "engine: axes that differ": lambda: prefill_program(toys.params())(
-        toys.params(), jnp.zeros((2, 5), int), jnp.zeros(2, int), jnp.zeros(3, int)
+    "engine: axes that differ": lambda: prefill_program(toy_models.params())(
+        toy_models.params(), jnp.zeros((2, 5), int), jnp.zeros(2, int), jnp.zeros(3, int)
     ),
-    "engine: not an array": lambda: mesh.put(mesh.mesh_of(toys.params()), [1, 2], mesh.Spec()),
+    "engine: not an array": lambda: mesh.put(mesh.mesh_of(toy_models.params()), [1, 2], mesh.Spec()),
 }
 
 

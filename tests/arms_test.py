@@ -5,9 +5,9 @@ import pytest
 
 from hydra_jax.analysis.bootstrap import Bootstrap
 from hydra_jax.comparison import arms
-from hydra_jax.comparison import report as report_arms
+from hydra_jax.comparison import report as comparison_report
 from hydra_jax.comparison.arms import Key
-from tests.helpers import effects as synthetic
+from tests.helpers import effects as toy_effects
 
 PROMPTS, LAYERS, DRAWS = 60, 4, 5
 
@@ -22,7 +22,9 @@ def sweep(restored, seed, mlp=0.0, prompts=PROMPTS):
     direct = np.zeros((prompts, 2 * LAYERS, DRAWS), np.float32)
     direct[:, 2] = 2 + random.normal(size=(prompts, 1)) + 0.1 * random.normal(size=(prompts, DRAWS))
     direct[:, 0] = 0.01  # too little to matter
-    effects = synthetic.effects(direct, restored * direct + 0.05 * random.normal(size=direct.shape).astype(np.float32))
+    effects = toy_effects.effects(
+        direct, restored * direct + 0.05 * random.normal(size=direct.shape).astype(np.float32)
+    )
     effects["mlp_compensation"][:, 2] = mlp * direct[:, 2]
     effects["compensation"][:, 2, 4] = restored * direct[:, 2].mean(axis=1)
     effects["compensation"][:, 2, 7] = mlp * direct[:, 2].mean(axis=1)
@@ -133,6 +135,6 @@ class TestArms:
     ],
 )
 def test_the_answer(planted, says):
-    (answer,) = report_arms.answer(compared(planted).reset_index(), list(planted))
+    (answer,) = comparison_report.answer(compared(planted).reset_index(), list(planted))
     for words in says:
         assert words in answer

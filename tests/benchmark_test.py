@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hydra_jax.benchmarks import devices as scaling
+from hydra_jax.benchmarks import devices as device_scaling
 from hydra_jax.benchmarks import sweep
 from hydra_jax.benchmarks.kernels import forward_batch, layer_products, measure, table
 from hydra_jax.config import AblationConfig
@@ -16,7 +16,7 @@ from hydra_jax.models.shapes import SHAPES, shape
 from hydra_jax.models.transformer import forward
 from hydra_jax.sweep.roofline import Roofline, intervention_flops
 from tests.helpers import checkpoints, commands
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 from tests.helpers.commands import finish
 from tests.helpers.speed import few
 
@@ -24,7 +24,7 @@ from tests.helpers.speed import few
 @pytest.mark.parametrize("block", ["llama 3", "gpt-2", "pythia"])
 @pytest.mark.parametrize("component", all_components(4), ids=str)
 def test_arithmetic_is_two_operations_a_downstream_weight(component, block):
-    params = toys.block(block)
+    params = toy_models.block(block)
     layers = params.weights["layers"]
     kernels = {site: [leaf[0].size for leaf in jax.tree.leaves(layers[site]) if leaf.ndim == 3] for site in SITES}
     sizes = {site: sum(kernels[site]) for site in SITES}
@@ -38,12 +38,12 @@ def test_arithmetic_is_two_operations_a_downstream_weight(component, block):
 
 
 def test_the_baseline_is_the_full_forward_with_an_edit():
-    params = toys.params()
-    tokens = jnp.stack([toys.tokens(7, seed) for seed in range(3)])
+    params = toy_models.params()
+    tokens = jnp.stack([toy_models.tokens(7, seed) for seed in range(3)])
     values = jax.random.normal(jax.random.key(0), (3, params.config.width))
     found = forward_batch(params, tokens, jnp.array([2, 1]), values)
     for row in range(3):
-        edits = toys.edit(params.config, 7, 2, 1, -1, values[row])
+        edits = toy_models.edit(params.config, 7, 2, 1, -1, values[row])
         np.testing.assert_allclose(found[row], forward(params, tokens[row], edits)[0][-1], atol=1e-5)
 
 
@@ -57,7 +57,7 @@ def test_a_shape_may_be_cut_to_its_first_layers():
 
 
 def test_a_measurement_is_whole():
-    measured = measure(toys.params(), length=6, rows=12, draws=3, step=3)
+    measured = measure(toy_models.params(), length=6, rows=12, draws=3, step=3)
     assert measured.rows == 12
     assert measured.kernel_to_gemm == pytest.approx(measured.kernel_flops / measured.gemm_flops)
     assert measured.speedup == pytest.approx(measured.interventions / measured.forwards)
@@ -68,20 +68,20 @@ def test_a_measurement_is_whole():
 
 @pytest.mark.slow
 def test_a_whole_sweep_is_measured_by_the_code_that_sweeps():
-    swept = sweep.measure(toys.params(), prompts=6, length=5, ablation=AblationConfig(replacements=3), rows=9)
+    swept = sweep.measure(toy_models.params(), prompts=6, length=5, ablation=AblationConfig(replacements=3), rows=9)
     assert (swept.prompts, swept.at_once, swept.interventions) == (6, 3, 6 * 3 * 8)
-    once = sum(intervention_flops(toys.config(), component, 5) for component in all_components(4))
+    once = sum(intervention_flops(toy_models.config(), component, 5) for component in all_components(4))
     assert swept.flops * swept.kernel_seconds == pytest.approx(6 * 3 * once)
     assert "of bare products" in str(swept)
 
 
 @pytest.mark.parametrize(("devices", "model"), few([(1, 1), (4, 2)], (4, 2)))
 def test_devices_are_measured_with_what_passes_between_them(devices, model):
-    found = scaling.measure(toys.params(), devices, model, prompts=5, length=6, draws=3, step=3)
+    found = device_scaling.measure(toy_models.params(), devices, model, prompts=5, length=6, draws=3, step=3)
     assert found.prompts == -(-5 // (devices // model)) * (devices // model)
     assert found.data_collectives == 0
     assert (found.model_collectives > 0) == (model > 1)
-    assert found.parameter_bytes <= sum(leaf.nbytes for leaf in jax.tree.leaves(toys.params())) / model * 1.2
+    assert found.parameter_bytes <= sum(leaf.nbytes for leaf in jax.tree.leaves(toy_models.params())) / model * 1.2
 
 
 @pytest.mark.slow

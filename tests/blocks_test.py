@@ -12,14 +12,14 @@ from hydra_jax.core.effects import delta_unembed, effects, head_unembed
 from hydra_jax.core.prefill import prefill
 from hydra_jax.core.replay import direct_edges, replay
 from hydra_jax.models.transformer import Edits, embed, forward, head_delta, head_share, unembed
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 from tests.helpers.speed import few
 
 jit_forward, jit_prefill, jit_replay, jit_edges = (jax.jit(f) for f in (forward, prefill, replay, direct_edges))
-TOKENS = toys.tokens(9)
-LAST = toys.config().layers - 1
+TOKENS = toy_models.tokens(9)
+LAST = toy_models.config().layers - 1
 
-pytestmark = pytest.mark.parametrize("block", few(toys.BLOCKS, "gemma 2"))
+pytestmark = pytest.mark.parametrize("block", few(toy_models.BLOCKS, "gemma 2"))
 
 
 def clean_run(params):
@@ -48,12 +48,12 @@ def downstream(params, component):
 
 @pytest.mark.parametrize("component", all_components(LAST + 1)[::3], ids=str)
 def test_replay_equals_the_full_forward(block, component):
-    params = toys.block(block)
+    params = toy_models.block(block)
     clean = clean_run(params)
     value = jax.random.normal(jax.random.key(3), (params.config.width,))
     delta = value - clean.writes[component.layer, component.site]
     found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
-    edits = toys.edit(params.config, len(TOKENS), component.layer, component.site, -1, value)
+    edits = toy_models.edit(params.config, len(TOKENS), component.layer, component.site, -1, value)
     runs = [jit_forward(params, TOKENS, edits)[1] for edits in (None, edits)]
     logits = [unembed(params, run.resid_post[-1, -1]) for run in runs]
     target = int(logits[0].argmax())
@@ -73,7 +73,7 @@ def test_replay_equals_the_full_forward(block, component):
 
 
 def test_the_lens_sums_to_the_logit_and_writes_to_the_stream(block):
-    params = toys.block(block)
+    params = toy_models.block(block)
     clean = clean_run(params)
     entering = embed(params, TOKENS)[-1]
     np.testing.assert_allclose(entering + clean.writes.sum(axis=(0, 1)), clean.resid_post[-1], atol=1e-4)
@@ -84,7 +84,7 @@ def test_the_lens_sums_to_the_logit_and_writes_to_the_stream(block):
 
 
 def test_the_last_attention_has_its_mlp_downstream_unless_the_block_is_parallel(block):
-    params = toys.block(block)
+    params = toy_models.block(block)
     clean = clean_run(params)
     delta = jax.random.normal(jax.random.key(0), (params.config.width,))
     for kernel in (lambda *a: jit_replay(*a).compensation, jit_edges):
@@ -96,7 +96,7 @@ def test_the_last_attention_has_its_mlp_downstream_unless_the_block_is_parallel(
 
 
 def test_a_direct_edge_is_the_change_of_a_component_that_alone_sees_the_edit(block):
-    params = toys.block(block)
+    params = toy_models.block(block)
     clean = clean_run(params)
     delta = jax.random.normal(jax.random.key(1), (params.config.width,))
     found = jit_edges(params, clean, (1, ATTN), delta)
@@ -112,21 +112,21 @@ def test_a_direct_edge_is_the_change_of_a_component_that_alone_sees_the_edit(blo
 
 
 def test_padding_changes_nothing(block):
-    params = toys.block(block)
+    params = toy_models.block(block)
     one, other = clean_run(params), jit_prefill(params, TOKENS, len(TOKENS))
     trimmed = one.replace(keys=one.keys[..., : len(TOKENS)], values=one.values[..., : len(TOKENS), :])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), trimmed, other)
 
 
 def test_no_future_token_leaks(block):
-    params = toys.block(block)
+    params = toy_models.block(block)
     before, after = (jit_forward(params, tokens)[0] for tokens in (TOKENS, TOKENS.at[5:].add(-1)))
     np.testing.assert_array_equal(before[:5], after[:5])
     assert not np.allclose(before[5:], after[5:])
 
 
 def test_a_window_is_as_long_as_it_says(block):
-    params = toys.block(block)
+    params = toy_models.block(block)
     one_layer = dataclasses.replace(params.config, layers=1, windows=params.config.windows[:1])
     params = params.replace(
         weights=params.weights | {"layers": jax.tree.map(lambda leaf: leaf[:1], params.weights["layers"])},
@@ -140,7 +140,7 @@ def test_a_window_is_as_long_as_it_says(block):
 
 
 def test_heads_and_the_output_bias_add_up_to_the_write(block):
-    params = toys.block(block)
+    params = toy_models.block(block)
     c, clean = params.config, clean_run(params)
     heads = jax.vmap(jax.vmap(head_share, (None, None, 0, 0)), (None, 0, None, 0))
     sums = heads(params, jnp.arange(c.layers), jnp.arange(c.heads), clean.mixed).sum(axis=1)
@@ -154,7 +154,7 @@ def test_heads_and_the_output_bias_add_up_to_the_write(block):
 
 
 def test_a_heads_delta_is_of_the_write_computed_anew(block):
-    params = toys.block(block)
+    params = toy_models.block(block)
     clean = clean_run(params)
     c, layer, head = params.config, 1, 2
     new = jax.random.normal(jax.random.key(5), (c.head_dim,))

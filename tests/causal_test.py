@@ -11,7 +11,7 @@ from hydra_jax.core.effects import effects
 from hydra_jax.core.prefill import prefill
 from hydra_jax.core.replay import replay
 from hydra_jax.models import transformer
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 
 numbers = st.floats(-5, 5, width=32).map(jnp.float32)
 nonzero = numbers.filter(lambda x: abs(x) > 0.1)
@@ -83,7 +83,7 @@ def as_causal_model(params, clean):
 
 @pytest.mark.parametrize("component", all_components(2), ids=str)
 def test_a_transformer_as_a_causal_graph_has_the_effects_of_effects(component):
-    params, tokens = toys.params(layers=2), toys.tokens(6)
+    params, tokens = toy_models.params(layers=2), toy_models.tokens(6)
     clean = jax.jit(prefill)(params, tokens, 6)
     model = as_causal_model(params, clean)
     given = {"embedding": params.weights["embedding"][tokens[-1]]}

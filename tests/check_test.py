@@ -9,7 +9,7 @@ from hydra_jax.core.prefill import prefill
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.weights import check as checks
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 from tests.helpers.speed import few
 
 
@@ -28,18 +28,18 @@ def refusal(params):
 
 
 @pytest.mark.parametrize("dtype", few(["float32", "bfloat16"], "float32"))
-@pytest.mark.parametrize("block", few(toys.BLOCKS, "gemma 2"))
+@pytest.mark.parametrize("block", few(toy_models.BLOCKS, "gemma 2"))
 def test_every_block_passes(block, dtype):
-    check(toys.params(dtype=dtype, **toys.BLOCKS[block]), "model.gguf")
+    check(toy_models.params(dtype=dtype, **toy_models.BLOCKS[block]), "model.gguf")
 
 
 @pytest.mark.parametrize("changes", few([dict(context=2), dict(context=1), dict(layers=1)], dict(context=1)), ids=str)
 def test_other_shapes_and_types_pass(changes):
-    check(toys.params(**changes), "model.gguf")
+    check(toy_models.params(**changes), "model.gguf")
 
 
 def test_activations_that_overflow_are_found():
-    params = toys.params()
+    params = toy_models.params()
     huge = jax.tree.map(lambda leaf: leaf * 1e25, params.weights["layers"]["mlp"])
     layers = params.weights["layers"] | {"mlp": huge}
     assert "writes do not sum" in refusal(params.replace(weights=params.weights | {"layers": layers}))
@@ -51,7 +51,7 @@ def test_a_wrong_readout_is_found(monkeypatch):
         return matrix[:, target] - matrix.mean(axis=1), jnp.zeros(())
 
     monkeypatch.setattr(transformer, "readout", gain_forgotten)
-    assert "do not sum to the logit" in refusal(toys.params(norm_eps=3e-5))  # compiled by no other test
+    assert "do not sum to the logit" in refusal(toy_models.params(norm_eps=3e-5))  # compiled by no other test
 
 
 def test_padding_that_leaks_is_found(monkeypatch):
@@ -59,4 +59,4 @@ def test_padding_that_leaks_is_found(monkeypatch):
         return prefill(params, jnp.where(np.arange(len(tokens)) == 0, len(tokens), tokens), length)
 
     monkeypatch.setattr(checks, "prefill", leaky)
-    assert "padding changes" in refusal(toys.params(norm_eps=4e-5))
+    assert "padding changes" in refusal(toy_models.params(norm_eps=4e-5))

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig, sweep_config
 from hydra_jax.core.edits import all_components
 from hydra_jax.errors import UserError
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 
-MODEL = toys.config(layers=12)
+MODEL = toy_models.config(layers=12)
 LAYERS = MODEL.layers
 get_config = runpy.run_path(str(Path(__file__).parent.parent / "configs" / "sweep.py"))["get_config"]
 

@@ -38,7 +38,7 @@ settings.load_profile("hydra")
 
 PROGRAM_DAYS = 3
 """After which a compiled program is removed, so that those of old code do not fill the disk."""
-LONG = ("kills_test", "mesh_test", "command_test", "cluster_test", "train_command_test", "training_loop_test")
+LONG = ("kills_test", "mesh_test", "sweep_command_test", "cluster_test", "train_command_test", "training_loop_test")
 """The files that take longest, longest first: begun last, one of them would keep a worker while the others are done."""
 
 

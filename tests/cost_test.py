@@ -11,13 +11,13 @@ from hydra_jax.sweep.cost import cost, describe, parameters
 from hydra_jax.weights import source
 from hydra_jax.weights.load import load
 from tests.helpers import checkpoints
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 from tests.helpers.speed import few
 
 
-@pytest.mark.parametrize("block", toys.BLOCKS)
+@pytest.mark.parametrize("block", toy_models.BLOCKS)
 def test_parameters_are_counted_and_no_more_made(block):
-    params = toys.block(block)
+    params = toy_models.block(block)
     assert parameters(params.config) == sum(leaf.size for leaf in jax.tree.leaves(params.weights))
 
 
@@ -39,7 +39,7 @@ def test_published_sizes_are_the_published_ones():
 
 
 def test_the_cost_of_a_sweep_is_counted():
-    params = toys.params()
+    params = toy_models.params()
     of = cost(params.config, prompts=3, length=8, draws=5)
     assert of.weight_bytes == 4 * parameters(params.config)
     assert of.ablations == 3 * 5 * 8
@@ -47,10 +47,10 @@ def test_the_cost_of_a_sweep_is_counted():
 
 
 def test_arithmetic_of_a_clean_run_is_about_what_xla_counts():
-    shape = toys.config(layers=1, width=64, mlp_width=256, head_dim=16)  # a scan counts its body once
-    params = toys.params(layers=1, width=64, mlp_width=256, head_dim=16)
+    shape = toy_models.config(layers=1, width=64, mlp_width=256, head_dim=16)  # a scan counts its body once
+    params = toy_models.params(layers=1, width=64, mlp_width=256, head_dim=16)
     of = cost(shape, prompts=1, length=16, draws=1)
-    counted = jax.jit(forward).lower(params, toys.tokens(16)).compile().cost_analysis()["flops"]
+    counted = jax.jit(forward).lower(params, toy_models.tokens(16)).compile().cost_analysis()["flops"]
     extra = 2 * 15 * shape.vocab_size * shape.width  # forward unembeds every position
     assert of.clean_operations / 2 + extra == pytest.approx(counted, rel=0.15)
 

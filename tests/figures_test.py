@@ -7,7 +7,7 @@ import hydra_jax
 from hydra_jax.analysis.results import Results, beside
 from hydra_jax.report import figures
 from tests.helpers import checkpoints
-from tests.helpers import effects as synthetic
+from tests.helpers import effects as toy_effects
 
 TEXTS = ["costs $5 and $x^2$ in the", "the of", "a <b> & \\frac", "in the of the", "the 日本"]
 EVERY = {"direct_against_total", "compensation_by_layer", "compensation", "erasure", "causal_motifs"}
@@ -60,7 +60,7 @@ def test_kinds_and_heads_stand_beside_a_sweep(model, tmp_path):
 def test_figures_show_the_numbers_of_the_sweep():
     random = np.random.default_rng(0)
     direct = random.normal(1, 1, (40, 6, 2)).astype(np.float32)
-    results = Results(synthetic.effects(direct, 0.5 * direct), samples=20)
+    results = Results(toy_effects.effects(direct, 0.5 * direct), samples=20)
     with mpl.rc_context(figures.STYLE):
         drawn = figures.figures_of(results)
         slope = drawn["regression"]().axes[0].lines[0].get_ydata()

@@ -4,7 +4,7 @@ import pytest
 from hydra_jax.analysis import findings
 from hydra_jax.analysis.findings import FAILS, HOLDS, PARTLY, UNTOLD
 from hydra_jax.analysis.stats import bootstrap
-from tests.helpers import effects as synthetic
+from tests.helpers import effects as toy_effects
 
 LAYERS, PROMPTS = 8, 150
 
@@ -25,7 +25,7 @@ def sweep(random, restored, prompts=PROMPTS):
     """Attention of every layer matters; `restored` of its direct effect comes back, all from downstream attention."""
     direct = random.normal(2, 0.5, (prompts, 2 * LAYERS, 2)).astype(np.float32)
     compensation = restored * direct + random.normal(0, 0.1, (prompts, 2 * LAYERS, 1)).astype(np.float32)
-    return synthetic.effects(direct, compensation)
+    return toy_effects.effects(direct, compensation)
 
 
 def test_a_model_that_does_as_the_paper_says(random):

@@ -7,9 +7,9 @@ import pytest
 from hydra_jax.benchmarks import loading
 from hydra_jax.errors import UserError
 from hydra_jax.weights.load import load
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 
-SHAPE = toys.config(dtype="bfloat16")
+SHAPE = toy_models.config(dtype="bfloat16")
 
 
 @pytest.fixture

@@ -5,14 +5,13 @@ import pytest
 
 from hydra_jax.config import MeshConfig
 from hydra_jax.core.edits import Kind, WriteStatistics
-from hydra_jax.engine import batched as kernels
-from hydra_jax.engine import memory, mesh
+from hydra_jax.engine import batched, memory, mesh
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import layout
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 from tests.helpers.speed import few
 
-SHAPE = toys.config(width=256, heads=8, kv_heads=4, head_dim=32, mlp_width=1024, vocab_size=4000, layers=6)
+SHAPE = toy_models.config(width=256, heads=8, kv_heads=4, head_dim=32, mlp_width=1024, vocab_size=4000, layers=6)
 
 
 def sizer(free, rows=0, data=4, config=SHAPE):
@@ -26,19 +25,19 @@ def test_what_is_planned_with_is_what_the_compiled_programs_take(prompts, length
     of = jax.ShapeDtypeStruct
     params = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), layout(SHAPE))
     numbers = of((prompts,), jnp.int32)
-    prefill = kernels.prefill_program(params).lower(params, of((prompts, length), jnp.int32), numbers, numbers)
-    clean = jax.eval_shape(kernels.prefill_program(params), params, of((prompts, length), jnp.int32), numbers, numbers)
+    prefill = batched.prefill_program(params).lower(params, of((prompts, length), jnp.int32), numbers, numbers)
+    clean = jax.eval_shape(batched.prefill_program(params), params, of((prompts, length), jnp.int32), numbers, numbers)
     edits = of((), jnp.int32), of((), jnp.int32), None
     width = of((SHAPE.width,), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
     others = of((prompts, 3, SHAPE.width), jnp.float32), WriteStatistics(width, width), keys
-    ablate = kernels.ablate_program(params, Kind.RESAMPLE, False).lower(params, clean, edits, *others)
+    ablate = batched.ablate_program(params, Kind.RESAMPLE, False).lower(params, clean, edits, *others)
     kept = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(clean))
     taken = max(kept + each.compile().memory_analysis().temp_size_in_bytes for each in (prefill, ablate))
     need = memory.needs(SHAPE, length, draws=3)
     planned = need.fixed + prompts * need.prompt
     assert taken < planned
-    assert prompts * length < kernels.PREFILL_TOKENS or planned < 6 * taken
+    assert prompts * length < batched.PREFILL_TOKENS or planned < 6 * taken
 
 
 def test_a_chunk_is_what_fills_the_device_or_what_fits():

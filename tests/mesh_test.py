@@ -9,15 +9,14 @@ from hydra_jax.benchmarks import loading
 from hydra_jax.benchmarks.devices import collectives
 from hydra_jax.config import MeshConfig
 from hydra_jax.core.edits import Kind, WriteStatistics
-from hydra_jax.engine import batched as kernels
-from hydra_jax.engine import mesh
+from hydra_jax.engine import batched, mesh
 from hydra_jax.engine.mesh import DATA, MODEL
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import flat
 from hydra_jax.store import effects as store
 from hydra_jax.store import variables
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 from tests.helpers import sweeps
 from tests.helpers.commands import finish
 from tests.helpers.speed import few
@@ -28,15 +27,15 @@ SHAPES = {"data 4": (0, 1), "data 2, model 2": (2, 2), "model 4": (1, 4)}
 
 def laid(block, data, model):
     made = mesh.make(MeshConfig(data, model))
-    return mesh.lay(made, toys.block(block))
+    return mesh.lay(made, toy_models.block(block))
 
 
 def batch(params, prompts=8, length=6, draws=3):
-    """Arguments of the kernels, on whatever mesh the parameters lie on."""
+    """Arguments of the batched programs, on whatever mesh the parameters lie on."""
     c, on = params.config, mesh.mesh_of(params)
     over = lambda array: mesh.put(on, array, mesh.Spec(DATA))  # noqa: E731
-    tokens = np.stack([np.asarray(toys.tokens(length, seed)) for seed in range(prompts)])
-    clean = kernels.prefill_program(params)(
+    tokens = np.stack([np.asarray(toy_models.tokens(length, seed)) for seed in range(prompts)])
+    clean = batched.prefill_program(params)(
         params, *map(over, (tokens, np.full(prompts, length), np.full(prompts, -1)))
     )
     sources = np.random.default_rng(0).normal(size=(prompts, draws, c.width)).astype(np.float32)
@@ -47,26 +46,26 @@ def batch(params, prompts=8, length=6, draws=3):
 
 
 def ablated(params):
-    found = kernels.ablate_program(params, Kind.RESAMPLE, edges=True)(params, *batch(params))
-    return jax.device_get(kernels.ablation_summary_program(params)(*found))
+    found = batched.ablate_program(params, Kind.RESAMPLE, edges=True)(params, *batch(params))
+    return jax.device_get(batched.ablation_summary_program(params)(*found))
 
 
 @pytest.mark.parametrize(
     ("block", "shape"),
     few(
-        [*((block, "data 2, model 2") for block in toys.BLOCKS), ("llama 3", "data 4"), ("pythia", "model 4")],
+        [*((block, "data 2, model 2") for block in toy_models.BLOCKS), ("llama 3", "data 4"), ("pythia", "model 4")],
         ("gemma 2", "data 2, model 2"),
     ),
 )
 def test_every_family_is_ablated_alike_on_every_mesh(block, shape):
-    expected = ablated(toys.block(block))
+    expected = ablated(toy_models.block(block))
     found = ablated(laid(block, *SHAPES[shape]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
     assert np.abs(expected.compensation).max() > 1e-2
 
 
 def test_parameters_of_a_device_fall_as_the_model_is_shared():
-    params = toys.params(width=64, heads=8, kv_heads=8, head_dim=8, mlp_width=128, vocab_size=64)
+    params = toy_models.params(width=64, heads=8, kv_heads=8, head_dim=8, mlp_width=128, vocab_size=64)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     norms = sum(leaf.nbytes for name, leaf in flat(params.weights).items() if "norm" in name)
     for model in (1, 2, 4):
@@ -83,10 +82,10 @@ def test_nothing_passes_between_devices_that_take_other_prompts(shape):
     clean, where, *others = batch(params)
     on = mesh.mesh_of(params)
     programs = [
-        kernels.prefill_program(params).lower(
+        batched.prefill_program(params).lower(
             params, *(mesh.put(on, np.ones(s, np.int32), mesh.Spec(DATA)) for s in ((8, 6), (8,), (8,)))
         ),
-        kernels.ablate_program(params, Kind.RESAMPLE, edges=False).lower(params, clean, where, *others),
+        batched.ablate_program(params, Kind.RESAMPLE, edges=False).lower(params, clean, where, *others),
     ]
     for program in programs:
         found = collectives(program.compile().as_text())

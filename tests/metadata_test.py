@@ -14,14 +14,14 @@ from hydra_jax.analysis import results
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
 from hydra_jax.store import metadata
-from tests.helpers import effects as synthetic
+from tests.helpers import effects as toy_effects
 
 
 @pytest.fixture
 def stored(tmp_path):
     direct = np.random.default_rng(0).normal(1, 1, (6, 4, 2)).astype(np.float32)
     (tmp_path / "sweep").mkdir()
-    synthetic.stored(tmp_path / "sweep", synthetic.effects(direct, direct), 3)
+    toy_effects.stored(tmp_path / "sweep", toy_effects.effects(direct, direct), 3)
     return tmp_path / "sweep"
 
 

@@ -11,11 +11,11 @@ from hydra_jax.training.loop import train
 from hydra_jax.training.step import initial
 from hydra_jax.weights import checkpoints as trained_weights
 from tests.helpers import commands
-from tests.helpers import training as training_toys
+from tests.helpers import training as toy_training
 from tests.helpers.commands import finish, free_port
 from tests.helpers.speed import few
 
-CONFIG = training_toys.config(dropout=dict(attn=0.1))
+CONFIG = toy_training.config(dropout=dict(attn=0.1))
 SETTINGS = {
     "steps": CONFIG.steps,
     "batch": CONFIG.batch,

@@ -10,7 +10,7 @@ from hydra_jax.core.effects import delta_unembed, effects, head_unembed
 from hydra_jax.core.prefill import MOST_LIKELY, prefill
 from hydra_jax.core.replay import direct_edges, replay
 from hydra_jax.models.transformer import Edits, forward, head_share
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 
 jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.jit(replay)
 lengths = st.sampled_from([1, 2, 5, 9])
@@ -20,7 +20,9 @@ seeds = st.integers(0, 5)
 def full_forward_effects(params, tokens, layer, site, value):
     """Total effect and compensation [L, 2], from two whole forward passes and the unembedding itself."""
     logits, clean = jit_forward(params, tokens)
-    ablated_logits, ablated = jit_forward(params, tokens, toys.edit(params.config, len(tokens), layer, site, -1, value))
+    ablated_logits, ablated = jit_forward(
+        params, tokens, toy_models.edit(params.config, len(tokens), layer, site, -1, value)
+    )
     target = logits[-1].argmax()
     final = clean.resid_post[-1, -1]
     sigma = np.sqrt(np.mean(np.square(final)) + params.config.norm_eps)
@@ -38,9 +40,9 @@ def full_forward_effects(params, tokens, layer, site, value):
 
 
 @pytest.mark.parametrize("kind", Kind)
-@pytest.mark.parametrize("component", all_components(toys.config().layers), ids=str)
+@pytest.mark.parametrize("component", all_components(toy_models.config().layers), ids=str)
 def test_replay_equals_the_full_forward(component, kind):
-    params, tokens = toys.params(), toys.tokens(9)
+    params, tokens = toy_models.params(), toy_models.tokens(9)
     clean = jit_prefill(params, jnp.pad(tokens, (0, 3)), len(tokens))
     key = jax.random.key(7)
     source, mean, deviation = jax.random.normal(key, (3, params.config.width))
@@ -57,8 +59,8 @@ def test_replay_equals_the_full_forward(component, kind):
 @pytest.mark.slow
 @given(seeds, lengths, st.sampled_from(all_components(4)), st.floats(0.01, 10))
 def test_total_effect_is_direct_effect_less_compensation(seed, length, component, size):
-    params = toys.params(seed)
-    clean = jit_prefill(params, toys.tokens(length, seed), length)
+    params = toy_models.params(seed)
+    clean = jit_prefill(params, toy_models.tokens(length, seed), length)
     delta = size * jax.random.normal(jax.random.key(seed), (params.config.width,))
     found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
     downstream = found.attn_compensation + found.mlp_compensation + found.norm_compensation
@@ -68,7 +70,7 @@ def test_total_effect_is_direct_effect_less_compensation(seed, length, component
 
 @given(seeds, lengths)
 def test_contributions_sum_to_the_centred_logit(seed, length):
-    params, tokens = toys.params(seed), toys.tokens(length, seed)
+    params, tokens = toy_models.params(seed), toy_models.tokens(length, seed)
     clean = jit_prefill(params, tokens, length)
     embedding = clean.lens(params.weights["embedding"][tokens[-1]])
     np.testing.assert_allclose(delta_unembed(clean).sum() + embedding, clean.centred_logit, atol=1e-5)
@@ -76,17 +78,17 @@ def test_contributions_sum_to_the_centred_logit(seed, length):
 
 @pytest.mark.parametrize("component", all_components(4), ids=str)
 def test_an_edit_that_changes_nothing_has_no_effect(component):
-    params = toys.params()
-    clean = jit_prefill(params, toys.tokens(8), 8)
+    params = toy_models.params()
+    clean = jit_prefill(params, toy_models.tokens(8), 8)
     delta = jnp.zeros(params.config.width)
     found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
     jax.tree.map(lambda leaf: np.testing.assert_allclose(leaf, 0, atol=1e-5), found)
 
 
 def test_the_last_layer_has_no_downstream_attention():
-    params = toys.params()
+    params = toy_models.params()
     last = params.config.layers - 1
-    clean = jit_prefill(params, toys.tokens(8), 8)
+    clean = jit_prefill(params, toy_models.tokens(8), 8)
     delta = jax.random.normal(jax.random.key(0), (params.config.width,))
     of = {site: effects(clean, delta, jit_replay(params, clean, (last, s), delta)) for s, site in enumerate(SITES)}
     assert of["attn"].attn_compensation == 0
@@ -97,7 +99,7 @@ def test_the_last_layer_has_no_downstream_attention():
 @pytest.mark.slow
 @given(seeds, lengths, st.sampled_from([1, 4]))
 def test_padding_changes_nothing(seed, length, padding):
-    params, tokens = toys.params(seed), toys.tokens(length, seed)
+    params, tokens = toy_models.params(seed), toy_models.tokens(length, seed)
     delta = jax.random.normal(jax.random.key(seed), (params.config.width,))
     found = []
     for rest in (0, padding):
@@ -109,8 +111,8 @@ def test_padding_changes_nothing(seed, length, padding):
 
 @pytest.mark.slow
 def test_batching_over_prompts_and_edits_changes_nothing():
-    params = toys.params()
-    tokens = jnp.stack([toys.tokens(10, seed) for seed in range(3)])
+    params = toy_models.params()
+    tokens = jnp.stack([toy_models.tokens(10, seed) for seed in range(3)])
     lengths = jnp.array([4, 10, 7])
     deltas = jax.random.normal(jax.random.key(0), (3, 5, params.config.width))
     clean = jax.jit(jax.vmap(prefill, (None, 0, 0)))(params, tokens, lengths)
@@ -131,8 +133,10 @@ def test_batching_over_prompts_and_edits_changes_nothing():
 @pytest.mark.parametrize("over", ["prompts", "all", "cache"])
 def test_vmap_of_what_does_not_share_a_cache_is_right_too(over):
     """The cached attention's own batching rule covers one case; these are the others."""
-    params = toys.params()
-    clean = jax.jit(jax.vmap(prefill, (None, 0, None)))(params, jnp.stack([toys.tokens(6, s) for s in range(3)]), 6)
+    params = toy_models.params()
+    clean = jax.jit(jax.vmap(prefill, (None, 0, None)))(
+        params, jnp.stack([toy_models.tokens(6, s) for s in range(3)]), 6
+    )
     deltas = jax.random.normal(jax.random.key(0), (3, params.config.width))
     layers = jnp.array([0, 2, 1])
     axes = {"prompts": (None, 0, (None, None), 0), "all": (None, 0, (0, 0), 0), "cache": (None, 0, (None, None), None)}
@@ -146,8 +150,8 @@ def test_vmap_of_what_does_not_share_a_cache_is_right_too(over):
 
 
 def test_all_components_share_one_compilation():
-    params = toys.params(seed=3)
-    clean = jit_prefill(params, toys.tokens(8), 8)
+    params = toy_models.params(seed=3)
+    clean = jit_prefill(params, toy_models.tokens(8), 8)
     fresh = jax.jit(lambda *arguments: replay(*arguments))
     for component in all_components(params.config.layers):
         fresh(params, clean, component.arrays()[:2], jnp.ones(params.config.width))
@@ -155,7 +159,7 @@ def test_all_components_share_one_compilation():
 
 
 def test_a_given_target_is_the_one_that_is_read():
-    params, tokens = toys.params(), toys.tokens(8)
+    params, tokens = toy_models.params(), toy_models.tokens(8)
     logits, _ = jit_forward(params, tokens)
     for target in (3, 17, MOST_LIKELY):
         clean = jit_prefill(params, tokens, 8, target)
@@ -168,21 +172,21 @@ def test_a_given_target_is_the_one_that_is_read():
 
 @pytest.mark.slow
 def test_bfloat16_weights_keep_the_identity():
-    params = toys.params(dtype="bfloat16")
-    clean = jit_prefill(params, toys.tokens(8), 8)
+    params = toy_models.params(dtype="bfloat16")
+    clean = jit_prefill(params, toy_models.tokens(8), 8)
     assert clean.keys.dtype == jnp.bfloat16
     assert clean.resid_post.dtype == jnp.float32
     delta = jax.random.normal(jax.random.key(0), (params.config.width,))
     found = effects(clean, delta, jit_replay(params, clean, (1, 0), delta))
     np.testing.assert_allclose(found.residual, 0, atol=1e-4)
-    single = jit_prefill(toys.params(), toys.tokens(8), 8, clean.target)
+    single = jit_prefill(toy_models.params(), toy_models.tokens(8), 8, clean.target)
     np.testing.assert_allclose(clean.centred_logit, single.centred_logit, rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize("component", all_components(4)[::2], ids=str)
 def test_a_direct_edge_is_the_change_of_a_component_that_alone_sees_the_edit(component):
     """In full forward passes: every write but the edited and the responding one held at its clean value."""
-    params, tokens = toys.params(), toys.tokens(7)
+    params, tokens = toy_models.params(), toy_models.tokens(7)
     clean = jit_prefill(params, tokens, 7)
     delta = jax.random.normal(jax.random.key(1), (params.config.width,))
     found = jax.jit(direct_edges)(params, clean, component.arrays()[:2], delta)
@@ -200,8 +204,8 @@ def test_a_direct_edge_is_the_change_of_a_component_that_alone_sees_the_edit(com
 
 @pytest.mark.parametrize("component", all_components(4)[:-1], ids=str)
 def test_the_first_component_downstream_has_nothing_passed_on_to_it(component):
-    params = toys.params()
-    clean = jit_prefill(params, toys.tokens(8), 8)
+    params = toy_models.params()
+    clean = jit_prefill(params, toy_models.tokens(8), 8)
     delta = jax.random.normal(jax.random.key(0), (params.config.width,))
     where = component.arrays()[:2]
     first = component.index + 1
@@ -211,8 +215,8 @@ def test_the_first_component_downstream_has_nothing_passed_on_to_it(component):
 
 
 def test_heads_add_up_to_the_attention_write():
-    params = toys.params()
-    clean = jit_prefill(params, toys.tokens(8), 8)
+    params = toy_models.params()
+    clean = jit_prefill(params, toy_models.tokens(8), 8)
     for layer in range(4):
         shares = [head_share(params, layer, head, clean.mixed[layer, head]) for head in range(4)]
         np.testing.assert_allclose(sum(shares), clean.writes[layer, 0], atol=1e-5)

@@ -21,7 +21,7 @@ from hydra_jax.report import page as report
 from hydra_jax.report import payload, templates
 from hydra_jax.store import effects as store
 from tests.helpers import checkpoints
-from tests.helpers import effects as synthetic
+from tests.helpers import effects as toy_effects
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = [
@@ -227,7 +227,7 @@ def test_packed_compensation_comes_back():
 def test_the_page_of_1209_prompts_is_below_15_megabytes():
     random = np.random.default_rng(0)
     direct = random.normal(1, 1, (1209, 60, 1)).astype(np.float32)
-    effects = synthetic.effects(direct, direct / 2, texts=["The mother tongue of Danielle Darrieux is" * 2] * 1209)
+    effects = toy_effects.effects(direct, direct / 2, texts=["The mother tongue of Danielle Darrieux is" * 2] * 1209)
     for ablated in range(60):
         effects["compensation"][:, ablated, ablated + 1 :] = 0.5
     text = report.page(Results(effects, samples=10))
@@ -240,7 +240,7 @@ def test_of_more_prompts_than_fit_some_are_drawn(monkeypatch):
     monkeypatch.setattr(payload, "PROMPT_BYTES", 3000)
     random = np.random.default_rng(0)
     direct = random.normal(1, 1, (30, 4, 1)).astype(np.float32)
-    effects = synthetic.effects(direct, direct / 2)
+    effects = toy_effects.effects(direct, direct / 2)
     effects["compensation"][:, 0, 1:] = 1
     tree = payload.payload(Results(effects, samples=10), (), None)
     assert 0 < len(tree["prompts"]["text"]) < 30
@@ -258,7 +258,7 @@ def test_tables_are_the_same_as_csv_and_parquet(swept):
 def test_sweeps_that_do_not_go_together_are_refused():
     direct = np.ones((3, 2, 1), np.float32)
     of = {
-        name: Results(synthetic.effects(direct, direct, kind=kind, model=model))
+        name: Results(toy_effects.effects(direct, direct, kind=kind, model=model))
         for name, kind, model in (
             ("this", "zero", "a"),
             ("again", "zero", "a"),
@@ -284,7 +284,7 @@ def stored(tmp_path):
     """A store that a report can be made of."""
     direct = np.random.default_rng(0).normal(1, 1, (6, 4, 2)).astype(np.float32)
     (tmp_path / "sweep").mkdir()
-    synthetic.stored(tmp_path / "sweep", synthetic.effects(direct, direct), 3)
+    toy_effects.stored(tmp_path / "sweep", toy_effects.effects(direct, direct), 3)
     return tmp_path / "sweep"
 
 
@@ -374,7 +374,7 @@ def test_data_cannot_end_its_script():
 
 def test_a_section_that_is_not_marked_as_safe_is_escaped():
     direct = np.ones((3, 2, 1), np.float32)
-    results = Results(synthetic.effects(direct, direct / 2), samples=5)
+    results = Results(toy_effects.effects(direct, direct / 2), samples=5)
     assert "<mark>" not in report.page(results, comparison="<mark>")
     assert "<mark>" in report.page(results, comparison=markupsafe.Markup("<mark>"))
 

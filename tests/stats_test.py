@@ -6,7 +6,7 @@ import scipy.stats
 from hydra_jax.analysis.bootstrap import Bootstrap, Estimate, interval
 from hydra_jax.analysis.stats import bootstrap, erasure, summary
 from hydra_jax.errors import UserError
-from tests.helpers import effects as synthetic
+from tests.helpers import effects as toy_effects
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def random():
 
 def test_statistics_have_their_closed_forms(random):
     direct = random.normal(2, 1, (50, 4, 3)).astype(np.float32)
-    table = summary(synthetic.effects(direct, 0.7 * direct + 0.1), samples=10)
+    table = summary(toy_effects.effects(direct, 0.7 * direct + 0.1), samples=10)
     means = direct.mean(axis=2)
     np.testing.assert_allclose(table["slope"], 0.7, rtol=1e-4)
     np.testing.assert_allclose(table["r2"], 1, rtol=1e-4)
@@ -34,7 +34,7 @@ def test_statistics_have_their_closed_forms(random):
 @pytest.mark.slow
 def test_intervals_of_a_mean_are_as_wide_as_theory_says(random):
     direct = random.normal(0, 2, (400, 2, 1)).astype(np.float32)
-    table = summary(synthetic.effects(direct, np.zeros_like(direct)), samples=2000)
+    table = summary(toy_effects.effects(direct, np.zeros_like(direct)), samples=2000)
     width = table["direct_effect_high"] - table["direct_effect_low"]
     expected = 2 * 1.96 * direct.std(axis=0)[:, 0] / 20
     np.testing.assert_allclose(width, expected, rtol=0.1)
@@ -47,14 +47,14 @@ def test_intervals_know_of_the_replacements(random):
     """Prompts all alike: what is uncertain comes from their replacements alone."""
     one = random.normal(0, 1, 5).astype(np.float32)
     direct = np.broadcast_to(one, (30, 2, 5)).copy()
-    table = summary(synthetic.effects(direct, np.zeros_like(direct)), samples=2000)
+    table = summary(toy_effects.effects(direct, np.zeros_like(direct)), samples=2000)
     expected = 2 * 1.96 * one.std() / np.sqrt(30 * 5)
     np.testing.assert_allclose(table["direct_effect_high"] - table["direct_effect_low"], expected, rtol=0.15)
 
 
 def test_intervals_equal_a_plain_bootstrap(random):
     direct = random.gamma(1.0, 2.0, (60, 2, 4)).astype(np.float32)
-    effects = synthetic.effects(direct, 0.5 * direct + random.normal(0, 1, direct.shape).astype(np.float32))
+    effects = toy_effects.effects(direct, 0.5 * direct + random.normal(0, 1, direct.shape).astype(np.float32))
     table = summary(effects, samples=3000)
     compensation = effects["attn_compensation"].values
     shares = []
@@ -72,7 +72,7 @@ def test_intervals_equal_a_plain_bootstrap(random):
 def test_nothing_is_restored_where_nothing_was_taken(random):
     direct = random.normal(0, 1, (40, 2, 3)).astype(np.float32)
     direct[:, 1] += 5
-    table = summary(synthetic.effects(direct, 0.5 * direct), samples=200)
+    table = summary(toy_effects.effects(direct, 0.5 * direct), samples=200)
     assert table["restored_share"].isna().tolist() == [True, False]
     assert table["restored_share_low"].isna().tolist() == [True, False]
 
@@ -80,7 +80,7 @@ def test_nothing_is_restored_where_nothing_was_taken(random):
 @pytest.mark.slow
 def test_a_seed_gives_the_same_intervals_again(random):
     direct = random.normal(1, 1, (20, 2, 3)).astype(np.float32)
-    effects = synthetic.effects(direct, direct / 2)
+    effects = toy_effects.effects(direct, direct / 2)
     first, again, other = (summary(effects, samples=50, seed=seed) for seed in (0, 0, 1))
     pd.testing.assert_frame_equal(first, again)
     assert not np.allclose(first["direct_effect_low"], other["direct_effect_low"])
@@ -90,7 +90,7 @@ def test_a_seed_gives_the_same_intervals_again(random):
 def test_regressions_equal_scipys(random):
     direct = random.normal(1, 2, (80, 2, 3)).astype(np.float32)
     noise = random.normal(0, 1, direct.shape).astype(np.float32)
-    effects = synthetic.effects(direct, 0.4 * direct + noise, norm=0.2 * direct - noise / 2)
+    effects = toy_effects.effects(direct, 0.4 * direct + noise, norm=0.2 * direct - noise / 2)
     table = summary(effects, samples=5)
     means = effects.mean("replacement")
     for part, regressed in (("attn", "attn_compensation"), ("norm", "norm_compensation")):
@@ -103,7 +103,7 @@ def test_regressions_equal_scipys(random):
 
 
 def test_coupling_counts_who_moves(random):
-    effects = synthetic.effects(np.full((6, 4, 1), 2.0, np.float32), np.zeros((6, 4, 1), np.float32))
+    effects = toy_effects.effects(np.full((6, 4, 1), 2.0, np.float32), np.zeros((6, 4, 1), np.float32))
     effects["compensation"][:] = 0
     effects["compensation"][:, 0, 1:] = np.array([0.5, -0.5, 0.1])  # two above a tenth of 2.0, one below
     effects["compensation"][:, 1, 3] = 3
@@ -113,7 +113,7 @@ def test_coupling_counts_who_moves(random):
 
 
 def test_unfinished_prompts_are_left_out(random):
-    effects = synthetic.effects(random.normal(1, 1, (9, 2, 2)).astype(np.float32), np.zeros((9, 2, 2), np.float32))
+    effects = toy_effects.effects(random.normal(1, 1, (9, 2, 2)).astype(np.float32), np.zeros((9, 2, 2), np.float32))
     part = effects.copy(deep=True)
     part["finished"][4:] = False
     part["direct_effect"][4:] = np.nan
@@ -129,7 +129,7 @@ def test_planted_slopes_fits_and_coupling_are_recovered(random):
     x = random.normal(1, 1, (prompts, 4, 1))
     noise = [abs(slope) * np.sqrt(1 / fit - 1) for slope, fit in zip(slopes, fits, strict=True)]
     y = x * np.array(slopes)[None, :, None] + random.normal(0, 1, x.shape) * np.array(noise)[None, :, None]
-    effects = synthetic.effects(x.astype(np.float32), y.astype(np.float32))
+    effects = toy_effects.effects(x.astype(np.float32), y.astype(np.float32))
     for ablated, count in enumerate(movers):
         effects["compensation"][:, ablated, 4 - count :] = effects["direct_effect"][:, ablated].values
     table = summary(effects, samples=200)
@@ -158,7 +158,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say(random):
     for start in range(0, times, 40):
         direct = random.normal(1, 1, (prompts, 40, 1)) + random.normal(0, inner, (prompts, 40, draws))
         compensation = slope * direct + 0.1 + random.normal(0, noise, (prompts, 40, 1))
-        table = summary(synthetic.effects(direct.astype(np.float32), compensation.astype(np.float32)), 400, seed=start)
+        table = summary(
+            toy_effects.effects(direct.astype(np.float32), compensation.astype(np.float32)), 400, seed=start
+        )
         for name, value in truth.items():
             covered[name] += ((table[f"{name}_low"] <= value) & (value <= table[f"{name}_high"])).sum()
     shares = {name: count / times for name, count in covered.items()}
@@ -177,7 +179,7 @@ def test_medians_of_resamples_are_medians(random):
 def test_weights_give_every_statistic_the_same_prompts(random):
     """A mean over the bootstrap's own prompts is the bootstrap's mean, where replacements are all alike."""
     direct = np.broadcast_to(random.normal(1, 1, (30, 2, 1)), (30, 2, 4)).astype(np.float32)
-    effects = synthetic.effects(direct, direct / 2)
+    effects = toy_effects.effects(direct, direct / 2)
     resampled = bootstrap(effects, samples=23)
     value, samples = resampled.mean(direct[:, :, 0])
     np.testing.assert_allclose(samples, resampled.samples["direct_effect"], rtol=1e-4)
@@ -188,7 +190,7 @@ def test_weights_give_every_statistic_the_same_prompts(random):
 def test_erasure_is_the_mean_contribution_clean_and_ablated(random):
     direct = random.normal(0, 0.1, (50, 6, 2)).astype(np.float32)
     direct[:, 2] += 3  # attention 1 is the strongest
-    effects = synthetic.effects(direct, np.zeros_like(direct))
+    effects = toy_effects.effects(direct, np.zeros_like(direct))
     effects["delta_unembed"][:, 5] = -1 + random.normal(0, 0.1, 50)
     effects["compensation"][:, 2, 5] = 0.25
     table = erasure(effects, bootstrap(effects, samples=50), ablations=1)

@@ -6,7 +6,7 @@ import pytest
 import hydra_jax
 from hydra_jax.weights.load import Model
 from tests.helpers import checkpoints
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 
 PROMPTS = [f"the {number} in the" for number in (7, 12, 385, 4096)]
 
@@ -15,7 +15,7 @@ PROMPTS = [f"the {number} in the" for number in (7, 12, 385, 4096)]
 @pytest.mark.parametrize("block", ["gpt-2", "pythia", "gemma 2", "olmo 2"])
 @pytest.mark.parametrize("sites", ["attn,mlp", "heads"])
 def test_a_sweep_of_every_kind_of_block(block, sites):
-    params = toys.params(vocab_size=300, **toys.BLOCKS[block])
+    params = toy_models.params(vocab_size=300, **toy_models.BLOCKS[block])
     model = Model(block, params, checkpoints.tokenizer(), "")
     effects = hydra_jax.sweep(model, PROMPTS, kind="resample", replacements=2, sites=sites, layers="1,3")
     assert np.isfinite(effects["total_effect"]).all()

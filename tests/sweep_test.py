@@ -15,8 +15,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
 from hydra_jax.store import variables
 from hydra_jax.store.variables import EFFECTS
-from hydra_jax.sweep import chunks as ablations
-from hydra_jax.sweep import plan
+from hydra_jax.sweep import chunks, plan
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.sweep.clean import CleanPass, choose
 from hydra_jax.sweep.run import run
@@ -98,7 +97,7 @@ def test_a_broken_identity_stops_the_sweep_and_names_the_prompt(model):
     items = sorted(plan.itemise(model, [Prompt(text, text) for text in TEXTS]), key=plan.by_length)
     exact = planned(model, items, AblationConfig(kind="zero"), tolerance=1e-12)
     with pytest.raises(UserError, match=r"prompt '.*', (attn|mlp) [01]: total effect") as raised:
-        ablations.ablate_chunk(exact, slice(0, 8), Sources(exact), 8)
+        chunks.ablate_chunk(exact, slice(0, 8), Sources(exact), 8)
     assert "\n" not in str(raised.value)
 
 
@@ -117,13 +116,13 @@ def test_values_that_are_no_numbers_are_recorded_and_left_out(model, tmp_path, c
     assert 0 < len(spoilt) < len(TEXTS)
     items = sorted(plan.itemise(broken, [Prompt(text, text) for text in TEXTS]), key=plan.by_length)
     made = planned(broken, items, AblationConfig(replacements=2), non_finite=1.0)
-    dataset = variables.in_memory(ablations.frame(made), edges=True)
+    dataset = variables.in_memory(chunks.frame(made), edges=True)
 
     def write(chunk, arrays):
         for name, array in arrays.items():
             dataset[name][chunk] = array
 
-    ablations.fill(made, [slice(0, 8)], write, progress=True)
+    chunks.fill(made, [slice(0, 8)], write, progress=True)
     lost = dataset["non_finite"]
     assert f"not finite, recorded and left out of averages: prompt {spoilt[0]!r}" in capsys.readouterr().err
     assert (lost.sel(prompt=dataset["prompt_id"].isin(spoilt)) > 0).any()
@@ -136,7 +135,7 @@ def test_values_that_are_no_numbers_are_recorded_and_left_out(model, tmp_path, c
     assert kept.sizes["prompt"] == 8 - kept.attrs["left_out"] < 8
     assert np.isfinite(kept["total_effect"]).all()
     with pytest.raises(UserError, match=r"interventions are no numbers, more than non_finite=0 allows"):
-        ablations.fill(dataclasses.replace(made, non_finite=0.0), [slice(0, 8)], write, progress=False)
+        chunks.fill(dataclasses.replace(made, non_finite=0.0), [slice(0, 8)], write, progress=False)
 
 
 def test_values_on_the_devices_are_those_sent_to_them(model):

@@ -1,19 +1,19 @@
 import pytest
 
 from hydra_jax.benchmarks import training
-from tests.helpers import training as training_toys
+from tests.helpers import training as toy_training
 
 
 def test_arithmetic_of_a_step():
     # Of a layer of width 4: 4 x 16 of attention's weights, 3 x 4 x 6 of the MLP's, 2 x 4 x 8 products with 8 tokens.
     shape = dict(layers=3, width=4, heads=2, kv_heads=2, mlp_width=6, context=8)
-    decoder = training_toys.config(model=shape).decoder(10)
+    decoder = toy_training.config(model=shape).decoder(10)
     assert training.step_flops(decoder, 16) == 6 * 16 * (3 * (4 * 16 + 3 * 24 + 2 * 4 * 8) + 40)
 
 
 @pytest.mark.slow
 def test_a_measurement():
-    config = training_toys.config(dropout=dict(attn=0.1), accumulate=2)
+    config = toy_training.config(dropout=dict(attn=0.1), accumulate=2)
     measured = training.measure(config, turns=1)
     assert measured.step_to_gemm > 0  # of products so small, the calls' own time
     assert measured.tokens > 0

@@ -9,18 +9,18 @@ from hydra_jax.errors import UserError
 from hydra_jax.text.tokenizer import encode
 from hydra_jax.training import biographies, data
 from tests.helpers import checkpoints
-from tests.helpers import training as training_toys
+from tests.helpers import training as toy_training
 
 KNOWN, UNSEEN = 12, 5
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return data.build(training_toys.DATA, 16)
+    return data.build(toy_training.DATA, 16)
 
 
 def text_config(path, **changes):
-    return training_toys.config(data=dict(kind="text", path=str(path)) | changes).data
+    return toy_training.config(data=dict(kind="text", path=str(path)) | changes).data
 
 
 class TestPeople:
@@ -83,12 +83,12 @@ class TestTokenizer:
         assert corpus.tokenizer.decode(ids) == text
 
     def test_is_the_same_every_time(self, corpus):
-        again = data.build(training_toys.DATA, 16)
+        again = data.build(toy_training.DATA, 16)
         assert again.digest == corpus.digest
 
     def test_too_small_a_vocabulary(self):
         with pytest.raises(UserError, match=r"config\.data\.vocab_size: is 256, .* 257"):
-            data.build(training_toys.config(data=dict(vocab_size=256)).data, 16)
+            data.build(toy_training.config(data=dict(vocab_size=256)).data, 16)
 
 
 class TestPack:

@@ -16,10 +16,10 @@ from hydra_jax.training.step import initial
 from hydra_jax.weights import checkpoints as trained_weights
 from hydra_jax.weights.load import load
 from tests.helpers import checkpoints
-from tests.helpers import training as training_toys
+from tests.helpers import training as toy_training
 from tests.helpers.speed import few
 
-CONFIG = training_toys.config(dropout=dict(attn=0.1, depth=0.1))
+CONFIG = toy_training.config(dropout=dict(attn=0.1, depth=0.1))
 """With dropout, so that its keys have to be gone on with, too."""
 
 
@@ -169,7 +169,7 @@ class TestRefusals:
     @pytest.mark.slow
     def test_other_text(self, tmp_path):
         text = checkpoints.text_file(tmp_path / "a.txt", "".join(f"some text {n} " for n in range(900)))
-        config = training_toys.config(data=dict(kind="text", path=str(text)), steps=2)
+        config = toy_training.config(data=dict(kind="text", path=str(text)), steps=2)
         train(config, tmp_path / "run", progress=False)
         metrics = workdir.read_metrics(tmp_path / "run")
         assert metrics["unseen_loss"].notna().sum() == 2
@@ -179,12 +179,12 @@ class TestRefusals:
 
     def test_a_batch_that_does_not_divide_over_devices(self, tmp_path):
         with pytest.raises(UserError, match=r"config\.batch: 6 in 1 parts does not divide over 4 devices"):
-            train(training_toys.config(batch=6), tmp_path / "run", progress=False)
+            train(toy_training.config(batch=6), tmp_path / "run", progress=False)
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.slow
     def test_a_loss_that_is_not_a_number(self, tmp_path):
-        config = training_toys.config(optimizer=dict(learning_rate=1e30, warmup=1))
+        config = toy_training.config(optimizer=dict(learning_rate=1e30, warmup=1))
         with pytest.raises(UserError, match=r"by step \d the loss or its gradient is not a number; .* saved is \d"):
             train(config, tmp_path / "run", progress=False)
         for step in trained_weights.steps(tmp_path / "run"):

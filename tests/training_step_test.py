@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Dropout, DropoutRates
 from hydra_jax.training import data, step
-from tests.helpers import models as toys
-from tests.helpers import training as training_toys
+from tests.helpers import models as toy_models
+from tests.helpers import training as toy_training
 from tests.helpers.speed import few
 
 VOCABULARY = 40
@@ -28,7 +28,7 @@ update = jax.jit(step.update, static_argnames="config")
 
 
 def rows(batch=4, parts=1, seed=1):
-    return jax.random.randint(jax.random.key(seed), (parts, batch, training_toys.SHAPE.context + 1), 0, VOCABULARY)
+    return jax.random.randint(jax.random.key(seed), (parts, batch, toy_training.SHAPE.context + 1), 0, VOCABULARY)
 
 
 def after(config, state=None, given=None, steps=2):
@@ -53,14 +53,14 @@ class TestArms:
     @pytest.mark.parametrize("arm", ARMS)
     def test_share_initial_parameters(self, arm):
         assert_equal(
-            keyed(step.initial(training_toys.config(), VOCABULARY)),
-            keyed(step.initial(training_toys.config(arm=arm, dropout=ARMS[arm]), VOCABULARY)),
+            keyed(step.initial(toy_training.config(), VOCABULARY)),
+            keyed(step.initial(toy_training.config(arm=arm, dropout=ARMS[arm]), VOCABULARY)),
         )
 
     def test_share_batches(self):
         batches = []
         for arm, rates in ARMS.items():
-            config = training_toys.config(arm=arm, dropout=rates)
+            config = toy_training.config(arm=arm, dropout=rates)
             corpus = data.build(config.data, config.model.context)
             iterator = corpus.batches(config.seed, config.batch)
             batches.append([next(iterator) for _ in range(2 * len(corpus.rows) // config.batch)])
@@ -69,7 +69,7 @@ class TestArms:
 
     @pytest.mark.slow
     def test_rate_0_is_no_dropout(self):
-        weights = step.initial(training_toys.config(), VOCABULARY).weights
+        weights = step.initial(toy_training.config(), VOCABULARY).weights
         keys = jax.random.split(jax.random.key(1), 4)
 
         @functools.partial(jax.jit, static_argnums=1)
@@ -78,9 +78,9 @@ class TestArms:
             params = step.computing(config, weights, VOCABULARY)
             return step.batch_loss(params, rows()[0], jnp.int32(BOUNDARY), keys, config)
 
-        nothing = run(weights, training_toys.config(), None)
-        assert_equal(nothing, run(weights, training_toys.config(), keys))
-        (loss, _), _ = run(weights, training_toys.config(dropout=dict(attn=0.1)), keys)
+        nothing = run(weights, toy_training.config(), None)
+        assert_equal(nothing, run(weights, toy_training.config(), keys))
+        (loss, _), _ = run(weights, toy_training.config(dropout=dict(attn=0.1)), keys)
         assert loss != nothing[0][0]
 
 
@@ -88,7 +88,7 @@ class TestDropout:
     @pytest.mark.parametrize("arm", few(ARMS, "dropout"))
     @pytest.mark.parametrize("block", few(["llama 3", "pythia", "gemma 2"], "gemma 2"))
     def test_trace_is_what_was_added(self, arm, block):
-        params, tokens = toys.block(block), toys.tokens(7)
+        params, tokens = toy_models.block(block), toy_models.tokens(7)
         dropout = Dropout(jax.random.key(5), DropoutRates(**ARMS[arm]))
         logits, trace = transformer.forward(params, tokens, dropout=dropout)
         np.testing.assert_allclose(trace.resid_pre[1:], trace.resid_post[:-1], rtol=0, atol=1e-6)
@@ -119,7 +119,7 @@ class TestDropout:
 
     @pytest.mark.slow
     def test_leaves_out_as_much_as_its_rate_and_keeps_the_mean(self):
-        params, tokens = toys.params(layers=1), toys.tokens(5)
+        params, tokens = toy_models.params(layers=1), toy_models.tokens(5)
         _, clean = transformer.forward(params, tokens)
         keys = jax.random.split(jax.random.key(0), 2000)
 
@@ -135,8 +135,8 @@ class TestDropout:
 
     @pytest.mark.slow
     def test_an_edit_replaces_what_dropout_left(self):
-        params, tokens = toys.params(), toys.tokens(6)
-        edit = toys.edit(params.config, 6, 1, 0, 3, jnp.full(params.config.width, 2.0))
+        params, tokens = toy_models.params(), toy_models.tokens(6)
+        edit = toy_models.edit(params.config, 6, 1, 0, 3, jnp.full(params.config.width, 2.0))
         dropout = Dropout(jax.random.key(0), DropoutRates(attn=0.5, depth=0.5))
         _, trace = transformer.forward(params, tokens, edit, dropout)
         np.testing.assert_array_equal(trace.attn_out[1, 3], 2.0)
@@ -144,7 +144,7 @@ class TestDropout:
 
 class TestLoss:
     def test_is_the_mean_of_what_is_foretold_but_boundaries(self):
-        config = training_toys.config()
+        config = toy_training.config()
         state = step.initial(config, VOCABULARY)
         given = rows()[0].at[:, 5].set(BOUNDARY)
         params = step.computing(config, state.weights, VOCABULARY)
@@ -159,7 +159,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("arm", few(ARMS, "dropout"))
     def test_gradient_agrees_with_finite_differences(self, arm):
-        config = training_toys.config(dropout=ARMS[arm])
+        config = toy_training.config(dropout=ARMS[arm])
         weights = step.initial(config, VOCABULARY).weights
         keys = jax.random.split(jax.random.key(2), 4)
 
@@ -185,8 +185,8 @@ class TestUpdate:
         # A part's share of boundaries is its own: the mean is over all that is foretold, not over parts.
         whole = rows(batch=4)
         parts = whole.reshape(2, 2, -1)
-        _, of_one = after(training_toys.config(dropout=ARMS[arm]), given=whole, steps=1)
-        _, of_two = after(training_toys.config(dropout=ARMS[arm], accumulate=2), given=parts, steps=1)
+        _, of_one = after(toy_training.config(dropout=ARMS[arm]), given=whole, steps=1)
+        _, of_two = after(toy_training.config(dropout=ARMS[arm], accumulate=2), given=parts, steps=1)
         np.testing.assert_allclose(of_one.loss, of_two.loss, rtol=1e-6)
         np.testing.assert_allclose(of_one.gradient_norm, of_two.gradient_norm, rtol=1e-5)
         assert of_one.gradient_norm > 0.1
@@ -194,7 +194,7 @@ class TestUpdate:
     @pytest.mark.slow
     @pytest.mark.parametrize("arm", ["no_dropout", "dropout"])
     def test_devices_change_nothing(self, arm):
-        config = training_toys.config(dropout=ARMS[arm])
+        config = toy_training.config(dropout=ARMS[arm])
         alone, _ = after(config)
         mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
         spread = NamedSharding(mesh, PartitionSpec(None, "data"))
@@ -208,22 +208,22 @@ class TestUpdate:
 
     @pytest.mark.slow
     def test_bfloat16_computes_on_float32_weights(self):
-        config = training_toys.config(dtype="bfloat16")
+        config = toy_training.config(dtype="bfloat16")
         state, metrics = after(config)
-        _, exact = after(training_toys.config())
+        _, exact = after(toy_training.config())
         assert {leaf.dtype for leaf in jax.tree.leaves(state.weights)} == {np.dtype("float32")}
         assert metrics.loss != exact.loss
         np.testing.assert_allclose(metrics.loss, exact.loss, rtol=1e-2)
 
     def test_only_matrices_decay(self):
-        decays = step.decays(step.initial(training_toys.config(), VOCABULARY).weights)
+        decays = step.decays(step.initial(toy_training.config(), VOCABULARY).weights)
         assert decays["layers"]["attn"]["query"]["kernel"]
         assert decays["embedding"]
         assert not decays["layers"]["attn_norm"]["scale"]
         assert not decays["final_norm"]["scale"]
 
     def test_learning_rate_rises_and_falls(self):
-        config = training_toys.config(optimizer=dict(warmup=10, learning_rate=0.5, final_share=0.1)).optimizer
+        config = toy_training.config(optimizer=dict(warmup=10, learning_rate=0.5, final_share=0.1)).optimizer
         rate = step.schedule(config, 100)  # of optax, with numbers of Python
         assert rate(0) == 0
         np.testing.assert_allclose([rate(5), rate(10), rate(55), rate(100)], [0.25, 0.5, 0.275, 0.05], rtol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from hydra_jax.benchmarks import peers
 from hydra_jax.benchmarks.peers import check_comparable, installed, measure, table
 from hydra_jax.errors import UserError
-from tests.helpers import models as toys
+from tests.helpers import models as toy_models
 
 HOOKED, BRIDGE, HOOKS = peers.PEERS
 SIZES = dict(length=6, rows=12, draws=3, step=3)
@@ -31,7 +31,7 @@ def test_a_peer_of_the_same_weights_has_the_same_total_effects(monkeypatch, name
     if name == HOOKED and int(metadata.version(package).partition(".")[0]) > 3:
         pytest.skip("transformer_lens has no HookedTransformer since version 4")
     only(monkeypatch, name)
-    params = toys.params(tied=tied, rope_base=500.0, norm_eps=1e-3)
+    params = toy_models.params(tied=tied, rope_base=500.0, norm_eps=1e-3)
     check_comparable(params.config)
     (peer,), missing = installed(params, context=SIZES["length"])
     assert not missing
@@ -46,20 +46,20 @@ def test_a_peer_of_the_same_weights_has_the_same_total_effects(monkeypatch, name
 def test_a_peer_with_other_effects_is_an_error(monkeypatch, worse):
     pytest.importorskip("transformers", reason="tests/parity/requirements.txt is not installed")
     only(monkeypatch, HOOKS)
-    (peer,), _ = installed(toys.params(), context=SIZES["length"])
+    (peer,), _ = installed(toy_models.params(), context=SIZES["length"])
 
     def run(tokens, component, values):
         logits = peer.run(tokens, component, values)
         return logits * (1 + worse) if len(tokens) > 1 and component.layer == 3 else logits
 
     with pytest.raises(UserError, match=r"forward hooks, mlp 3: total effects differ from ours by .* logits"):
-        measure(toys.params(), [dataclasses.replace(peer, run=run)], **SIZES)
+        measure(toy_models.params(), [dataclasses.replace(peer, run=run)], **SIZES)
 
 
 def test_a_peer_that_is_missing_is_left_out_with_how_to_install_it(monkeypatch):
     pytest.importorskip("transformers", reason="tests/parity/requirements.txt is not installed")
     monkeypatch.setitem(sys.modules, "transformer_lens", None)
-    found, missing = installed(toys.params(), context=6)
+    found, missing = installed(toy_models.params(), context=6)
     assert [peer.name for peer in found] == [HOOKS]
     assert [line.partition(":")[0] for line in missing] == [HOOKED, BRIDGE]
     assert missing[0].endswith('pip install "transformer_lens<4"')
@@ -69,18 +69,18 @@ def test_no_peer_at_all_is_an_error(monkeypatch):
     for package in ("torch", "transformers", "transformer_lens"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r"--peers: none is installed; pip install .*transformer_lens"):
-        installed(toys.params(), context=6)
+        installed(toy_models.params(), context=6)
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (toys.BLOCKS["llama 3"], "rope_factors"),
-        (toys.BLOCKS["gpt-2"], "norm, gated"),
+        (toy_models.BLOCKS["llama 3"], "rope_factors"),
+        (toy_models.BLOCKS["gpt-2"], "norm, gated"),
         (dict(dtype="bfloat16"), "dtype"),
     ],
     ids=str,
 )
 def test_a_model_that_peers_cannot_be_given_is_refused(changes, named):
     with pytest.raises(UserError, match=rf"--peers: takes a Llama .*{named}"):
-        check_comparable(toys.config(**changes))
+        check_comparable(toy_models.config(**changes))

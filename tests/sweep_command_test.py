@@ -14,7 +14,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
 from hydra_jax.store import files, variables
 from tests.helpers import checkpoints, commands
-from tests.helpers import effects as synthetic
+from tests.helpers import effects as toy_effects
 from tests.helpers.commands import ROOT, finish
 
 PROMPTS, REPLACEMENTS = 24, 3
@@ -253,7 +253,7 @@ def test_a_store_is_not_there_without_the_files_beside_it(tmp_path):
         part.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    frame = synthetic.effects(np.ones((2, 2, 1)), np.ones((2, 2, 1))).drop_vars(list(variables.VARIABLES))
+    frame = toy_effects.effects(np.ones((2, 2, 1)), np.ones((2, 2, 1))).drop_vars(list(variables.VARIABLES))
     with pytest.raises(OSError, match="No space left"):
         store.create(tmp_path, frame, 1, True, {"prompts.csv": fail})
     assert list(tmp_path.iterdir()) == []
