@@ -380,7 +380,8 @@ def test_a_section_that_is_not_marked_as_safe_is_escaped():
 
 
 def test_drawing_libraries_are_imported_when_something_is_drawn():
-    imported = "import sys, hydra_jax.report.page, hydra_jax.report.figures.training, hydra_jax.comparison.report"
-    heavy = "print([name for name in ('matplotlib', 'plotly', 'scipy.stats') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", f"{imported}; {heavy}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    modules = "hydra_jax.report.page,hydra_jax.report.figures.training,hydra_jax.comparison.report"
+    command = [sys.executable, "-m", "tests.programs.loaded", modules, "matplotlib", "plotly", "scipy.stats"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
