@@ -45,6 +45,7 @@ def repository(tmp_path):
 def start(repository, path, *arguments, **variables):
     fakes = repository.parent / "fakes"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JAX_LOCAL"))}
+    kept["TMPDIR"] = str(fakes)  # another run of the tests on this machine has its own
     return subprocess.Popen(
         ["bash", str(path), *arguments],
         cwd=repository,

@@ -47,7 +47,7 @@ claim() {
 process() {
   local workdir=$1 start=$2 directory=$3 python=$4 command=$5
   shift 5
-  rm -f /tmp/hydra_jax.pid
+  rm -f "${TMPDIR:-/tmp}/hydra_jax.pid"
   if [ "$(cat "$workdir/.started" 2>/dev/null)" != "$start" ]; then
     echo "error: --workdir: $(hostname) does not see $workdir of worker 0; give a directory that all share" >&2
     return 1
@@ -62,12 +62,13 @@ process() {
   PYTHON=$python
   environment
   python -m pip install --disable-pip-version-check --quiet "jax[tpu]"
-  echo $$ >/tmp/hydra_jax.pid
+  echo $$ >"${TMPDIR:-/tmp}/hydra_jax.pid"
   exec python -m "$command" --coordinator=auto "$@"
 }
 
 stop() {
-  if [ -f /tmp/hydra_jax.pid ]; then kill -TERM "$(cat /tmp/hydra_jax.pid)"; fi
+  local pid="${TMPDIR:-/tmp}/hydra_jax.pid"
+  if [ -f "$pid" ]; then kill -TERM "$(cat "$pid")"; fi
 }
 
 trap 'function_on all stop || true' INT TERM

@@ -12,4 +12,5 @@ assert sys.argv[1:6] == ["compute", "tpus", "tpu-vm", "ssh", "pod"], sys.argv
 assert options["--zone"] == "here"
 workers = range(2) if options["--worker"] == "all" else [0]
 command = ["bash", "-c", options["--command"]]
-sys.exit(max(subprocess.run(command, env=os.environ | {"SLURM_PROCID": str(n)}).returncode for n in workers))
+statuses = [subprocess.run(command, env=os.environ | {"SLURM_PROCID": str(n)}).returncode for n in workers]
+sys.exit(max(status if status >= 0 else 128 - status for status in statuses))
