@@ -56,6 +56,7 @@ def test_a_shape_may_be_cut_to_its_first_layers():
             shape("gemma2-2b", layers)
 
 
+@pytest.mark.slow
 def test_a_measurement_is_whole():
     measured = measure(toy_models.params(), length=6, rows=12, draws=3, step=3)
     assert measured.rows == 12

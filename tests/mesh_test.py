@@ -54,7 +54,6 @@ def ablated(params):
     ("block", "shape"),
     few(
         [*((block, "data 2, model 2") for block in toy_models.BLOCKS), ("llama 3", "data 4"), ("pythia", "model 4")],
-        ("gemma 2", "data 2, model 2"),
     ),
 )
 def test_every_family_is_ablated_alike_on_every_mesh(block, shape):
