@@ -1,5 +1,6 @@
 """The project's commands, run as processes: begun by `start`, waited for by `finish`."""
 
+import atexit
 import os
 import socket
 import subprocess
@@ -37,13 +38,10 @@ def finish(process):
     return process
 
 
-_reserved = []
-
-
 def free_port():
     """A port of this machine that nothing else is given: the socket stays, and gRPC's servers bind beside it."""
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     reserved.bind(("127.0.0.1", 0))
-    _reserved.append(reserved)
+    atexit.register(reserved.close)
     return reserved.getsockname()[1]
