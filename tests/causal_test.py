@@ -81,6 +81,7 @@ def as_causal_model(params, clean):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", all_components(2), ids=str)
 def test_a_transformer_as_a_causal_graph_has_the_effects_of_effects(component):
     params, tokens = toy_models.params(layers=2), toy_models.tokens(6)

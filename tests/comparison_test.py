@@ -41,6 +41,7 @@ def known(monkeypatch):
     monkeypatch.setattr(comparison, "common_prompts", some)
 
 
+@pytest.mark.slow
 class TestRuns:
     def test_are_read(self, workdirs):
         runs = comparison.read_runs(workdirs)

@@ -33,6 +33,8 @@ from hydra_jax.sweep.run import run
 from hydra_jax.text import prompts
 from tests.helpers import checkpoints, corruption
 
+pytestmark = pytest.mark.slow  # the model and the sweep that are spoilt take longest
+
 INPUTS = int(os.environ.get("HYDRA_JAX_FUZZ", "200"))
 SECONDS = 60
 """Of this process's computing in which an input is dealt with, compiling included."""
@@ -320,17 +322,9 @@ KINDS = {
     "half": half_input,
 }
 CASES = list(itertools.islice(((kind, number) for number in itertools.count() for kind in KINDS), INPUTS))
-FAST = 1
-"""Inputs of each kind that are tried while one works."""
 
 
-@pytest.mark.parametrize(
-    ("kind", "number"),
-    [
-        pytest.param(*case, marks=pytest.mark.slow if case[1] >= FAST else (), id="{}-{}-".format(*case))
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize(("kind", "number"), [pytest.param(*case, id="{}-{}-".format(*case)) for case in CASES])
 def test_an_input_gives_the_right_result_or_one_line(inputs, tmp_path, kind, number):
     if number % PROGRAMS == PROGRAMS - 1:
         jax.clear_caches()

@@ -80,6 +80,8 @@ def assert_decoded_as_gguf_does(path, theirs):
         np.testing.assert_array_equal(decoded, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.network
 def test_the_real_model_is_read_as_gguf_reads_it():
     path = hub.locate("smollm2-135m")
     assert_decoded_as_gguf_does(path, assert_as_gguf_reads(path))

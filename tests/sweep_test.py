@@ -23,7 +23,6 @@ from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.text.tokenizer import encode
 from tests.helpers import checkpoints
-from tests.helpers.speed import few
 
 ZERO = AblationConfig(kind="zero")
 TEXTS = ["the", "in the of", "the the in of the", "a b c d e f", "of in", "the of the", "12345 in the", "x"]
@@ -49,7 +48,8 @@ def assert_same(left: xr.Dataset, right: xr.Dataset):
         np.testing.assert_allclose(left[name], right[name], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", few(Kind, Kind.RESAMPLE))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", Kind)
 def test_order_and_chunking_change_nothing(model, kind):
     first = hydra_jax.sweep(model, TEXTS, kind=kind, replacements=3)
     second = hydra_jax.sweep(model, TEXTS[::-1], kind=kind, replacements=3, rows=6)

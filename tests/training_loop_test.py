@@ -17,7 +17,6 @@ from hydra_jax.weights import checkpoints as trained_weights
 from hydra_jax.weights.load import load
 from tests.helpers import checkpoints
 from tests.helpers import training as toy_training
-from tests.helpers.speed import few
 
 CONFIG = toy_training.config(dropout=dict(attn=0.1, depth=0.1))
 """With dropout, so that its keys have to be gone on with, too."""
@@ -89,7 +88,8 @@ class TestWorkdir:
 
 
 class TestResume:
-    @pytest.mark.parametrize("number", few([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_stopped_by_a_signal(self, done, tmp_path, monkeypatch, number):
         with monkeypatch.context() as patch:
             stop_at(patch, 3, number)
