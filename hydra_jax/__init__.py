@@ -43,16 +43,18 @@ _HOMES = {
     "summary": ("hydra_jax.analysis.stats", "summary"),
     "sweep": ("hydra_jax.api", "sweep"),
 }
-"""Public names, and the module and name that each is there: imported when it is first asked for, as JAX and xarray
-take a second, which those who only want a module of the package, or a command's --help, need not wait for."""
+"""The home of each public name: its module, and its name there.
+
+They are imported on first use: JAX and xarray take a second, for which a command's --help need not wait.
+"""
 
 
 class _Package(types.ModuleType):
     """This package, in which a public name is never a module.
 
     Whoever imports `hydra_jax.sweep.run`, wherever that is, has the import system set the attribute `sweep` of this
-    package to the folder `hydra_jax/sweep`. Then `hydra_jax.sweep` would be the function or the folder, by what was
-    imported last. So that attribute is not set: the folder is found by `import` and `from ... import` all the same.
+    package to the folder `hydra_jax/sweep`. Then `hydra_jax.sweep` would be the function or the folder, depending
+    on which was imported last. So that attribute is not set; `from hydra_jax.sweep import ...` works all the same.
     """
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -68,7 +70,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, inner = _HOMES[name]
     value = getattr(importlib.import_module(module), inner)
-    globals()[name] = value  # the next time it is there
+    globals()[name] = value  # so that this is called once a name
     return value
 
 

@@ -169,7 +169,7 @@ def join(several: bool) -> None:
             None if automatic else coordinator,
             processes,
             process,
-            # Where all is said, nothing is to be found out: under SLURM, that each process has one GPU.
+            # Where flags say everything nothing is detected: under SLURM, JAX would give each process one GPU.
             cluster_detection_method=None if automatic or processes is None else "deactivate",
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=LOST_SECONDS,
@@ -182,7 +182,7 @@ def join(several: bool) -> None:
 
 
 def part() -> None:
-    """Let the other processes of a run end, where this one has work left that is none of theirs."""
+    """Let the other processes of a run end, though this one has work left: tables, figures, the page."""
     import jax
 
     if jax.distributed.is_initialized():

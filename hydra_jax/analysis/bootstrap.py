@@ -15,7 +15,7 @@ LEVEL = 0.95
 """Share of the bootstrap distribution inside an interval."""
 
 GROUP, AGAIN = 10, 4
-"""In `nested`: samples that share draws of replacements, and how often each prompt's are drawn for them."""
+"""In `nested`, the samples that share draws of replacements, and the draws of each prompt's that they share."""
 
 RowsFunction = Callable[[jax.Array, Any], Any]
 StatisticsFunction = Callable[[Any, Any], dict[str, jax.Array]]

@@ -36,7 +36,7 @@ class Kind(enum.StrEnum):
 
     @property
     def draws(self) -> bool:
-        """Whether one replacement differs from the next, so that several of them say more than one."""
+        """Whether one replacement differs from the next, so that drawing several is worth the while."""
         return self in (Kind.RESAMPLE, Kind.NOISE)
 
     @property
@@ -76,16 +76,16 @@ class Component:
 
     @classmethod
     def named(cls, layer: Any, site: Any, head: Any = WHOLE) -> Component:
-        """Return the component that results label so, in scalars of whatever library."""
+        """Return the component with these labels, as results have them: scalars of any library."""
         return cls(int(layer), SITES.index(str(site)), int(head))
 
     @property
     def index(self) -> int:
-        """Its place among the writes in forward order: attn 0, mlp 0, attn 1, mlp 1, ..."""
+        """Its index among the writes in forward order: attn 0, mlp 0, attn 1, mlp 1, ..."""
         return 2 * self.layer + self.site
 
     def unit(self, heads: int) -> int:
-        """Return its place among all things alike: the 2L writes or, of a head, the L * `heads` heads."""
+        """Return its index among the 2L writes or, for a head, among all L * `heads` heads."""
         return self.index if self.head == WHOLE else self.layer * heads + self.head
 
     def arrays(self) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""] | None]:

@@ -26,7 +26,7 @@ class Effects(flax.struct.PyTreeNode):
       attn_compensation: [], its sum over attention.
       mlp_compensation: [], its sum over MLPs.
       norm_compensation: [], <z~, r> (1 / sigma~ - 1 / sigma), the final norm's repair.
-      residual: [], the difference between the identity's two sides below; rounding alone where all is well.
+      residual: [], the difference between the identity's two sides below; rounding error alone if the replay is right.
 
     total_effect = direct_effect - sum(compensation) - norm_compensation
     """

@@ -1,1 +1,1 @@
-"""The kernels over batches, devices and processes; knows no prompts' texts, settings or stores."""
+"""The kernels over batches, devices and processes; knows no prompts' texts or results on disk."""

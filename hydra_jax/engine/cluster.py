@@ -102,8 +102,8 @@ def _client() -> Any:
 
 
 def leave(seconds: int) -> None:
-    """Wait a little for the others, which are leaving as well: the first to go takes along those still here."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # they are not
+    """Wait a little for the others to leave as well: once one process ends, JAX's service ends the rest."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # they did not come in time
         _client().wait_at_barrier("hydra_jax/leave", seconds * 1000)
     if jax.process_index() == 0:  # it has the service
         time.sleep(1)

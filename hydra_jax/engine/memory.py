@@ -1,4 +1,4 @@
-"""The number of prompts on a device at once: their needs, the free memory, and a way on where that was wrong."""
+"""The number of prompts on a device at once: what they need, what is free, and what to do if that was too many."""
 
 from __future__ import annotations
 

@@ -156,6 +156,6 @@ class ModelConfig:
     @property
     def lax_precision(self) -> jax.lax.Precision:
         """`precision` in JAX's spelling."""
-        import jax  # which names and shapes do without, as --help does
+        import jax  # late, as names, shapes and --help do not need it
 
         return jax.lax.Precision[self.precision.upper()]

@@ -1,1 +1,1 @@
-"""A sweep as a person reads it: tables, figures and the page; computes nothing that it shows."""
+"""A sweep as a person reads it: tables, figures and the page; computes no statistics."""

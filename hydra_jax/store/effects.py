@@ -57,7 +57,7 @@ def create(
       dataset: from `frame`, its attributes set.
       chunk: prompts a chunk, the unit in which effects will be written.
       edges: whether there will be direct edges.
-      beside: functions that write other files of `workdir`, by name: where the store is, these are, too.
+      beside: functions that write other files of `workdir`, by name, so that the store is never there without them.
     """
     sizes = dict(dataset.sizes)
     encoding = {name: {"chunks": tuple(v.sizes.values())} | CHECKED for name, v in dataset.variables.items()}

@@ -1,4 +1,4 @@
-"""Clean runs kept by prompt: the facts that a sweep needs, and the values that ablations put in place of others.
+"""Clean runs kept by prompt: the facts that a sweep needs, and the values that ablations use as replacements.
 
 A sweep into a directory keeps them as files, read where they are needed: however many the prompts, memory holds
 only what the system chooses to cache. A part is two files, its values and, written last, their description. Values

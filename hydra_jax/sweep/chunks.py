@@ -42,7 +42,7 @@ Write = Callable[[slice, dict[str, np.ndarray]], None]
 
 
 class Batch:
-    """As many prompts as go at once, on the devices: their clean runs are `clean`, their indices in the plan `prompts`.
+    """A batch of prompts on the devices: `clean` holds their clean runs, `prompts` their indices in the plan.
 
     Args:
       plan: the sweep.
@@ -155,7 +155,7 @@ def ablate_chunk(
 
 
 def _leave_out(columns: dict[str, np.ndarray], draws: int) -> None:
-    """Count everything of a prompt as lost whose clean run is not finite."""
+    """Count every ablation in a prompt as lost if its clean run is not finite."""
     clean = [columns[name].reshape(len(columns[name]), -1) for name in variables.CLEAN]
     broken = ~np.isfinite(np.concatenate(clean, axis=1)).all(axis=1)
     for name in columns.keys() - set(variables.CLEAN) - {variables.NON_FINITE}:

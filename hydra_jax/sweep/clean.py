@@ -36,7 +36,7 @@ class CleanPass:
 
     Attributes:
       model: the model.
-      ablation: which values are kept.
+      ablation: its sites and layers say which values are kept.
       sizer: says how many prompts go at once.
       bank: takes them in.
       cluster: the processes that share the work.
@@ -69,7 +69,7 @@ class CleanPass:
         alone = self.cluster.count == 1
         worker = Worker(0, 1, True) if alone else meshes.worker(meshes.mesh_of(self.model.params))
         size = self.sizer.prompts(padded_length(len(missing[-1].tokens), self.model.config.context)) if missing else 1
-        size = min(self.cluster.gather(size))  # one of them may have run out of memory before
+        size = min(self.cluster.gather(size))  # a process that ran out of memory goes on with fewer
         parts = evenly(len(missing), min(size, -(-len(missing) // worker.count)))
         say = functools.partial(bar.write, file=sys.stderr)
         for part in worker.share(parts):
@@ -89,7 +89,7 @@ class CleanPass:
         targets = [MOST_LIKELY if answer is None else answer for answer in answers]
         params, c, kind = self.model.params, self.model.config, self.ablation.kind
         mesh = meshes.mesh_of(params)
-        # Zero ablation is made of nothing that clean runs know.
+        # Zero ablation takes no values from clean runs.
         ablated = self.ablation.components(c) if kind.needs_sources or kind.needs_statistics else []
         units = np.array([component.unit(c.heads) for component in ablated], int)
         columns, values = [], []

@@ -28,8 +28,8 @@ class Cost:
       clean_operations: of matrix products, of the clean runs: one for the bank, one before the ablations.
       ablation_operations: of the ablations, and their direct edges.
       weight_bytes: of the parameters, on each device.
-      work_bytes: of what a device computes at once, of so many prompts.
-      prompts_at_once: how many those are.
+      work_bytes: what a device computes at once takes, for `prompts_at_once` prompts.
+      prompts_at_once: prompts that a device computes at once.
       bank_bytes: of every prompt's writes, which replacements are taken from.
       store_bytes: of the results, before they are compressed.
     """

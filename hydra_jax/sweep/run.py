@@ -122,7 +122,7 @@ class _Sweep:
         return [chunks[number] for number in sorted(itertools.chain(*self.cluster.gather(bad)))]
 
     def plan(self) -> Plan:
-        """Make the clean pass, as far as it is still to be made, and the store where there is none."""
+        """Finish the clean pass, and make the store if there is none."""
         self.sizer = self._sizer()
         if self.progress:
             print(self._layout(), flush=True)
@@ -173,7 +173,7 @@ class _Sweep:
         return BatchSizer(self.model.config, self.mesh, config.ablation.draws, config.ablation.edges, config.rows, free)
 
     def _layout(self) -> str:
-        """Say on what it runs."""
+        """Describe the devices and the batch size in a line."""
         shape, c = self.mesh.shape, self.model.config
         several = f"process {self.cluster.process} of {self.cluster.count}: " if self.cluster.count > 1 else ""
         return (
@@ -189,7 +189,7 @@ class _Sweep:
         return CleanPass(self.model, self.config.ablation, self.sizer, self.bank, self.cluster, self.progress)
 
     def _resumed_plan(self) -> Plan:
-        """Plan what the store says: its prompts and targets."""
+        """Rebuild the plan from the prompts and targets in the store."""
         effects = store.open_effects(self.workdir)
         by_id = {item.prompt.id: item for item in self.items}
         kept = [by_id[name] for name in effects["prompt_id"].values]

@@ -24,7 +24,8 @@ class Sources:
 
     Args:
       plan: the sweep.
-      resident: whether they stay on the devices; None to decide it here. A CPU's memory is the bank's own.
+      resident: whether they stay on the devices; None to decide it here. On a CPU they need not: the bank is in the
+        same memory.
     """
 
     def __init__(self, plan: Plan, resident: bool | None = None):

@@ -21,7 +21,7 @@ from hydra_jax.errors import UserError
 
 KINDS = ("records", "text")
 CUTS = 512
-"""The number of prompts that are cut from a text where no limit says so."""
+"""The number of prompts that are cut from a text if no limit is given."""
 MOST_BYTES = 1 << 27
 """Most bytes of a prompt file, unpacked: three times ROME's counterfact.json."""
 WORDS = (8, 32)
@@ -148,7 +148,7 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: is not a whole gzip file ({error}); fetch it again") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a file that can be read") from error
-    except ValueError as error:  # of paths alone
+    except ValueError as error:  # of a path with a NUL byte
         raise UserError(f"{str(path)!r}: is not a path ({error}); give a file that can be read") from error
     if len(data) > MOST_BYTES:
         raise UserError(f"{path}: has more than {MOST_BYTES >> 20} MiB of text; give a part of it")

@@ -244,7 +244,10 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _any_of(stop: list[int], together: bool) -> int:
-    """Return the signal that any process has caught, the same in all; 0 for none, or unless they ask `together`."""
+    """Return the signal that any process has caught, the same in all of them.
+
+    It is 0 for none, and for several processes that do not ask `together`.
+    """
     number = stop[0] if stop else 0
     if jax.process_count() == 1:
         return number
