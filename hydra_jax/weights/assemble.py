@@ -24,7 +24,10 @@ from hydra_jax.models.transformer import Params
 from hydra_jax.weights.families import Family, Form
 
 READERS = 4
-"""Layers of a parameter that are read at once. Each takes the memory of one layer's array, or of two."""
+"""The most layers of a parameter that are read at once."""
+
+READ_BYTES = 1 << 26
+"""Bytes that layers read at once may take besides their place, in float32: a large model's are read one by one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +93,13 @@ def assemble(config: ModelConfig, family: Family, source: Tensors, mesh: jax.sha
             continue
         whole = _aligned(struct.shape, struct.dtype)
         if stacked:
-            with ThreadPoolExecutor(READERS) as pool:
-                list(pool.map(read, itertools.repeat(path), whole, range(config.layers)))
+            at_once = READ_BYTES // (4 * math.prod(struct.shape[1:]))
+            if at_once < 2:  # not in a thread either, which would keep memory of its own
+                for layer, into in enumerate(whole):
+                    read(path, into, layer)
+            else:
+                with ThreadPoolExecutor(min(READERS, at_once)) as pool:
+                    list(pool.map(read, itertools.repeat(path), whole, range(config.layers)))
         else:
             read(path, whole)
         array = jax.device_put(whole, may_alias=True)
