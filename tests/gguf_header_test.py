@@ -250,7 +250,11 @@ def test_a_file_is_parsed_once_and_hashed_once(tmp_path, monkeypatch):
     calls = []
     for module, name in ((gguf_header, "read"), (source.GgufFile, "digest"), (source.GgufFile, "tokenizer")):
         inner = getattr(module, name)
-        counted = lambda *arguments, inner=inner, name=name: calls.append(name) or inner(*arguments)  # noqa: E731
+
+        def counted(*arguments, inner=inner, name=name):
+            calls.append(name)
+            return inner(*arguments)
+
         monkeypatch.setattr(module, name, counted)
     opened = source.open(str(checkpoints.gguf_file(tmp_path / "tiny.gguf")))
     assert opened.config() == opened.load().config

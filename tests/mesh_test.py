@@ -33,7 +33,10 @@ def laid(block, data, model):
 def batch(params, prompts=8, length=6, draws=3):
     """Arguments of the batched programs, on whatever mesh the parameters lie on."""
     c, on = params.config, mesh.mesh_of(params)
-    over = lambda array: mesh.put(on, array, mesh.Spec(DATA))  # noqa: E731
+
+    def over(array):
+        return mesh.put(on, array, mesh.Spec(DATA))
+
     tokens = np.stack([np.asarray(toy_models.tokens(length, seed)) for seed in range(prompts)])
     clean = batched.prefill_program(params)(
         params, *map(over, (tokens, np.full(prompts, length), np.full(prompts, -1)))

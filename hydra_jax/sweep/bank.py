@@ -2,8 +2,7 @@
 
 A sweep into a directory keeps them as files, read where they are needed: however many the prompts, memory holds
 only what the system chooses to cache. A part is two files, its values and, written last, their description. Values
-are memory-mapped rather than a zarr array: 15 random rows of a unit (600 prompts x 60 units x 576) take 0.03 ms, and
-all values of 256 prompts 1 to 4 ms, against 1 and 70 ms with zarr's best chunks, each of which is decoded whole.
+are memory-mapped rather than a zarr array, of which a chunk has to be decoded whole for every row that is gathered.
 """
 
 from __future__ import annotations

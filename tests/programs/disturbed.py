@@ -27,7 +27,7 @@ def main():
 
         batched.PREFILL_TOKENS = memory.PREFILL_TOKENS = options.prefill_tokens
     if options.said:
-        sys.stdout = open(options.said, "w", encoding="utf-8")  # noqa: SIM115
+        sys.stdout = open(options.said, "w", encoding="utf-8")  # noqa: SIM115  (open until the end)
     module, *sys.argv[1:] = options.command
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
