@@ -52,7 +52,7 @@ def test_replay_equals_the_full_forward(block, component):
     clean = clean_run(params)
     value = jax.random.normal(jax.random.key(3), (params.config.width,))
     delta = value - clean.writes[component.layer, component.site]
-    found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
+    found = effects(params, clean, jit_replay(params, clean, component.arrays()[:2], delta))
     edits = toy_models.edit(params.config, len(TOKENS), component.layer, component.site, -1, value)
     runs = [jit_forward(params, TOKENS, edits)[1] for edits in (None, edits)]
     logits = [unembed(params, run.resid_post[-1, -1]) for run in runs]
@@ -76,7 +76,7 @@ def test_the_lens_sums_to_the_logit_and_writes_to_the_stream(block):
     params = toy_models.block(block)
     clean = clean_run(params)
     entering = embed(params, TOKENS)[-1]
-    np.testing.assert_allclose(entering + clean.writes.sum(axis=(0, 1)), clean.resid_post[-1], atol=1e-4)
+    np.testing.assert_allclose(entering + clean.writes.sum(axis=(0, 1)), clean.final, atol=1e-4)
     lens = delta_unembed(clean).sum() + clean.lens(entering) + clean.constant
     np.testing.assert_allclose(lens, clean.centred_logit, atol=1e-4)
     logits, _ = jit_forward(params, TOKENS)

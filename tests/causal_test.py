@@ -93,7 +93,7 @@ def test_a_transformer_as_a_causal_graph_has_the_effects_of_effects(component):
     arguments = model, given, name, new, "logit"
     delta = new - clean.writes[component.layer, component.site]
     where = jnp.int32(component.layer), jnp.int32(component.site)
-    found = effects(clean, delta, jax.jit(replay)(params, clean, where, delta))
+    found = effects(params, clean, jax.jit(replay)(params, clean, where, delta))
     np.testing.assert_allclose(model.run(given)[name], clean.writes[component.layer, component.site], atol=1e-5)
     np.testing.assert_allclose(found.direct_effect, causal.direct_effect(*arguments), atol=1e-4)
     # With the divisor held, the final norm repairs nothing.

@@ -48,7 +48,7 @@ def test_replay_equals_the_full_forward(component, kind):
     source, mean, deviation = jax.random.normal(key, (3, params.config.width))
     value = replacement(kind, source, WriteStatistics(mean, deviation), key)
     delta = value - clean.writes[component.layer, component.site]
-    found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
+    found = effects(params, clean, jit_replay(params, clean, component.arrays()[:2], delta))
     total, compensation = full_forward_effects(params, tokens, component.layer, component.site, value)
     np.testing.assert_allclose(found.total_effect, total, atol=1e-5)
     np.testing.assert_allclose(found.compensation, compensation, atol=1e-5)
@@ -62,7 +62,7 @@ def test_total_effect_is_direct_effect_less_compensation(seed, length, component
     params = toy_models.params(seed)
     clean = jit_prefill(params, toy_models.tokens(length, seed), length)
     delta = size * jax.random.normal(jax.random.key(seed), (params.config.width,))
-    found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
+    found = effects(params, clean, jit_replay(params, clean, component.arrays()[:2], delta))
     downstream = found.attn_compensation + found.mlp_compensation + found.norm_compensation
     np.testing.assert_allclose(found.total_effect, found.direct_effect - downstream, atol=1e-4)
     np.testing.assert_allclose(found.residual, 0, atol=1e-4)
@@ -81,7 +81,7 @@ def test_an_edit_that_changes_nothing_has_no_effect(component):
     params = toy_models.params()
     clean = jit_prefill(params, toy_models.tokens(8), 8)
     delta = jnp.zeros(params.config.width)
-    found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
+    found = effects(params, clean, jit_replay(params, clean, component.arrays()[:2], delta))
     jax.tree.map(lambda leaf: np.testing.assert_allclose(leaf, 0, atol=1e-5), found)
 
 
@@ -90,7 +90,7 @@ def test_the_last_layer_has_no_downstream_attention():
     last = params.config.layers - 1
     clean = jit_prefill(params, toy_models.tokens(8), 8)
     delta = jax.random.normal(jax.random.key(0), (params.config.width,))
-    of = {site: effects(clean, delta, jit_replay(params, clean, (last, s), delta)) for s, site in enumerate(SITES)}
+    of = {site: effects(params, clean, jit_replay(params, clean, (last, s), delta)) for s, site in enumerate(SITES)}
     assert of["attn"].attn_compensation == 0
     assert of["attn"].mlp_compensation != 0
     assert of["mlp"].attn_compensation == of["mlp"].mlp_compensation == 0
@@ -105,7 +105,7 @@ def test_padding_changes_nothing(seed, length, padding):
     for rest in (0, padding):
         clean = jit_prefill(params, jnp.pad(tokens, (0, rest), constant_values=seed), length)
         kept = clean.replace(keys=clean.keys[..., :length], values=clean.values[..., :length, :])
-        found.append((kept, effects(clean, delta, jit_replay(params, clean, (1, 0), delta))))
+        found.append((kept, effects(params, clean, jit_replay(params, clean, (1, 0), delta))))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *found)
 
 
@@ -167,7 +167,7 @@ def test_a_given_target_is_the_one_that_is_read():
         assert clean.target == chosen
         np.testing.assert_allclose(clean.centred_logit, logits[-1, chosen] - logits[-1].mean(), atol=1e-5)
         np.testing.assert_allclose(clean.probability, jax.nn.softmax(logits[-1])[chosen], atol=1e-6)
-        np.testing.assert_allclose(clean.lens(clean.resid_post[-1]), clean.centred_logit, atol=1e-5)
+        np.testing.assert_allclose(clean.lens(clean.final), clean.centred_logit, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_bfloat16_weights_keep_the_identity():
     assert clean.keys.dtype == jnp.bfloat16
     assert clean.resid_post.dtype == jnp.float32
     delta = jax.random.normal(jax.random.key(0), (params.config.width,))
-    found = effects(clean, delta, jit_replay(params, clean, (1, 0), delta))
+    found = effects(params, clean, jit_replay(params, clean, (1, 0), delta))
     np.testing.assert_allclose(found.residual, 0, atol=1e-4)
     single = jit_prefill(toy_models.params(), toy_models.tokens(8), 8, clean.target)
     np.testing.assert_allclose(clean.centred_logit, single.centred_logit, rtol=0.05, atol=0.1)

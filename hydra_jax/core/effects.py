@@ -1,4 +1,4 @@
-"""An ablation's effects, as pure functions of a clean and an ablated run (its equations are in the README).
+"""A row's effects, as pure functions of a clean and an intervened run (the equations are in the README).
 
 Every effect is in units of the target's centred logit, the logit minus its mean over the vocabulary.
 """
@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import flax.struct
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from hydra_jax.core.edits import ATTN, MLP
-from hydra_jax.core.prefill import Clean
-from hydra_jax.core.replay import Replayed
-from hydra_jax.models import transformer
+from hydra_jax.core.prefill import Clean, Reading
+from hydra_jax.core.row import Row
+from hydra_jax.models import pieces, transformer
+from hydra_jax.models.layers import positions
+from hydra_jax.models.pieces import LayerParams
 from hydra_jax.models.transformer import Params
 
 
 class Effects(flax.struct.PyTreeNode):
-    """One ablation's effects in one prompt; a tilde marks the ablated run, c the ablated component.
+    """One row's effects; a tilde marks the intervened run, c its clamped components.
 
     Attributes:
       total_effect: [], pi(clean) - pi(ablated); positive where c was promoting the target.
-      direct_effect: [], u(w_c) - u(w~_c), the drop if only the direct path were cut.
-      compensation: [L, 2], u(w~_d) - u(w_d); positive where d repairs, 0 upstream of c.
+      direct_effect: [], the sum of u(w_c) - u(w~_c), the drop if only the direct paths were cut.
+      compensation: [L, 2], u(w~_d) - u(w_d) of all else; positive where d repairs, 0 upstream of c.
       attn_compensation: [], its sum over attention.
       mlp_compensation: [], its sum over MLPs.
       norm_compensation: [], <z~, r> (1 / sigma~ - 1 / sigma), the final norm's repair.
@@ -50,21 +53,39 @@ def head_unembed(params: Params, clean: Clean) -> Float[Array, "L H"]:
 
     A layer's heads, and its output bias where it has one, add up to its `delta_unembed`.
     """
-    readouts = transformer.head_readouts(params, clean.readout, clean.mixed)
+    layers = LayerParams(params.weights["layers"], positions(params.config), params.config)
+    readouts = jax.vmap(pieces.head_readouts, (0, None, 0))(layers, clean.readout, clean.mixed)
     return (clean.mixed * readouts).sum(axis=-1) / clean.final_scale
 
 
-def effects(clean: Clean, delta: Float[Array, " D"], replayed: Replayed) -> Effects:
-    """Return the effects of the edit `delta`, whose run was `replayed`."""
-    ablated = replayed.logit - clean.constant
-    total = clean.lens(clean.resid_post[-1]) - ablated
-    direct = clean.lens(-delta)
-    norm = ablated * (1 - replayed.final_scale / clean.final_scale)
-    by_site = replayed.compensation.sum(axis=0)
+def effects(
+    params: Params,
+    clean: Reading,
+    row: Row,
+    frozen_norm: Bool[ArrayLike, ""] = False,
+    probed: Bool[ArrayLike, "*L2"] = False,
+) -> Effects:
+    """Return the effects of a row.
+
+    Args:
+      params: the model, of which its layers are not needed.
+      clean: what the clean run says at the row's token.
+      row: after the last layer.
+      frozen_norm: whether the final norm divides by the clean run's sigma.
+      probed: [L, 2], whether a component's change was recorded and not passed on; such are in no sum.
+    """
+    resid = clean.final + row.shift
+    scale = jnp.where(frozen_norm, clean.final_scale, transformer.final_scale(params, resid))
+    compensation = row.changes / clean.final_scale
+    direct = row.direct / clean.final_scale
+    ablated = resid @ clean.readout / scale
+    total = clean.lens(clean.final) - ablated
+    norm = ablated * (1 - scale / clean.final_scale)
+    by_site = jnp.where(probed, 0, compensation).sum(axis=0)
     return Effects(
         total_effect=total,
         direct_effect=direct,
-        compensation=replayed.compensation,
+        compensation=compensation,
         attn_compensation=by_site[ATTN],
         mlp_compensation=by_site[MLP],
         norm_compensation=norm,

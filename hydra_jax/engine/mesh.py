@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Int, Shaped
 
 from hydra_jax.config import MeshConfig
-from hydra_jax.core.prefill import Clean
+from hydra_jax.core.prefill import LayerClean
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params, flat, layout
@@ -45,8 +45,8 @@ They are the vocabulary, the heads and the hidden width, so that a layer adds up
 attention's write and for the MLP's. Norms, and the biases of writes, are whole on every device.
 """
 
-CACHE_SPLIT = {"keys": (2, 3), "values": (2, 4)}
-"""The same for P prompts' clean runs: key/value heads, else the dimensions of each. The stream is whole."""
+CACHE_SPLIT = {"keys": (1, 2), "values": (1, 3)}
+"""The same for P texts' clean runs in a layer: key/value heads, else the dimensions of each. The stream is whole."""
 
 Leaf = Array | np.ndarray
 """A parameter or an input, on devices or on this host."""
@@ -185,7 +185,9 @@ def stack(
     return whole
 
 
-def spread(mesh: Mesh, run: Callable[..., Any], replicated: tuple[int, ...], out: Any = None) -> jax.stages.Wrapped:
+def spread(
+    mesh: Mesh, run: Callable[..., Any], replicated: tuple[int, ...], out: Any = None, donated: tuple[int, ...] = ()
+) -> jax.stages.Wrapped:
     """Return a jitted function of P prompts on a mesh: each device of the data axis runs it on its own prompts.
 
     Nothing passes between them. Along the model axis, products are split as their operands are.
@@ -195,9 +197,10 @@ def spread(mesh: Mesh, run: Callable[..., Any], replicated: tuple[int, ...], out
       run: a function of arrays whose first axis is P, and of others.
       replicated: positions of the arguments that are others.
       out: shardings of the results; without it, they are whole along the model axis.
+      donated: positions of the arguments whose memory the results may take.
     """
 
-    @functools.partial(jax.jit, out_shardings=out or over_data(mesh))
+    @functools.partial(jax.jit, out_shardings=out or over_data(mesh), donate_argnums=donated)
     def everywhere(*arguments: Any) -> Any:
         specs = tuple(Spec() if position in replicated else Spec(DATA) for position in range(len(arguments)))
         # The specs say which values are replicated and which are split: a check would want casts inside `run`.
@@ -207,10 +210,11 @@ def spread(mesh: Mesh, run: Callable[..., Any], replicated: tuple[int, ...], out
     return everywhere
 
 
-def clean_runs(mesh: Mesh, like: Clean) -> Clean:
-    """Return the shardings of P clean runs; `like` has their shapes."""
-
-    def sharding(name: str) -> Any:
-        return NamedSharding(mesh, split(getattr(like, name).shape, CACHE_SPLIT.get(name, ()), mesh.shape[MODEL], DATA))
-
-    return Clean(**{field.name: sharding(field.name) for field in dataclasses.fields(Clean)})
+def clean_layer(mesh: Mesh, config: ModelConfig) -> LayerClean:
+    """Return the shardings of P texts' clean runs in a layer: keys and values lie as heads do, all else is whole."""
+    c, model = config, mesh.shape[MODEL]
+    shapes = {"keys": (1, c.kv_heads, c.head_dim, 1), "values": (1, c.kv_heads, 1, c.head_dim)}
+    lying = {name: split(shape, CACHE_SPLIT[name], model, DATA) for name, shape in shapes.items()}
+    return LayerClean(
+        **{f.name: NamedSharding(mesh, lying.get(f.name, Spec(DATA))) for f in dataclasses.fields(LayerClean)}
+    )

@@ -95,7 +95,7 @@ def attend_cached(
 ) -> Float32[Array, "K group head_dim"]:
     """Attention of one token to those before it and to itself; a group is the H / K query heads of a key head.
 
-    `vmap` over tokens that share a cache (the edits of one prompt) has a rule of its own. Batching
+    `vmap` over tokens that share a cache (the rows of one text) has a rule of its own. Batching
     each operation by itself would put the edits in front of the heads, where the product with the
     cache does not want them, and transpose the scores, the largest array here, at every step.
 
@@ -114,8 +114,8 @@ def attend_cached(
     """
 
     def tokens(query, key, value, keys, values, position, window):
-        distance = position - jnp.arange(keys.shape[-1])
-        seen = ((distance > 0) & (distance < window))[None, None, None]
+        distance = position[..., None] - jnp.arange(keys.shape[-1])
+        seen = ((distance > 0) & (distance < window)).reshape(-1, keys.shape[-1])[None, :, None]
         scores = softcap(product(config, "nkgd,kdt->kngt", query, keys), config.attn_softcap)
         cached = jnp.where(seen, scores, -jnp.inf)
         itself = softcap(product(config, "nkgd,nkd->kng", query, key), config.attn_softcap)[..., None]
@@ -134,7 +134,7 @@ def attend_cached(
     @token.def_vmap
     def _(size, batched, *arguments):
         del size
-        if batched == [True] * 3 + [False] * 4:
+        if batched[:5] == [True] * 3 + [False] * 2 and not batched[6]:
             return tokens(*arguments), True
         axes = [0 if axis else None for axis in batched]
         return jax.vmap(lambda q, k, v, *cache: tokens(q[None], k[None], v[None], *cache)[0], axes)(*arguments), True
@@ -222,10 +222,11 @@ class Attention(nn.Module):
         at: Positions,
         keys: Float[Array, "K head_dim T"],
         values: Float[Array, "K T head_dim"],
-    ) -> Float[Array, " D"]:
-        """Attend from one token to the cache of those before it (see `attend_cached`)."""
+    ) -> Float[Array, "H head_dim"]:
+        """Attend from one token to the cache of those before it (see `attend_cached`): what its heads mix."""
         query, key, value = jax.tree.map(lambda h: h[0], self.heads(x[None], position[None], at.frequencies))
-        return self.sum_heads(attend_cached(self.config, query, key, value, keys, values, position, at.window))
+        mixed = attend_cached(self.config, query, key, value, keys, values, position, at.window)
+        return mixed.reshape(self.config.heads, -1)
 
     def heads(
         self, x: Float[Array, "T D"], positions: Int[Array, " T"], frequencies: Float[Array, " pairs"]

@@ -1,7 +1,7 @@
 """The decoder as pure functions of its parameters.
 
-`forward` is the general path: one sequence, every position, edits anywhere. The functions after it
-are the pieces of `prefill` and `replay`, each for one token [D].
+`forward` is the general path: one sequence, every position, edits anywhere. The functions after it are what a walk
+over the layers begins and ends with; `models.pieces` has the layers between.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Dropout(flax.struct.PyTreeNode):
 class Trace(flax.struct.PyTreeNode):
     """Every layer's reads and writes. Under `jax.jit`, parts that a caller does not use cost nothing.
 
-    Where a pass keeps one token alone, all but keys and values are without the axis T.
+    Where a pass keeps one token alone, all but keys and values are without the axis T; where it keeps some, of their
+    number along it.
 
     Attributes:
       resid_pre: [L, T, D], the residual stream before the layer.
@@ -123,7 +124,7 @@ class Layer(nn.Module):
         edits: Edits | None,
         dropout: Dropout | None,
         at: Positions,
-        only: Int[Array, ""] | None,
+        only: Int[Array, "*Q"] | None,
     ) -> tuple[Float[Array, "T D"], Trace]:
         heads, mixed, keys, values = self.attn(self.attn_norm(resid_pre), at)
         attn_out = _edited(_dropped(self.attn_post_norm(heads), dropout, 0), edits, 0)
@@ -135,22 +136,25 @@ class Layer(nn.Module):
             resid_pre, attn_out, mlp_out, mixed = (kept[only] for kept in (resid_pre, attn_out, mlp_out, mixed))
         return resid_post, Trace(resid_pre, attn_out, mlp_out, mixed, keys, values)
 
-    def attn_decode(
+    def attend(
         self,
         resid_pre: Float[Array, " D"],
         position: Int[Array, ""],
         at: Positions,
         keys: Float[Array, "K head_dim T"],
         values: Float[Array, "K T head_dim"],
-    ) -> Float[Array, " D"]:
-        return self.attn_post_norm(self.attn.decode(self.attn_norm(resid_pre), position, at, keys, values))
+    ) -> Float[Array, "H head_dim"]:
+        return self.attn.decode(self.attn_norm(resid_pre), position, at, keys, values)
+
+    def attn_write(self, mixed: Float[Array, "H head_dim"]) -> Float[Array, " D"]:
+        return self.attn_post_norm(self.attn.sum_heads(mixed))
 
     def mlp_write(self, resid: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         return self.mlp_post_norm(self.mlp(self.mlp_norm(resid)))
 
-    def head_delta(self, mixed: Float[Array, "H head_dim"], share: Float[Array, " D"]) -> Float[Array, " D"]:
+    def heads_delta(self, mixed: Float[Array, "H head_dim"], shares: Float[Array, " D"]) -> Float[Array, " D"]:
         heads = self.attn.sum_heads(mixed)
-        return self.attn_post_norm(heads + share) - self.attn_post_norm(heads)
+        return self.attn_post_norm(heads + shares) - self.attn_post_norm(heads)
 
 
 def _unchanged(resid: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
@@ -205,7 +209,7 @@ class Decoder(nn.Module):
         tokens: Int[Array, " T"],
         edits: Edits | None,
         dropout: Dropout | None = None,
-        only: Int[Array, ""] | None = None,
+        only: Int[Array, "*Q"] | None = None,
     ) -> tuple[Float32[Array, "T V"], Trace]:
         resid, of_layers = self.embed(tokens), None
         if dropout is not None:
@@ -256,7 +260,7 @@ def forward(
     tokens: Int[Array, " T"],
     edits: Edits | None = None,
     dropout: Dropout | None = None,
-    only: Int[Array, ""] | None = None,
+    only: Int[Array, "*Q"] | None = None,
 ) -> tuple[Float32[Array, "T V"], Trace]:
     """Run one forward pass of one sequence.
 
@@ -265,7 +269,7 @@ def forward(
       tokens: the sequence.
       edits: the writes to replace, at any layers, sites and positions, and their replacements.
       dropout: in training; an edit replaces what dropout has left.
-      only: the token whose part of the trace is kept, where the others' would take memory for nothing.
+      only: the token, or tokens, whose part of the trace is kept, where the others' would take memory for nothing.
 
     Returns:
       Logits, soft-capped where the model does so, and the trace of the pass.
@@ -288,109 +292,42 @@ def final_scale(params: Params, resid: Float[Array, " D"]) -> Float[Array, ""]:
     return _apply(params, resid, method="final_divisor")
 
 
-def readout(params: Params, target: Int[ArrayLike, ""]) -> tuple[Float[Array, " D"], Float[Array, ""]]:
-    """Return r and const, with which the centred logit of token `target` is <final stream, r> / sigma + const.
+class Contrast(flax.struct.PyTreeNode):
+    """What is read of the logits: a linear combination of centred ones, sum over k of weight_k (logit_k - mean).
 
-    r = gain * (W_U[:, target] - mean over v of W_U[:, v]). Under a LayerNorm, which takes the mean of the
-    stream away, r is that less its own mean, and const is the addition of the norm's bias; else const is 0.
-    A final soft-cap comes after the logit that is read.
+    Of one token of weight 1 it is that token's centred logit; of weights 1 and -1 the difference of two logits.
+
+    Attributes:
+      tokens: [K] int.
+      weights: [K].
+    """
+
+    tokens: jax.Array
+    weights: jax.Array
+
+    @classmethod
+    def target(cls, token: Int[ArrayLike, "*P"], foil: Int[ArrayLike, "*P"] | None = None) -> Contrast:
+        """Return the contrast of a token or, with a foil, of the token less the foil."""
+        tokens = jnp.stack([jnp.asarray(each) for each in ([token] if foil is None else [token, foil])], axis=-1)
+        return cls(tokens, jnp.broadcast_to(jnp.array([1.0, -1.0])[: tokens.shape[-1]], tokens.shape))
+
+    def of(self, logits: Float[Array, " V"]) -> Float[Array, ""]:
+        """Return its value."""
+        return (self.weights * (logits[self.tokens] - logits.mean())).sum()
+
+
+def readout(params: Params, contrast: Contrast) -> tuple[Float[Array, " D"], Float[Array, ""]]:
+    """Return r and const, with which a contrast is <final stream, r> / sigma + const.
+
+    r = gain * sum over k of weight_k (W_U[:, k] - mean over v of W_U[:, v]). Under a LayerNorm, which takes the mean
+    of the stream away, r is that less its own mean, and const is the addition of the norm's bias; else const is 0.
+    A final soft-cap comes after the logits that are read.
     """
     matrix = _apply(params, method="unembedding_matrix")
     norm = params.weights["final_norm"]
-    direction = matrix[:, target].astype(jnp.float32) - matrix.astype(jnp.float32).mean(axis=1)
+    chosen = (contrast.weights * matrix[:, contrast.tokens].astype(jnp.float32)).sum(axis=1)
+    direction = chosen - contrast.weights.sum() * matrix.astype(jnp.float32).mean(axis=1)
     vector = norm["scale"] * direction
     if params.config.norm == "rms":
         return vector, jnp.zeros(())
     return vector - vector.mean(), norm["bias"] @ direction
-
-
-def attn_decode(
-    params: Params,
-    layer: Int[ArrayLike, ""],
-    resid_pre: Float[Array, " D"],
-    position: Int[Array, ""],
-    keys: Float[Array, "K head_dim T"],
-    values: Float[Array, "K T head_dim"],
-) -> Float[Array, " D"]:
-    """Return the write of attention `layer` for one token.
-
-    Args:
-      params: the model.
-      layer: an array like any other: all layers share one compilation.
-      resid_pre: the stream at the token.
-      position: the token's place; only keys before it are attended to, and itself.
-      keys: that layer's, of the clean run.
-      values: that layer's, of the clean run.
-    """
-    at = jax.tree.map(lambda stacked: stacked[layer], positions(params.config))
-    return _apply_layer(params, layer, resid_pre, position, at, keys, values, method="attn_decode")
-
-
-def head_share(
-    params: Params, layer: Int[ArrayLike, ""], head: Int[ArrayLike, ""], mixed: Float[Array, " head_dim"]
-) -> Float[Array, " D"]:
-    """Return the summand of attention `layer`'s write that a head adds by mixing `mixed`.
-
-    The summands of all heads, and the output bias, add up to attn_out, before any post-norm.
-    """
-    kernel = params.weights["layers"]["attn"]["out"]["kernel"][layer]
-    rows = kernel.reshape(params.config.heads, params.config.head_dim, -1)[head]
-    return product(params.config, "h,hd->d", mixed, rows)
-
-
-def head_delta(
-    params: Params,
-    layer: Int[ArrayLike, ""],
-    head: Int[ArrayLike, ""],
-    mixed: Float[Array, "H head_dim"],
-    replacement: Float[Array, " head_dim"],
-) -> Float[Array, " D"]:
-    """Return the change of attention `layer`'s write where one head mixes something else.
-
-    Where a post-norm follows, the heads' sum is edited and the write computed anew.
-
-    Args:
-      params: the model.
-      layer: of the attention.
-      head: whose values are replaced.
-      mixed: the values as the layer's heads mixed them.
-      replacement: the values that take their place in `head`.
-    """
-    share = head_share(params, layer, head, replacement - mixed[head])
-    if not params.config.post_norm:
-        return share
-    return _apply_layer(params, layer, mixed, share, method="head_delta")
-
-
-def head_readouts(
-    params: Params, vector: Float[Array, " D"], mixed: Float[Array, "L H head_dim"]
-) -> Float[Array, "L H head_dim"]:
-    """Return the vectors whose products with the heads' mixed values are <head's share of the write, vector>.
-
-    Where a post-norm follows, each share is divided by the norm's divisor of their sum.
-
-    Args:
-      params: the model.
-      vector: a direction of the stream.
-      mixed: the values as the heads mixed them.
-    """
-    c, layers = params.config, params.weights["layers"]
-    kernels = layers["attn"]["out"]["kernel"]
-    vectors = jnp.broadcast_to(vector, (c.layers, c.width))
-    if c.post_norm:
-        sums = product(c, "li,lid->ld", mixed.reshape(c.layers, -1), kernels)
-        if c.out_bias:
-            sums += layers["attn"]["out"]["bias"]
-        divisor = Norm(c).divisor(sums)
-        vectors = vectors * layers["attn_post_norm"]["scale"] / divisor[:, None]
-    return product(c, "lid,ld->li", kernels, vectors).reshape(c.layers, c.heads, c.head_dim)
-
-
-def mlp_write(params: Params, layer: Int[ArrayLike, ""], resid: Float[Array, " D"]) -> Float[Array, " D"]:
-    """Return the write of MLP `layer` for one token, of which it reads the stream `resid`."""
-    return _apply_layer(params, layer, resid, method="mlp_write")
-
-
-def _apply_layer(params: Params, layer: Int[ArrayLike, ""], *arguments: Any, method: str) -> Any:
-    weights = jax.tree.map(lambda stacked: stacked[layer], params.weights["layers"])
-    return Layer(params.config).apply({"params": weights}, *arguments, method=method)

@@ -47,7 +47,7 @@ class Row:
 
 
 class Bank:
-    """The rows of prompts by id, and their values [U, E] in parts: U units that are ablated, of E numbers each.
+    """The rows of prompts by id, and their values [F] in parts: those of all ablated components, one after another.
 
     Args:
       dtype: the values' type.
@@ -68,7 +68,7 @@ class Bank:
           ids: the ids of P prompts.
           columns: the prompts' fields by name (see COLUMNS), [P] each.
           kept: [P] bool, whether a prompt's values are kept.
-          values: [K, U, E], the values of the K prompts for which they are.
+          values: [K, F], the values of the K prompts for which they are.
         """
         values = np.ascontiguousarray(values.astype(self._dtype))
         if self._directory is None:
@@ -119,17 +119,17 @@ class Bank:
         rows = [self.rows[name] for name in ids]
         return np.array([row.part for row in rows], int), np.array([row.index for row in rows], int)
 
-    def take(self, parts: np.ndarray, indices: np.ndarray, unit: int | slice = slice(None)) -> np.ndarray:
-        """Return one unit's values [N, E] in N prompts, or those of all units [N, U, E]; for arguments see `where`."""
+    def take(self, parts: np.ndarray, indices: np.ndarray, of: slice = slice(None)) -> np.ndarray:
+        """Return a component's values [N, E], or those of all, in N prompts; for arguments see `where`."""
         first = self._parts[parts[0]]
-        out = np.empty((len(parts), *first[0, unit].shape), first.dtype)
+        out = np.empty((len(parts), *first[0, of].shape), first.dtype)
         for part in np.unique(parts):
             wanted = np.flatnonzero(parts == part)
-            out[wanted] = self._parts[part][indices[wanted], unit]
+            out[wanted] = self._parts[part][indices[wanted], of]
         return out.view(self._dtype)
 
     def values(self, ids: Sequence[str]) -> np.ndarray:
-        """Return all values [N, U, E] of N prompts."""
+        """Return all values [N, F] of N prompts."""
         return self.take(*self.where(ids))
 
     def remove(self) -> None:

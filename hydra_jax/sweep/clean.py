@@ -13,16 +13,18 @@ import numpy as np
 from tqdm import tqdm
 
 from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
+from hydra_jax.core.edits import WHOLE
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.batched import PREFILL_TOKENS, clean_summary_program, prefill_program, values_program
 from hydra_jax.engine.batching import evenly, fill_up, round_up
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.engine.mesh import Worker
+from hydra_jax.engine.walk import PREFILL_TOKENS, Texts, forward
 from hydra_jax.errors import UserError
+from hydra_jax.models.transformer import Contrast
 from hydra_jax.sweep.bank import COLUMNS, Bank
-from hydra_jax.sweep.plan import Item, batch_of, by_length
+from hydra_jax.sweep.plan import Item, batch_of, by_length, places
 from hydra_jax.text.padding import padded_length
 from hydra_jax.weights.model import Model
 
@@ -84,31 +86,35 @@ class CleanPass:
         self.bank.refresh(self.cluster)
 
     def _runs(self, items: Sequence[Item], target: str, size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Run `items`, `size` at once: the columns of the bank's rows [P], and values [P, A, E]."""
+        """Run `items`, `size` at once: the columns of the bank's rows [P], and values [P, F]."""
         answers = [item.answer if target == ANSWER else None for item in items]
         targets = [MOST_LIKELY if answer is None else answer for answer in answers]
-        params, c, kind = self.model.params, self.model.config, self.ablation.kind
-        mesh = meshes.mesh_of(params)
+        parts = [self._run(items[part], targets[part], size) for part in evenly(len(items), size)]
+        joined = {name: np.concatenate([columns[name] for columns, _ in parts]) for name in COLUMNS}
+        return joined, np.concatenate([values for _, values in parts])
+
+    def _run(self, items: Sequence[Item], targets: Sequence[int], size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Run `items`, filled up to `size`, through the layers; see `_runs`."""
+        model, c, kind = self.model, self.model.config, self.ablation.kind
         # Zero ablation takes no values from clean runs.
-        ablated = self.ablation.components(c) if kind.needs_sources or kind.needs_statistics else []
-        units = np.array([component.unit(c.heads) for component in ablated], int)
-        columns, values = [], []
-        for part in evenly(len(items), size):
-            count = part.stop - part.start
-            tokens, lengths = batch_of(items[part], size, c.context)
-            asked = np.array(fill_up(targets[part], size), np.int32)
-            inputs = [meshes.put(mesh, array, meshes.Spec(meshes.DATA)) for array in (tokens, lengths, asked)]
-            clean = prefill_program(params)(params, *inputs)
-            summary = jax.device_get(clean_summary_program(params)(params, clean))
-            read = dict(top=summary.top, target=summary.target, probability=summary.clean_probability)
-            columns.append({name: read[name][:count].astype(dtype) for name, dtype in COLUMNS.items()})
-            if len(units):
-                program = values_program(params, self.ablation.by_head)
-                values.append(jax.device_get(program(params, clean))[:count, units])
-            else:
-                values.append(np.empty((count, 0, 1), np.float32))
-        joined = {name: np.concatenate([part[name] for part in columns]) for name in COLUMNS}
-        return joined, np.concatenate(values)
+        kept = self.ablation.components(c) if kind.needs_sources or kind.needs_statistics else []
+        where = places(c, kept)
+        values = np.empty((len(items), sum(place.stop - place.start for place in where.values())), c.dtype)
+        tokens, lengths = batch_of(items, size, c.context)
+        texts = Texts(model.params, tokens, lengths[:, None] - 1)
+        for number, layer in enumerate(forward(c, model.layers)):
+            clean = texts.through(layer)
+            here = [component for component in kept if component.layer == number]
+            if here:
+                writes, mixed = jax.device_get((clean.writes[:, 0], clean.mixed[:, 0]))
+                for component in here:
+                    of = writes[:, component.site] if component.head == WHOLE else mixed[:, component.head]
+                    values[:, where[component]] = of[: len(items)]
+            elif model.layers.streamed:
+                jax.block_until_ready(texts.stream)
+        asked = np.array(fill_up(targets, size), np.int32)[:, None]
+        reading = jax.device_get(texts.read(Contrast.target(asked)))
+        return {name: getattr(reading, name)[: len(items), 0].astype(dtype) for name, dtype in COLUMNS.items()}, values
 
 
 def choose(clean: CleanPass, items: Sequence[Item], wanted: PromptsConfig, seed: int) -> tuple[list[Item], list[Item]]:

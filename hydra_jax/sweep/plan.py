@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from hydra_jax.config import AblationConfig, SweepConfig
-from hydra_jax.core.edits import Component, WriteStatistics, draw_sources, prompt_keys
+from hydra_jax.core.edits import WHOLE, Component, WriteStatistics, draw_sources, prompt_keys
 from hydra_jax.engine.batching import fill_up
 from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.errors import UserError
+from hydra_jax.models.config import ModelConfig
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.padding import padded
@@ -170,30 +171,41 @@ class Plan:
         """The ablated components."""
         return self.ablation.components(self.model.config)
 
-    @property
-    def values_size(self) -> int:
-        """E, dimensions of what is replaced: of a write, or of what a head mixes."""
-        return self.model.config.head_dim if self.ablation.by_head else self.model.config.width
+    @functools.cached_property
+    def places(self) -> dict[Component, slice]:
+        """The ablated components' places among a prompt's values in the bank."""
+        return places(self.model.config, self.components)
 
     @functools.cached_property
     def statistics(self) -> WriteStatistics:
-        """[A, E], of every ablated component over the prompt set; zeros for the kinds that do not read them."""
-        shape = len(self.components), self.values_size
+        """[F] over the prompt set, placed as in the bank; zeros for the kinds that do not read them."""
+        size = sum(place.stop - place.start for place in self.places.values())
         if not self.ablation.kind.needs_statistics:
-            return WriteStatistics(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
-        sums = [(len(block), block.sum(axis=0)) for block in self._blocks()]
+            return WriteStatistics(np.zeros(size, np.float32), np.zeros(size, np.float32))
+        sums = [(len(block), block.sum(axis=0)) for block in self._blocks(size)]
         count = sum(length for length, _ in sums)
         mean = sum(total for _, total in sums) / count
-        deviation = np.sqrt(sum(np.square(block - mean).sum(axis=0) for block in self._blocks()) / count)
+        deviation = np.sqrt(sum(np.square(block - mean).sum(axis=0) for block in self._blocks(size)) / count)
         return WriteStatistics(mean.astype(np.float32), deviation.astype(np.float32))
 
-    def _blocks(self) -> Iterator[np.ndarray]:
-        """Yield the values [n, A, E] in float64 of those prompts in which all are finite.
+    def statistics_of(self, component: Component) -> WriteStatistics:
+        """Return one component's statistics, [E]."""
+        return WriteStatistics(*(array[self.places[component]] for array in self.statistics))
+
+    def _blocks(self, size: int) -> Iterator[np.ndarray]:
+        """Yield the values [n, F] in float64 of those prompts in which all are finite.
 
         They come in order of id always, so that the order of prompts changes nothing.
         """
         ids = sorted(self.pool)
-        step = max(1, BLOCK_BYTES // (8 * len(self.components) * self.values_size))
+        step = max(1, BLOCK_BYTES // (8 * size))
         for start in range(0, len(ids), step):
             values = self.bank.values(ids[start : start + step]).astype(np.float64)
-            yield values[np.isfinite(values).all(axis=(1, 2))]
+            yield values[np.isfinite(values).all(axis=1)]
+
+
+def places(config: ModelConfig, components: Sequence[Component]) -> dict[Component, slice]:
+    """Return components' places in an array of all their values: of a write D numbers, of a head head_dim."""
+    sizes = [config.width if component.head == WHOLE else config.head_dim for component in components]
+    stops = np.cumsum(sizes).tolist()
+    return {c: slice(stop - size, stop) for c, size, stop in zip(components, sizes, stops, strict=True)}

@@ -1,4 +1,4 @@
-"""The values that take a write's place in a batch of ablations: other prompts', on the devices that want them."""
+"""The values that take a write's place in a chunk of ablations: other prompts', on the devices that want them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import jax
 import numpy as np
 
+from hydra_jax.core.edits import Component
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.memory import free_bytes
 from hydra_jax.sweep.plan import Plan
@@ -18,9 +19,9 @@ RESIDENT_SHARE = 0.1
 class Sources:
     """Replacements' values by prompt and component.
 
-    Where all of the bank fits on the devices beside the rest, it is put there once, in the model's dtype and
-    split over the model axis, and a batch is gathered there; else each batch is read from the bank and sent,
-    while the one before is computed.
+    Where all of the bank fits on every device beside the rest, it is put there once, in the model's dtype, and a
+    component's values are gathered there; else each component's are read from the bank and sent when the walk comes
+    to it, while what comes before is computed.
 
     Args:
       plan: the sweep.
@@ -35,35 +36,45 @@ class Sources:
         if not plan.ablation.kind.needs_sources:
             return
         self._where = plan.bank.where(plan.pool)
-        shape = len(plan.pool), len(plan.components), plan.values_size
+        size = sum(place.stop - place.start for place in plan.places.values())
         device = self._mesh.local_devices[0]
-        item = np.dtype(plan.model.config.dtype).itemsize
+        taken = len(plan.pool) * size * np.dtype(plan.model.config.dtype).itemsize
         if resident is None:
-            fits = np.prod(shape) * item / self._mesh.shape[meshes.MODEL] < RESIDENT_SHARE * free_bytes(device)
-            resident = device.platform != "cpu" and bool(fits)
+            resident = device.platform != "cpu" and taken < RESIDENT_SHARE * free_bytes(device)
         if resident:
-            split = meshes.split(shape, (2,), self._mesh.shape[meshes.MODEL])
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # there was less room after all
-                self._values = jax.block_until_ready(meshes.put(self._mesh, plan.bank.take(*self._where), split))
-            self._gather = meshes.spread(self._mesh, lambda values, unit, rows: values[rows, unit], (0, 1))
+                everywhere = meshes.put(self._mesh, plan.bank.take(*self._where), meshes.Spec())
+                self._values = jax.block_until_ready(everywhere)
+            self._gather = {
+                size: meshes.spread(self._mesh, _gather(size), (0, 1))
+                for size in {place.stop - place.start for place in plan.places.values()}
+            }
 
-    def __call__(self, prompts: np.ndarray, unit: int) -> jax.Array:
+    def __call__(self, prompts: np.ndarray, component: Component) -> jax.Array:
         """Return [N, R, E], the values of one ablated component for N of the plan's prompts.
 
         Args:
           prompts: [N], their indices in the plan.
-          unit: the component's index among the ablated ones.
+          component: which.
 
         They are zeros where the ablation reads none.
         """
-        plan = self._plan
-        shape = len(prompts), plan.ablation.draws, plan.values_size
+        plan, place = self._plan, self._plan.places[component]
+        shape = len(prompts), plan.ablation.draws, place.stop - place.start
         if not plan.ablation.kind.needs_sources:
             if self._nothing is None or self._nothing.shape != shape:
                 self._nothing = meshes.put(self._mesh, np.zeros(shape, np.float32), meshes.Spec(meshes.DATA))
             return self._nothing
         drawn = plan.sources[prompts]
         if self._values is not None:
-            return self._gather(self._values, np.int32(unit), meshes.put(self._mesh, drawn, meshes.Spec(meshes.DATA)))
+            rows = meshes.put(self._mesh, drawn, meshes.Spec(meshes.DATA))
+            return self._gather[shape[-1]](self._values, np.int32(place.start), rows)
         parts, rows = (column[drawn.reshape(-1)] for column in self._where)
-        return meshes.put(self._mesh, plan.bank.take(parts, rows, unit).reshape(shape), meshes.Spec(meshes.DATA))
+        return meshes.put(self._mesh, plan.bank.take(parts, rows, place).reshape(shape), meshes.Spec(meshes.DATA))
+
+
+def _gather(size: int):
+    def gather(values: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(values, start, size, axis=1)[rows]
+
+    return gather

@@ -57,7 +57,7 @@ def _read(params: Params, tokens: jax.Array, lengths: jax.Array) -> Read:
     return Read(
         entering=entering,
         writes=clean.writes,
-        final=clean.resid_post[:, -1],
+        final=clean.final,
         readout=clean.readout,
         constant=clean.constant,
         final_scale=clean.final_scale,
@@ -67,7 +67,7 @@ def _read(params: Params, tokens: jax.Array, lengths: jax.Array) -> Read:
 
 def _final(params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Run P prompts, padded to tokens [P, T], and return their final streams [P, D]."""
-    return jax.vmap(prefill, (None, 0, 0))(params, tokens, lengths).resid_post[:, -1]
+    return jax.vmap(prefill, (None, 0, 0))(params, tokens, lengths).final
 
 
 class Check:

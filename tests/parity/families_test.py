@@ -61,7 +61,7 @@ def test_ablations_equal_forward_hooks(both, component):
     clean = jit_prefill(params, jnp.asarray(IDS + [0] * 2, jnp.int32), len(IDS))
     value = jax.random.normal(jax.random.key(0), (families.WIDTH,))
     delta = value - clean.writes[component.layer, component.site]
-    found = effects(clean, delta, jit_replay(params, clean, component.arrays()[:2], delta))
+    found = effects(params, clean, jit_replay(params, clean, component.arrays()[:2], delta))
     before, after = (families.run(model, IDS, edit) for edit in (None, (component.layer, component.site, value)))
     target = before["uncapped"].argmax()
     assert clean.target == target

@@ -1,0 +1,285 @@
+"""What moves rows on one device, in blocks of one size.
+
+A text's N rows stand program by program, in the order in which the programs' first clamps come, each program's
+M = Q * R together (readings, replacements). A block is n rows of each of several texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from hydra_jax.core import row as one_row
+from hydra_jax.core.edits import ATTN, WHOLE, Kind, WriteStatistics, replacement
+from hydra_jax.core.effects import Effects, effects
+from hydra_jax.core.prefill import LayerClean, Reading
+from hydra_jax.core.row import Row
+from hydra_jax.engine.batching import round_up
+from hydra_jax.models.pieces import LayerParams
+from hydra_jax.models.transformer import Params
+
+LEAST_ROWS = 128
+"""Rows of a block for which programs are put together, where a chunk has few texts and replacements."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The rows of one device's texts, and the blocks that they are computed in.
+
+    Attributes:
+      texts: P, of one device.
+      readings: Q.
+      draws: R.
+      programs: G.
+      rows: n, of each text in a block.
+      texts_at_once: texts in a block; divides P.
+    """
+
+    texts: int
+    readings: int
+    draws: int
+    programs: int
+    rows: int
+    texts_at_once: int
+
+    @classmethod
+    def of(cls, texts: int, readings: int, draws: int, programs: int, at_once: int) -> Layout:
+        """Return the layout with blocks of about `at_once` rows."""
+        each = readings * draws
+        if each > at_once:
+            rows = math.ceil(each / math.ceil(each / at_once))
+        else:
+            rows = each * min(programs, math.ceil(min(LEAST_ROWS, at_once) / (texts * each)))
+        most = max(1, at_once // rows)
+        together = next(size for size in range(min(most, texts), 0, -1) if texts % size == 0)
+        return cls(texts, readings, draws, programs, rows, together)
+
+    @property
+    def of_program(self) -> int:
+        """A program's rows, Q * R, and with them those that fill its last block where it has several."""
+        each = self.readings * self.draws
+        return round_up(each, self.rows) if each > self.rows else each
+
+    @property
+    def total(self) -> int:
+        """N, of one text."""
+        return round_up(self.programs * self.of_program, self.rows)
+
+    @property
+    def columns(self) -> int:
+        """Blocks beside each other that have the same rows, of other texts."""
+        return self.texts // self.texts_at_once
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in all."""
+        return self.columns * self.total // self.rows
+
+    def per_row(self, of_programs: np.ndarray) -> np.ndarray:
+        """Return [N, ...] of each row's program, from [G, ...]; 0 for those that only fill a block."""
+        every = np.repeat(of_programs, self.of_program, axis=0)
+        every[np.tile(np.arange(self.of_program), self.programs) >= self.readings * self.draws] = 0
+        return np.concatenate([every, np.zeros((self.total - len(every), *every.shape[1:]), every.dtype)])
+
+    def by_program(self, rows: Any) -> Any:
+        """Return rows [P, N, ...] as [P, G, Q, R, ...]."""
+        rows = rows[:, : self.programs * self.of_program].reshape(len(rows), self.programs, -1, *rows.shape[2:])
+        rows = rows[:, :, : self.readings * self.draws]
+        return rows.reshape(len(rows), self.programs, self.readings, self.draws, *rows.shape[3:])
+
+    def reading(self) -> np.ndarray:
+        """Return [N], each row's reading among Q."""
+        return np.arange(self.total) % self.of_program // self.draws % self.readings
+
+
+def zeros(readout: Float[Array, "P Q D"], rows: int) -> tuple[Float[Array, "P N D"], Float[Array, "P N"]]:
+    """Return the shifts and direct effects of rows that are the clean run."""
+    shape = len(readout), rows
+    return jnp.zeros((*shape, readout.shape[-1])), jnp.zeros(shape)
+
+
+def cut(rows: Float[Array, "P N D"], start: Int[Array, ""], count: int) -> Float[Array, "P M D"]:
+    """Return `count` rows of each text."""
+    return jax.lax.dynamic_slice_in_dim(rows, start, count, axis=1)
+
+
+def advance(
+    layer: LayerParams,
+    clean: LayerClean,
+    places: Int[Array, "P Q"],
+    readout: Float[Array, "P Q D"],
+    shift: Float[Array, "P N D"],
+    blocks: Int[Array, " B"],
+    count: Int[Array, ""],
+    moved: Bool[Array, "N S"],
+    recorded: Bool[Array, "N S"],
+    reading: Int[Array, " N"],
+    sites: tuple[int, ...],
+    layout: Layout,
+    by_head: bool,
+) -> tuple[Float[Array, "P N D"], Float[Array, "P N S"], Float[Array, "P N H"] | None]:
+    """Move the rows of the first `count` of `blocks` through the sites of a stage, block after block."""
+    texts = clean, places, readout
+
+    def block(index: Int[Array, ""], state: Any) -> Any:
+        shift = state[0]
+        first = blocks[index] % layout.columns * layout.texts_at_once
+        start = blocks[index] // layout.columns * layout.rows
+
+        def of_texts(leaf: Any) -> Any:
+            if layout.columns == 1:
+                return leaf
+            return jax.lax.dynamic_slice_in_dim(leaf, first, layout.texts_at_once)
+
+        def of_rows(leaf: Any) -> Any:
+            return jax.lax.dynamic_slice_in_dim(leaf, start, layout.rows)
+
+        def text(texts: Any, shift: Float[Array, "n D"]) -> Any:
+            clean, places, readout = texts
+
+            def one(shift: Float[Array, " D"], at: Int[Array, ""], *flags: Bool[Array, " S"]) -> Any:
+                at = at if layout.readings > 1 else 0  # rows that share a reading share all that is computed of it
+                return one_row.move(layer, clean.at(at), places[at], readout[at], shift, *flags, sites, by_head)
+
+            return jax.vmap(one)(shift, of_rows(reading), of_rows(moved), of_rows(recorded))
+
+        corner = first, start, 0
+        here = jax.lax.dynamic_slice(shift, corner, (layout.texts_at_once, layout.rows, shift.shape[-1]))
+        new = jax.tree.leaves(jax.vmap(text)(jax.tree.map(of_texts, texts), here))  # without heads, where they are None
+        return [jax.lax.dynamic_update_slice(whole, part, corner) for whole, part in zip(state, new, strict=True)]
+
+    widths = [len(sites), layer.config.heads] if by_head else [len(sites)]
+    nothing = [jnp.zeros((*shift.shape[:2], width)) for width in widths]
+    shift, changes, *of_heads = jax.lax.fori_loop(0, count, block, [shift, *nothing])
+    return shift, changes, of_heads[0] if by_head else None
+
+
+def clamp(
+    shift: Float[Array, "P N D"],
+    direct: Float[Array, "P N"],
+    clean: LayerClean,
+    readout: Float[Array, "P Q D"],
+    start: Int[Array, ""],
+    values: Float[Array, "P M D"],
+    reading: Int[Array, " M"],
+    site: int,
+) -> tuple[Float[Array, "P N D"], Float[Array, "P N"]]:
+    """Set a write of a program's rows to its values."""
+    change = values - clean.writes[:, :, site][:, reading]
+    part = (change * readout[:, reading]).sum(axis=-1)
+    return _added(shift, change, start), _added(direct, -part, start)
+
+
+def clamp_heads(
+    layer: LayerParams,
+    clean: LayerClean,
+    places: Int[Array, "P Q"],
+    readout: Float[Array, "P Q D"],
+    shift: Float[Array, "P N D"],
+    direct: Float[Array, "P N"],
+    changes: Float[Array, "P N S"],
+    set_and_entering: tuple[Float[Array, "P M H head_dim"], Float[Array, "P M D"] | None],
+    words: Int[Array, " H"],
+    start: Int[Array, ""],
+    reading: Int[Array, " M"],
+) -> tuple[Float[Array, "P N D"], Float[Array, "P N"], Float[Array, "P N S"]]:
+    """Set heads of a program's rows: see `core.row.clamp_heads`."""
+
+    def text(clean: LayerClean, places: Int[Array, " Q"], readout: Float[Array, "Q D"], rows: Any) -> Any:
+        def one(at: Int[Array, ""], row: Any) -> Any:
+            values, entering = row
+            here, mixed = clean.at(at), None
+            if entering is not None:
+                mixed = one_row.follow(layer, here, places[at], ATTN, entering).mixed
+            change, clamped = one_row.clamp_heads(layer, here, mixed, words, values)
+            return change, -clamped @ readout[at], (change - clamped) @ readout[at]
+
+        return jax.vmap(one)(reading, rows)
+
+    change, part, followed = jax.vmap(text)(clean, places, readout, set_and_entering)
+    recorded = jnp.zeros((*followed.shape, changes.shape[-1])).at[..., 0].set(followed)  # attention is a stage's first
+    return _added(shift, change, start), _added(direct, part, start), _added(changes, recorded, start)
+
+
+def _added(whole: Float[Array, "P N *rest"], part: Float[Array, "P M *rest"], start: Int[Array, ""]) -> Any:
+    """Return `whole` with `part` added to its rows from `start`."""
+    before = jax.lax.dynamic_slice_in_dim(whole, start, part.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(whole, before + part, start, axis=1)
+
+
+def nothing_mixed(clean: LayerClean, layout: Layout) -> Float[Array, "P M H head_dim"]:
+    """Return zeros for what the heads of a program's rows mix."""
+    mixed = clean.mixed
+    return jnp.zeros((len(mixed), layout.of_program, *mixed.shape[2:]))
+
+
+def put_head(
+    mixed: Float[Array, "P M H head_dim"], head: Int[Array, ""], values: Float[Array, "P M head_dim"]
+) -> Float[Array, "P M H head_dim"]:
+    """Return `mixed` with one head's values."""
+    return mixed.at[:, :, head].set(values)
+
+
+def values(
+    sources: Float[Array, "P R E"],
+    statistics: WriteStatistics,
+    keys: Key[Array, " P"],
+    component: Int[Array, ""],
+    head: Int[Array, ""],
+    kind: Kind,
+    layout: Layout,
+) -> Float[Array, "P M E"]:
+    """Make a component's values in the rows of a program; `head` is WHOLE for its whole write."""
+    every = layout.readings * layout.draws
+    rows = np.arange(layout.of_program) % every  # those that fill a block are like the first
+
+    def text(sources: Float[Array, "R E"], key: Key[Array, ""]) -> Float[Array, "M E"]:
+        own = jax.random.fold_in(key, component)
+        own = jax.lax.select(head == WHOLE, own, jax.random.fold_in(own, head))
+        draws = jax.random.split(own, every)
+        new = functools.partial(replacement, kind, statistics=statistics)
+        return jax.vmap(lambda source, key: new(source=source.astype(jnp.float32), key=key))(
+            sources[rows % layout.draws], draws[rows]
+        )
+
+    return jax.vmap(text)(sources, keys)
+
+
+def effects_of(
+    params: Params,
+    reading: Reading,
+    shift: Float[Array, "P N D"],
+    direct: Float[Array, "P N"],
+    changes: list[Float[Array, "P N S"]],
+    frozen: Bool[Array, " N"],
+    probed: Bool[Array, "N L 2"],
+    of: Int[Array, " N"],
+    layout: Layout,
+) -> Effects:
+    """Return the effects of all rows, [P, G, Q, R], from their state after the last layer."""
+    changed = jnp.concatenate(changes, axis=-1).reshape(*direct.shape, params.config.layers, -1)
+
+    def text(reading: Reading, rows: Row) -> Effects:
+        def one(at: Int[Array, ""], row: Row, *flags: Bool[Array, "*L2"]) -> Effects:
+            at = at if layout.readings > 1 else 0
+            return effects(params, jax.tree.map(lambda leaf: leaf[at], reading), row, *flags)
+
+        return jax.vmap(one)(of, rows, frozen, probed)
+
+    every = jax.vmap(text)(reading, Row(shift, direct, changed))
+    return jax.tree.map(lambda leaf: layout.by_program(leaf), every)
+
+
+def head_effects(
+    reading: Reading, changes: list[Float[Array, "P N H"]], of: Int[Array, " N"], layout: Layout
+) -> Float[Array, "P G Q R L H"]:
+    """Return what each head changes, from what is recorded in each layer."""
+    scaled = jnp.stack(changes, axis=2) / reading.final_scale[:, of][..., None, None]
+    return layout.by_program(scaled)

@@ -1,0 +1,212 @@
+"""The rows of a chunk of texts: every intervention, moved through the layers as the texts are.
+
+At every stage only those blocks are computed in which a row follows or is probed; what is clamped there is set after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from hydra_jax.core.edits import ATTN, Component, Kind, WriteStatistics
+from hydra_jax.core.effects import Effects
+from hydra_jax.core.prefill import LayerClean, Reading
+from hydra_jax.core.programs import Program, Word
+from hydra_jax.core.row import stages
+from hydra_jax.engine import blocks
+from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.blocks import Layout
+from hydra_jax.engine.walk import Texts, program
+from hydra_jax.models.pieces import LayerParams
+from hydra_jax.models.transformer import Contrast
+
+
+class Rows:
+    """All rows of P texts on their way through the layers.
+
+    Attributes:
+      layout: of each device's.
+      programs: G of them, along a first axis.
+      shift: [P, N, D], s.
+      direct: [P, N], not yet divided by sigma.
+    """
+
+    def __init__(
+        self, texts: Texts, programs: Program, draws: int, contrasts: Contrast, at_once: int, by_head: bool = False
+    ) -> None:
+        """Begin at the clean runs.
+
+        Args:
+          texts: the texts, before the first layer.
+          programs: G of them, along a first axis, in order of `first_clamp`.
+          draws: R.
+          contrasts: [P, Q, K], what is read.
+          at_once: rows in a block, about.
+          by_head: whether is recorded what each head of attention changes.
+        """
+        c, self._mesh, self._texts = texts.params.config, texts.mesh, texts
+        on_device = len(texts.positions) // texts.mesh.shape[meshes.DATA]
+        self.layout = layout = Layout.of(on_device, texts.readings, draws, len(programs.norm), at_once)
+        self.programs, self._by_head = programs, by_head
+        self._living = programs.living(c.parallel)
+        # Blocks compute what follows or is probed; of the others among the living nothing is computed, or by `clamp`.
+        whole = ~(programs.by_heads[..., None] & (np.arange(2) == ATTN))
+        computed = self._living & whole & np.isin(programs.writes, (Word.FOLLOW, Word.PROBE))
+        self._recorded = layout.per_row(computed)
+        self._moved = layout.per_row(computed & (programs.writes == Word.FOLLOW))
+        self._reading = layout.reading().astype(np.int32)
+        self._readout, _ = texts.contrast(contrasts)
+        self.shift, self.direct = self._program(blocks.zeros, (), rows=layout.total)(self._readout)
+        self._changes: list[jax.Array] = []
+        self._of_heads: list[jax.Array] = []
+
+    def work(self, number: int) -> int:
+        """Return how many components are computed of a text's rows in a layer: the measure of progress."""
+        return int(self._recorded[:, number].sum())
+
+    def through(self, number: int, layer: LayerParams, clean: LayerClean, values: Values) -> None:
+        """Move all rows through a layer.
+
+        Args:
+          number: of the layer.
+          layer: the layer.
+          clean: the texts' runs in it.
+          values: returns the values [P, M, E] of a component's clamps in a program's rows, as `Draws` does.
+        """
+        for sites in stages(layer.config.parallel):
+            by_heads = np.flatnonzero(self.programs.by_heads[:, number]) if ATTN in sites else []
+            entering = {which: self._cut(self.shift, which) for which in by_heads if self._living[which, number, ATTN]}
+            self._advance(number, layer, clean, sites)
+            for which in by_heads:
+                self._clamp_heads(number, layer, clean, which, entering.get(which), values)
+            for site in sites:
+                for which in np.flatnonzero(self.programs.writes[:, number, site] == Word.CLAMP):
+                    new = values(Component(number, site))
+                    run = self._program(blocks.clamp, (4, 6), (0, 1), site=site)
+                    self.shift, self.direct = run(
+                        self.shift, self.direct, clean, self._readout, self._start(which), new, self._of_program()
+                    )
+
+    def effects(self, reading: Reading) -> Effects:
+        """Return the rows' effects, [P, G, Q, R], after the last layer; `reading` is what the texts say, [P, Q]."""
+        params, frozen = self._texts.params, self.layout.per_row(self.programs.norm == Word.FREEZE)
+        probed = self._recorded & ~self._moved
+        run = self._program(blocks.effects_of, (0, 5, 6, 7), layout=self.layout)
+        return run(params, reading, self.shift, self.direct, self._changes, frozen, probed, self._reading)
+
+    def head_changes(self, reading: Reading) -> jax.Array:
+        """Return what each head of attention changes, [P, G, Q, R, L, H], where that was asked for."""
+        run = self._program(blocks.head_effects, (2,), layout=self.layout)
+        return run(reading, self._of_heads, self._reading)
+
+    def _advance(self, number: int, layer: LayerParams, clean: LayerClean, sites: tuple[int, ...]) -> None:
+        """Move the rows of those blocks in which any is moved or recorded at a stage."""
+        layout = self.layout
+        moved, recorded = (flags[:, number][:, list(sites)] for flags in (self._moved, self._recorded))
+        busy = np.flatnonzero(recorded.reshape(-1, layout.rows * len(sites)).any(axis=1))
+        active = (busy[:, None] * layout.columns + np.arange(layout.columns)).reshape(-1)
+        listed = np.zeros(layout.blocks, np.int32)
+        listed[: len(active)] = active
+        by_head = self._by_head and ATTN in sites
+        run = self._program(blocks.advance, (0, 5, 6, 7, 8, 9), (4,), sites=sites, layout=layout, by_head=by_head)
+        self.shift, changes, of_heads = run(
+            *(layer, clean, self._texts.positions, self._readout, self.shift),
+            *(listed, np.int32(len(active)), moved, recorded, self._reading),
+        )
+        self._changes.append(changes)
+        if by_head:
+            self._of_heads.append(of_heads)
+
+    def _clamp_heads(
+        self,
+        number: int,
+        layer: LayerParams,
+        clean: LayerClean,
+        which: int,
+        entering: Float[Array, "P M D"] | None,
+        values: Values,
+    ) -> None:
+        """Move a program's rows through an attention some of whose heads it clamps or freezes.
+
+        Args:
+          number: of the layer.
+          layer: the layer.
+          clean: the texts' runs in it.
+          which: the program.
+          entering: its rows' shifts where attention reads; None where they are still the clean run.
+          values: as of `through`.
+        """
+        words = self.programs.heads[which, number]
+        clamped = np.flatnonzero(words == Word.CLAMP)
+        if entering is None and not clamped.size:
+            return
+        mixed = self._program(blocks.nothing_mixed, (), layout=self.layout)(clean)
+        put = self._program(blocks.put_head, (1,), (0,))
+        for head in clamped:
+            mixed = put(mixed, np.int32(head), values(Component(number, ATTN, int(head))))
+        run = self._program(blocks.clamp_heads, (0, 8, 9, 10), (4, 5, 6))
+        self.shift, self.direct, self._changes[-1] = run(
+            *(layer, clean, self._texts.positions, self._readout, self.shift, self.direct, self._changes[-1]),
+            *((mixed, entering), words.astype(np.int32), self._start(which), self._of_program()),
+        )
+
+    def _cut(self, rows: Float[Array, "P N D"], which: int) -> Float[Array, "P M D"]:
+        return self._program(blocks.cut, (1,), count=self.layout.of_program)(rows, self._start(which))
+
+    def _start(self, which: int) -> np.int32:
+        return np.int32(which * self.layout.of_program)
+
+    def _of_program(self) -> Int[np.ndarray, " M"]:
+        return self._reading[: self.layout.of_program]
+
+    def _program(
+        self, run: Callable[..., Any], replicated: tuple[int, ...], donated: tuple[int, ...] = (), **switches: Any
+    ) -> jax.stages.Wrapped:
+        return program(self._mesh, run, replicated, donated, **switches)
+
+
+class Draws:
+    """The values of clamps: drawn from other prompts, or made, as `core.edits.replacement` does.
+
+    A component's are the same in all programs that clamp it, so that what differs between them is not the draw.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        layout: Layout,
+        kind: Kind,
+        keys: Key[Array, " P"],
+        sources: Callable[[Component], Float[Array, "P R E"]],
+        statistics: Callable[[Component], WriteStatistics],
+    ) -> None:
+        """Take what values are made of.
+
+        Args:
+          mesh: the devices.
+          layout: of the rows.
+          kind: of the ablations.
+          keys: each text's.
+          sources: returns a component's values in the replacements' prompts.
+          statistics: returns a component's over the prompt set.
+        """
+        self._run = program(mesh, blocks.values, (1, 3, 4), kind=kind, layout=layout)
+        self._keys, self._sources, self._statistics = keys, sources, statistics
+        self._last: tuple[Component | None, Any] = None, None
+
+    def __call__(self, component: Component) -> Float[Array, "P M E"]:
+        """Return a component's values in a program's rows."""
+        if self._last[0] != component:
+            head = np.int32(component.head)
+            sources, statistics = self._sources(component), self._statistics(component)
+            self._last = component, self._run(sources, statistics, self._keys, np.int32(component.index), head)
+        return self._last[1]
+
+
+Values = Callable[[Component], Float[Array, "P M E"]]
+"""Returns the values of a component's clamps in the M rows of a program."""
