@@ -13,16 +13,18 @@ from hydra_jax.core.edits import ATTN, SITES, WHOLE, Component
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
-from hydra_jax.engine.memory import BatchSizer, free_bytes
+from hydra_jax.engine.memory import BatchSizer, left
 from hydra_jax.errors import UserError, shown
 from hydra_jax.store import effects as store
 from hydra_jax.store import variables
+from hydra_jax.sweep.ablations import ablate_each
 from hydra_jax.sweep.bank import Bank
-from hydra_jax.sweep.chunks import ablate_one, fill, frame
+from hydra_jax.sweep.chunks import fill, frame
 from hydra_jax.sweep.clean import CleanPass, choose
-from hydra_jax.sweep.plan import Plan, facts_beside, itemise
+from hydra_jax.sweep.plan import Plan, asked, facts_beside, itemise
 from hydra_jax.sweep.protocol import protocol
 from hydra_jax.text import prompts as prompt_sets
+from hydra_jax.text.padding import padded_length
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.weights.model import Model
 
@@ -93,7 +95,8 @@ def sweep(
             dataset[name][chunk] = array
         dataset["finished"][chunk] = True
 
-    fill(plan, evenly(len(kept), clean.sizer.wanted), write, progress)
+    longest = padded_length(len(kept[-1].tokens), model.config.context)
+    fill(plan, evenly(len(kept), clean.sizer.chunk(longest)), write, progress)
     return dataset
 
 
@@ -144,13 +147,15 @@ def ablate(
     clean = _clean_pass(model, config.ablation)
     with clean.bar(len(items)) as bar:
         clean.run(items, bar)
-    return ablate_one(Plan.build(model, clean.bank, clean.sizer, config, items[:1], items), 0, component)
+    plan = Plan.build(model, clean.bank, clean.sizer, config, items[:1], items)
+    return ablate_each(plan, [(0, component)])[0]
 
 
 def _clean_pass(model: Model, ablation: AblationConfig, rows: int = 0, progress: bool = False) -> CleanPass:
     """Return a clean pass in memory, by this process alone, on the devices that the model is on."""
     mesh = meshes.mesh_of(model.params)
-    sizer = BatchSizer(model.config, mesh, ablation.draws, ablation.edges, rows, free_bytes(mesh.local_devices[0]))
+    wanted = asked(ablation, model.config, rows, model.layers.streamed)
+    sizer = BatchSizer(model.config, mesh, wanted, left(0, model.config, mesh, model.layers.streamed))
     return CleanPass(model, ablation, sizer, Bank(model.config.dtype), Cluster(0, 1), progress)
 
 

@@ -1,4 +1,4 @@
-"""The number of prompts on a device at once: what they need, what is free, and what to do if that was too many."""
+"""The number of texts on a device at once: what they need, what is free, and what to do if that was too many."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hydra_jax.core.prefill import prefill
 from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.batched import PREFILL_TOKENS
+from hydra_jax.engine.blocks import Layout
+from hydra_jax.engine.layers import AT_ONCE
+from hydra_jax.engine.walk import PREFILL_TOKENS, UNEMBED_ROWS, Sizes
 from hydra_jax.errors import UserError
+from hydra_jax.limits import MOST
 from hydra_jax.models.config import ModelConfig
-from hydra_jax.models.transformer import layout
 
 ROWS = {"cpu": 512}
 """Edits at once that fill a device's matrix units: on a CPU as measured, and larger ones leave its caches."""
@@ -29,10 +30,16 @@ ACCELERATOR_ROWS = 16_384
 SHARE = 0.8
 """The share of free memory that plans count on: a program's needs are estimates, and memory is in pieces."""
 
+CLEAN_SHARE = 0.2
+"""The share of free memory that is enough for what is computed at once of clean runs."""
+
 CGROUP = tuple(Path("/sys/fs/cgroup") / f"memory.{what}" for what in ("max", "current", "stat"))
 """Files with a container's limit of memory, its use, and the parts of that use."""
 
 CACHED = ("active_file", "inactive_file")
+
+REMEDY = "set --config.mesh.model to share the model among more devices, dtype=bfloat16, or fewer --config.rows"
+"""What helps where something does not fit beside the model."""
 
 T = TypeVar("T")
 
@@ -43,17 +50,17 @@ class Needs:
 
     Attributes:
       parameters: the model's.
-      fixed: of clean runs and ablations, whatever the number of prompts.
-      prompt: of each prompt besides.
+      fixed: of clean runs and rows, whatever the number of texts.
+      text: of each text besides.
     """
 
     parameters: int
     fixed: int
-    prompt: int
+    text: int
 
-    def prompts(self, free: float) -> int:
-        """Return the number of prompts that fit into `free` bytes beside the parameters."""
-        return max(0, int((SHARE * free - self.fixed) // self.prompt))
+    def texts(self, free: float) -> int:
+        """Return the number of texts that fit into `free` bytes beside the parameters."""
+        return max(0, int((SHARE * free - self.fixed) // self.text))
 
 
 def default_rows() -> int:
@@ -61,34 +68,87 @@ def default_rows() -> int:
     return ROWS.get(jax.default_backend(), ACCELERATOR_ROWS)
 
 
-def needs(config: ModelConfig, length: int, draws: int, model: int = 1, edges: bool = False) -> Needs:
-    """Return a sweep's needs on a device.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is made of every text of a sweep.
+
+    Attributes:
+      programs: G.
+      draws: R.
+      readings: Q.
+      rows: in a block; 0 for the device's default.
+      streamed: whether layers are read as they are needed.
+    """
+
+    programs: int
+    draws: int
+    readings: int = 1
+    rows: int = 0
+    streamed: bool = False
+
+    @property
+    def at_once(self) -> int:
+        """Rows in a block."""
+        return self.rows or default_rows()
+
+    @property
+    def texts(self) -> int:
+        """The number of texts whose rows fill a block."""
+        return max(1, self.at_once // (self.draws * self.readings))
+
+
+def sizes(config: ModelConfig, length: int, model: int, free: float) -> Sizes:
+    """Return what is computed at once of clean runs: what is best, or what a share of `free` bytes takes."""
+    token, logits = _token(config, length, model), 3 * 4 * config.vocab_size
+    return Sizes(
+        tokens=int(min(PREFILL_TOKENS, max(length, CLEAN_SHARE * free // token))),
+        logits=int(min(UNEMBED_ROWS, max(1, CLEAN_SHARE * free // logits))),
+    )
+
+
+def needs(config: ModelConfig, length: int, asked: Asked, model: int = 1, free: float = math.inf) -> Needs:
+    """Return the needs of a walk on a device.
 
     Args:
       config: the model's.
-      length: T, tokens of a prompt as padded.
-      draws: R, replacements.
+      length: T, tokens of a text as padded.
+      asked: of every text.
       model: devices that share the model.
-      edges: whether direct edges are computed.
+      free: bytes beside the model.
     """
     c, item = config, jnp.dtype(config.dtype).itemsize
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    clean = jax.eval_shape(prefill, layout(c), jax.ShapeDtypeStruct((length,), jnp.int32), number, number)
-    cache = 2 * c.layers * c.kv_heads * c.head_dim * length * item
     shared = model if c.kv_heads % model == 0 or c.head_dim % model == 0 else 1
-    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(clean)) - cache + cache // shared
-    # A token in a layer takes, in float32: the stream and its reads, heads, and the MLP.
-    token = 4 * (6 * c.width + 4 * c.heads * c.head_dim + 3 * c.mlp_width // model)
-    # A layer's weights are cut out of the stack for its products.
-    layer = 4 * (2 * c.width * (c.heads + c.kv_heads) * c.head_dim + 3 * c.width * c.mlp_width) // model
-    together = max(length, PREFILL_TOKENS)
-    scores = 3 * 4 * c.heads * length
-    edit = token + scores + item * c.width + (2 if edges else 1) * 3 * 4 * c.components
+    cache = 2 * c.kv_heads * c.head_dim * length * item // shared
+    size, token = sizes(c, length, model, free), _token(c, length, model)
+    block = Layout.of(asked.texts, asked.readings, asked.draws, max(1, asked.programs), asked.at_once)
+    rows = block.rows * block.texts_at_once if asked.programs else 0
+    # A row's shift; what is recorded of it, as it is, joined, and scaled; and its values.
+    row = 4 * c.width + 3 * 4 * c.components + item * c.width // max(1, asked.programs)
+    reading = 4 * (5 * c.width + 2 * c.heads * c.head_dim)
+    # A layer is cut out of the stack, or converted where products are made in another type.
+    layer = 4 * layer_bytes(c, model) // item if item < 4 or not asked.streamed else 0
     return Needs(
-        parameters=meshes.bytes_a_device(c, model),
-        fixed=layer + together * (token + scores) + 2 * 4 * c.vocab_size * max(1, together // length),
-        prompt=2 * kept + draws * edit,
+        parameters=meshes.bytes_a_device(c, model, AT_ONCE if asked.streamed else c.layers),
+        fixed=layer + max(max(length, size.tokens) * token, rows * token, 3 * 4 * c.vocab_size * size.logits),
+        text=3 * 4 * length * c.width + 2 * cache + asked.readings * reading + _rows(asked) * row,
     )
+
+
+def _token(config: ModelConfig, length: int, model: int) -> int:
+    """Return the bytes that a token or a row takes while a layer computes, in float32."""
+    c = config
+    stream_and_heads = 6 * c.width + 4 * c.heads * c.head_dim + 3 * c.mlp_width // model
+    return 4 * stream_and_heads + 3 * 4 * c.heads * length
+
+
+def layer_bytes(config: ModelConfig, model: int) -> int:
+    """Return the bytes of one layer on each of the `model` devices that share it."""
+    return meshes.bytes_a_device(config, model, 1) - meshes.bytes_a_device(config, model, 0)
+
+
+def _rows(asked: Asked) -> int:
+    """Return the rows of a text."""
+    return asked.programs * asked.draws * asked.readings
 
 
 def free_bytes(device: jax.Device) -> float:
@@ -99,12 +159,15 @@ def free_bytes(device: jax.Device) -> float:
     return host_bytes() / jax.local_device_count()
 
 
-def left(asked: float, config: ModelConfig, mesh: Mesh) -> float:
-    """Return the bytes a device has left beside a loaded model; `asked` GB may be used in all, 0 for no limit."""
-    free = free_bytes(mesh.local_devices[0])
-    if not asked:
-        return free
-    return min(free, asked * 1e9 - meshes.bytes_a_device(config, mesh.shape[meshes.MODEL]))
+def left(asked: float, config: ModelConfig, mesh: Mesh, streamed: bool = False) -> float:
+    """Return the bytes a device has left beside a loaded model; `asked` GB may be used in all, 0 for no limit.
+
+    Of streamed layers those count that are there at once, of which none is there yet.
+    """
+    free, model = free_bytes(mesh.local_devices[0]), mesh.shape[meshes.MODEL]
+    held = meshes.bytes_a_device(config, model, AT_ONCE if streamed else config.layers)
+    coming = AT_ONCE * layer_bytes(config, model) if streamed else 0
+    return free - coming if not asked else min(free - coming, asked * 1e9 - held)
 
 
 def host_bytes() -> float:
@@ -123,60 +186,64 @@ def host_bytes() -> float:
         return free
 
 
-def check_model(config: ModelConfig, model: int, limit: float) -> None:
-    """Refuse a model before it is read.
-
-    Raises:
-      UserError: if its parameters alone take more than `limit` bytes of a device.
-    """
-    wanted = meshes.bytes_a_device(config, model)
-    if wanted > limit:
-        raise UserError(
-            f"memory: the model's parameters take {wanted / 1e9:.3g} GB a device, {limit / 1e9:.3g} are there; set"
-            f" --config.mesh.model to {model * math.ceil(wanted / limit)} or more, or dtype=bfloat16"
-        )
-
-
 class BatchSizer:
-    """Chooses how many prompts go at once on a worker's devices, by length; fewer where that turned out too many.
+    """Chooses how many texts go at once on a worker's devices, by length; fewer where that turned out too many."""
 
-    Args:
-      config: the model's.
-      mesh: the worker's.
-      draws: R, replacements.
-      edges: whether direct edges are computed.
-      rows: edits at once on a device, if they fit; 0 for the device's default.
-      free: bytes on each device, besides the model.
-    """
+    def __init__(self, config: ModelConfig, mesh: Mesh, asked: Asked, free: float):
+        """Take what is known before any text.
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, draws: int, edges: bool, rows: int, free: float):
-        self._needs = functools.cache(lambda length: needs(config, length, draws, mesh.shape[meshes.MODEL], edges))
-        self._draws = draws
-        self._wanted, self._free = max(1, (rows or default_rows()) // draws), free
+        Args:
+          config: the model's.
+          mesh: the worker's.
+          asked: of every text.
+          free: bytes on each device, besides the model.
+        """
+        self._config, self._model = config, mesh.shape[meshes.MODEL]
+        self._needs = functools.cache(lambda length, asked: needs(config, length, asked, self._model, free))
+        self.asked, self._free = asked, free
         self.least = mesh.shape[meshes.DATA]
         self._several = len({device.process_index for device in mesh.devices.flat}) > 1
-        self._most = self._wanted * self.least
+        # Streamed layers are read once for all texts that go at once.
+        self._most = MOST if asked.streamed else self.wanted
 
     @property
     def wanted(self) -> int:
-        """The number of prompts that fill the devices."""
-        return self._wanted * self.least
+        """The number of texts that fill the devices."""
+        return self.asked.texts * self.least
 
-    def prompts(self, length: int) -> int:
-        """Return the number of prompts of up to `length` tokens, padded, that go at once.
+    def prompts(self, length: int, clean: bool = False) -> int:
+        """Return the number of texts of up to `length` tokens, padded, that go at once.
+
+        Args:
+          length: T.
+          clean: whether they have no rows.
 
         Raises:
-          UserError: if not even one prompt a device fits.
+          UserError: if not even one text a device fits.
         """
-        need: Needs = self._needs(length)
-        fitting = need.prompts(self._free)
+        need: Needs = self._needs(length, dataclasses.replace(self.asked, programs=0) if clean else self.asked)
+        fitting = need.texts(self._free)
         if fitting < 1:
             raise UserError(
                 f"memory: a prompt of {length} tokens and its replacements want"
-                f" {(need.fixed + need.prompt) / 1e9:.2g} GB a device beside the model, {SHARE * self._free / 1e9:.2g}"
-                " are free; set --config.mesh.model to share the model among more devices, or dtype=bfloat16"
+                f" {(need.fixed + need.text) / 1e9:.2g} GB a device beside the model, {SHARE * self._free / 1e9:.2g}"
+                f" are free; {REMEDY}"
             )
         return min(fitting * self.least, self._most)
+
+    def chunk(self, length: int) -> int:
+        """Return the number of texts whose results are written together: those that go at once."""
+        return self.prompts(length) if self.asked.streamed else self.wanted
+
+    def sizes(self, length: int) -> Sizes:
+        """Return what is computed at once of the clean runs of texts of up to `length` tokens, padded."""
+        return sizes(self._config, length, self._model, self._free)
+
+    def fill_up(self, texts: int) -> int:
+        """Return the number of texts that `texts` are filled up to, so that blocks divide them on every device."""
+        each = -(-texts // self.least)
+        columns = -(-each // self.asked.texts)
+        return -(-each // columns) * columns * self.least
 
     def run(self, call: Callable[[int], T], size: int, say: Callable[[str], None]) -> T:
         """Return `call(size)`, halving the size as often as a device's memory is exhausted.
@@ -197,14 +264,12 @@ class BatchSizer:
                     raise
                 size = min(size, self._most)
                 if self._several:
+                    rows = max(1, self.asked.texts // 2) * self.asked.draws
                     raise UserError(
                         f"memory: {size} prompts at once do not fit on the devices, and those of other processes go on"
-                        f" with as many; start again with --config.rows={max(1, self._wanted // 2) * self._draws}"
+                        f" with as many; start again with --config.rows={rows}"
                     ) from error
                 if size == self.least:
-                    raise UserError(
-                        "memory: not even one prompt a device fits; set --config.mesh.model to share the model among"
-                        " more devices, or dtype=bfloat16"
-                    ) from error
+                    raise UserError(f"memory: not even one prompt a device fits; {REMEDY}") from error
                 self._most = max(self.least, size // 2 // self.least * self.least)
             say(f"out of memory with {size} prompts at once: going on with {self._most}")

@@ -134,12 +134,15 @@ def split(shape: tuple[int, ...], axes: tuple[int, ...], model: int, first: str 
     return Spec(*names)
 
 
-def bytes_a_device(config: ModelConfig, model: int) -> int:
-    """Return the bytes of a model's parameters on each of the `model` devices that share it."""
+def bytes_a_device(config: ModelConfig, model: int, layers: int | None = None) -> int:
+    """Return the bytes of a model's parameters, or those beside and of some `layers`, on each of `model` devices."""
     parts = 0
     for name, like in flat(layout(config).weights).items():
         shared = MODEL in _spec(name, like.shape, model)
-        parts += math.prod(like.shape) * like.dtype.itemsize // (model if shared else 1)
+        size = math.prod(like.shape) * like.dtype.itemsize // (model if shared else 1)
+        if layers is not None and name.startswith("layers/"):
+            size = size // config.layers * layers
+        parts += size
     return parts
 
 

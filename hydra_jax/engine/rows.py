@@ -34,6 +34,7 @@ class Rows:
       programs: G of them, along a first axis.
       shift: [P, N, D], s.
       direct: [P, N], not yet divided by sigma.
+      readout: [P, Q, D], r.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class Rows:
         self._recorded = layout.per_row(computed)
         self._moved = layout.per_row(computed & (programs.writes == Word.FOLLOW))
         self._reading = layout.reading().astype(np.int32)
-        self._readout, _ = texts.contrast(contrasts)
-        self.shift, self.direct = self._program(blocks.zeros, (), rows=layout.total)(self._readout)
+        self.readout, _ = texts.contrast(contrasts)
+        self.shift, self.direct = self._program(blocks.zeros, (), rows=layout.total)(self.readout)
         self._changes: list[jax.Array] = []
         self._of_heads: list[jax.Array] = []
 
@@ -89,8 +90,13 @@ class Rows:
                     new = values(Component(number, site))
                     run = self._program(blocks.clamp, (4, 6), (0, 1), site=site)
                     self.shift, self.direct = run(
-                        self.shift, self.direct, clean, self._readout, self._start(which), new, self._of_program()
+                        self.shift, self.direct, clean, self.readout, self._start(which), new, self._of_program()
                     )
+
+    def wait(self, number: int) -> None:
+        """Wait until the rows are through a layer, or all of those before it where it is -1."""
+        if number >= 0:
+            jax.block_until_ready(self._changes[(number + 1) * len(stages(self._texts.params.config.parallel)) - 1])
 
     def effects(self, reading: Reading) -> Effects:
         """Return the rows' effects, [P, G, Q, R], after the last layer; `reading` is what the texts say, [P, Q]."""
@@ -115,7 +121,7 @@ class Rows:
         by_head = self._by_head and ATTN in sites
         run = self._program(blocks.advance, (0, 5, 6, 7, 8, 9), (4,), sites=sites, layout=layout, by_head=by_head)
         self.shift, changes, of_heads = run(
-            *(layer, clean, self._texts.positions, self._readout, self.shift),
+            *(layer, clean, self._texts.positions, self.readout, self.shift),
             *(listed, np.int32(len(active)), moved, recorded, self._reading),
         )
         self._changes.append(changes)
@@ -151,7 +157,7 @@ class Rows:
             mixed = put(mixed, np.int32(head), values(Component(number, ATTN, int(head))))
         run = self._program(blocks.clamp_heads, (0, 8, 9, 10), (4, 5, 6))
         self.shift, self.direct, self._changes[-1] = run(
-            *(layer, clean, self._texts.positions, self._readout, self.shift, self.direct, self._changes[-1]),
+            *(layer, clean, self._texts.positions, self.readout, self.shift, self.direct, self._changes[-1]),
             *((mixed, entering), words.astype(np.int32), self._start(which), self._of_program()),
         )
 

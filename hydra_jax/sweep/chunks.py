@@ -1,118 +1,31 @@
-"""Ablations of a plan's prompts: chunk by chunk into labelled arrays, in batches that go to the devices at once."""
+"""Ablations of a plan's prompts: chunk by chunk into labelled arrays, each chunk in as few walks as memory allows."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax.core.edits import SITES, Component, WriteStatistics, all_components
-from hydra_jax.core.effects import Effects
-from hydra_jax.core.prefill import Clean
-from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.batched import (
-    AblationSummary,
-    CleanSummary,
-    ablate_program,
-    ablation_summary_program,
-    clean_summary_program,
-    prefill_program,
-)
-from hydra_jax.engine.batching import evenly, fill_up, round_up
+from hydra_jax.engine.batching import evenly
 from hydra_jax.errors import UserError
 from hydra_jax.store import variables
-from hydra_jax.sweep.plan import Plan, batch_of
+from hydra_jax.sweep.ablations import ablate
+from hydra_jax.sweep.plan import Plan
 from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.padding import padded_length
-
-AHEAD = 2
-"""Components whose work is handed to the devices before the first one's results are waited for."""
 
 Write = Callable[[slice, dict[str, np.ndarray]], None]
 """Stores a chunk's variables."""
 
 
-class Batch:
-    """A batch of prompts on the devices: `clean` holds their clean runs, `prompts` their indices in the plan.
-
-    Args:
-      plan: the sweep.
-      part: which of its prompts.
-      size: how many they are filled up to, so that all of a sweep's batches share a compilation.
-      sources: of replacements.
-    """
-
-    def __init__(self, plan: Plan, part: slice, size: int, sources: Sources):
-        self.plan, self.items, self._sources = plan, plan.items[part], sources
-        self.params = plan.model.params
-        mesh = meshes.mesh_of(self.params)
-        over = functools.partial(meshes.put, mesh, spec=meshes.Spec(meshes.DATA))
-        self.prompts = np.array(fill_up(range(part.start, part.stop), size))
-        tokens, lengths = batch_of(self.items, size, plan.model.config.context)
-        targets = plan.targets[self.prompts].astype(np.int32)
-        self.clean: Clean = prefill_program(self.params)(self.params, over(tokens), over(lengths), over(targets))
-        self._keys = over(plan.keys[self.prompts])
-
-    def clean_summary(self) -> CleanSummary:
-        """Return its clean runs as the host reads them."""
-        return self._host(clean_summary_program(self.params)(self.params, self.clean))
-
-    def ablate(self, component: Component, sources: jax.Array | None = None) -> tuple[Effects, jax.Array | None]:
-        """Begin one component's ablations; effects and direct edges are on the devices, and perhaps not yet there.
-
-        Args:
-          component: which.
-          sources: its replacements' values, where they are at hand.
-        """
-        plan = self.plan
-        unit = plan.components.index(component)
-        statistics = WriteStatistics(*(jnp.asarray(array[unit]) for array in plan.statistics))
-        values = self._sources(self.prompts, unit) if sources is None else sources
-        run = ablate_program(self.params, plan.ablation.kind, plan.ablation.edges)
-        return run(self.params, self.clean, component.arrays(), values, statistics, self._keys)
-
-    def summaries(self, components: Sequence[Component]) -> Iterator[AblationSummary]:
-        """Yield each component's ablations, in order, with the devices kept busy meanwhile.
-
-        Raises:
-          UserError: if the identity of `core.effects` fails in a prompt.
-        """
-        summarise = ablation_summary_program(self.params)
-        begun: deque[tuple[Component, AblationSummary]] = deque()
-        for component in components:
-            begun.append((component, summarise(*self.ablate(component))))
-            if len(begun) > AHEAD:
-                yield self._finish(*begun.popleft())
-        while begun:
-            yield self._finish(*begun.popleft())
-
-    def _finish(self, component: Component, begun: AblationSummary) -> AblationSummary:
-        """Wait for one component's ablations, and check the identity."""
-        summary: AblationSummary = self._host(begun)
-        wrong = np.flatnonzero(summary.residual > self.plan.tolerance)
-        if wrong.size:
-            raise UserError(
-                f"prompt {self.items[wrong[0]].prompt.name}, {component}: total effect is not direct effect less"
-                f" compensation, by {summary.residual[wrong[0]]:.2g} logits (more than {self.plan.tolerance:g}); the"
-                " activations lose precision: use float32 and precision=highest, or raise identity_tolerance"
-            )
-        return summary
-
-    def _host(self, tree: Any) -> Any:
-        return jax.tree.map(lambda array: array[: len(self.items)], jax.device_get(tree))
-
-
 def ablate_chunk(
-    plan: Plan, chunk: slice, sources: Sources, size: int, progress: Callable[[int], object] = lambda done: None
+    plan: Plan, chunk: slice, sources: Sources, size: int, progress: Callable[[float], object] = lambda done: None
 ) -> dict[str, np.ndarray]:
     """Make every ablation in one chunk's prompts; returns the variables of a result store.
 
@@ -126,30 +39,18 @@ def ablate_chunk(
     Raises:
       UserError: if the identity of `core.effects` fails in a prompt.
     """
-    components, draws, c = plan.components, plan.ablation.draws, plan.model.config
-    # Early layers cost more than late ones: first and last in turn keep the bar's ETA true.
-    turns = sorted(range(len(components)), key=lambda i: (min(i, len(components) - 1 - i), i))
+    components, draws = plan.components, plan.ablation.draws
     sizes: dict[Hashable, int] = {
         "prompt": chunk.stop - chunk.start,
         "ablated": len(components),
         "replacement": draws,
-        "component": c.components,
+        "component": plan.model.config.components,
     }
     columns = variables.empty(sizes, plan.ablation.edges)
-    of_ablations = columns.keys() - set(variables.CLEAN)
-    units = [component.unit(c.heads) for component in components]
     for part in evenly(sizes["prompt"], size):
-        batch = Batch(plan, slice(chunk.start + part.start, chunk.start + part.stop), size, sources)
-        clean = batch.clean_summary()
-        for name in ("clean_logit", "clean_probability", "final_scale", "delta_unembed"):
-            columns[name][part] = getattr(clean, name)
-        own = clean.head_unembed if plan.ablation.by_head else clean.delta_unembed
-        columns["ablated_delta_unembed"][part] = own[:, units]
-        summaries = batch.summaries([components[turn] for turn in turns])
-        for turn, summary in zip(turns, summaries, strict=True):
-            for name in of_ablations:
-                columns[name][part, turn] = getattr(summary, name)
-            progress((part.stop - part.start) * draws)
+        prompts = slice(chunk.start + part.start, chunk.start + part.stop)
+        for name, values in ablate(plan, prompts, size, sources, progress).items():
+            columns[name][part] = values
     _leave_out(columns, draws)
     return columns
 
@@ -212,7 +113,7 @@ def fill(
             longest = padded_length(len(plan.items[chunk.stop - 1].tokens), plan.model.config.context)
             # The same for all chunks, the last and smaller one too, so that they share a compilation.
             parts = evenly(largest, plan.sizer.prompts(longest))
-            size = round_up(parts[0].stop, plan.sizer.least)
+            size = plan.sizer.fill_up(parts[0].stop)
             columns = plan.sizer.run(attempt, size, say)
             lost += _report_lost(plan, chunk, columns[variables.NON_FINITE], say)
             if lost > plan.non_finite * every:
@@ -255,36 +156,3 @@ def frame(plan: Plan) -> xr.Dataset:
     # An index in the pool is one in the store only where the two are the same prompts.
     source = plan.sources if list(plan.pool) == plan.ids else np.full_like(plan.sources, -1)
     return variables.frame(prompts, plan.components, plan.model.config.layers, source)
-
-
-def ablate_one(plan: Plan, index: int, component: Component) -> xr.Dataset:
-    """Ablate one component in one prompt; returns everything about it, a dataset of (replacement, component)."""
-    batch = Batch(plan, slice(index, index + 1), plan.sizer.least, Sources(plan, resident=False))
-    clean: CleanSummary = jax.tree.map(lambda array: array[0], batch.clean_summary())
-    effects: Effects = jax.tree.map(lambda array: array[0], jax.device_get(batch.ablate(component)[0]))
-    compensation = effects.compensation.reshape(len(effects.compensation), -1)
-    # The ablated component's own change is its direct effect: it is not among the compensations.
-    ablated = clean.delta_unembed + compensation
-    ablated[:, component.index] -= effects.direct_effect
-    prompt = plan.items[index].prompt
-    return xr.Dataset(
-        {
-            "delta_unembed": ("component", clean.delta_unembed, {"long_name": "contribution, clean run"}),
-            "ablated_unembed": (("replacement", "component"), ablated, {"long_name": "contribution, ablated run"}),
-            "compensation": (("replacement", "component"), compensation),
-            **{name: ("replacement", getattr(effects, name)) for name in variables.EFFECTS},
-        },
-        variables.labels("component", all_components(plan.model.config.layers)),
-        {
-            "prompt_id": prompt.id,
-            "text": prompt.text,
-            "target_text": plan.model.tokenizer.decode([int(plan.targets[index])]),
-            "clean_logit": float(clean.clean_logit),
-            "clean_probability": float(clean.clean_probability),
-            "ablated_layer": component.layer,
-            "ablated_site": SITES[component.site],
-            "ablated_head": component.head,
-            "kind": str(plan.ablation.kind),
-            "units": variables.LOGITS,
-        },
-    )

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -70,7 +71,8 @@ class CleanPass:
         bar.update(len(items) - len(missing))
         alone = self.cluster.count == 1
         worker = Worker(0, 1, True) if alone else meshes.worker(meshes.mesh_of(self.model.params))
-        size = self.sizer.prompts(padded_length(len(missing[-1].tokens), self.model.config.context)) if missing else 1
+        longest = padded_length(len(missing[-1].tokens), self.model.config.context) if missing else 1
+        size = self.sizer.prompts(longest, clean=True)
         size = min(self.cluster.gather(size))  # a process that ran out of memory goes on with fewer
         parts = evenly(len(missing), min(size, -(-len(missing) // worker.count)))
         say = functools.partial(bar.write, file=sys.stderr)
@@ -93,15 +95,17 @@ class CleanPass:
         joined = {name: np.concatenate([columns[name] for columns, _ in parts]) for name in COLUMNS}
         return joined, np.concatenate([values for _, values in parts])
 
-    def _run(self, items: Sequence[Item], targets: Sequence[int], size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _run(
+        self, items: Sequence[Item], targets: Sequence[int], size: int
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Run `items`, filled up to `size`, through the layers; see `_runs`."""
         model, c, kind = self.model, self.model.config, self.ablation.kind
         # Zero ablation takes no values from clean runs.
         kept = self.ablation.components(c) if kind.needs_sources or kind.needs_statistics else []
         where = places(c, kept)
-        values = np.empty((len(items), sum(place.stop - place.start for place in where.values())), c.dtype)
+        values = np.empty((len(items), sum(place.stop - place.start for place in where.values())), jnp.dtype(c.dtype))
         tokens, lengths = batch_of(items, size, c.context)
-        texts = Texts(model.params, tokens, lengths[:, None] - 1)
+        texts = Texts(model.params, tokens, lengths[:, None] - 1, self.sizer.sizes(tokens.shape[1]))
         for number, layer in enumerate(forward(c, model.layers)):
             clean = texts.through(layer)
             here = [component for component in kept if component.layer == number]

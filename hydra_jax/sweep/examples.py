@@ -8,7 +8,7 @@ import xarray as xr
 from hydra_jax.core.edits import ATTN, SITES
 from hydra_jax.errors import UserError, shown
 from hydra_jax.store import variables
-from hydra_jax.sweep.chunks import ablate_one
+from hydra_jax.sweep.ablations import ablate_each
 from hydra_jax.sweep.plan import Plan
 
 BLOCK = 256
@@ -36,7 +36,7 @@ def examples(plan: Plan, effects: xr.Dataset, prompt_id: str = "") -> xr.Dataset
       UserError: if the sweep has no such prompt.
 
     Returns:
-      `chunks.ablate_one` of each, along the dimension `example`.
+      `ablations.ablate_each`, along the dimension `example`.
     """
     if prompt_id and prompt_id not in plan.ids:
         raise UserError(f"config.example: {shown(prompt_id)} is not among the prompts swept; see prompts.csv")
@@ -47,8 +47,8 @@ def examples(plan: Plan, effects: xr.Dataset, prompt_id: str = "") -> xr.Dataset
         raise UserError("prompts: no prompt's values are all finite; sweep in float32, into another --workdir")
     spread = order[np.linspace(0, len(order) - 1, EXAMPLES).round().astype(int)]
     ablated = []
-    for index in list(dict.fromkeys([*asked, *spread.tolist()]))[:EXAMPLES]:
-        one = ablate_one(plan, index, plan.components[int(strongest[index])])
+    chosen = list(dict.fromkeys([*asked, *spread.tolist()]))[:EXAMPLES]
+    for one in ablate_each(plan, [(index, plan.components[int(strongest[index])]) for index in chosen]):
         named = {name: np.array(one.attrs[name]) for name in COORDINATES}
         named |= {name: value.astype(object) for name, value in named.items() if value.dtype.kind == "U"}
         ablated.append(one.assign_coords(named).drop_attrs(deep=False))

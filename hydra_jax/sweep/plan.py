@@ -12,7 +12,7 @@ import numpy as np
 from hydra_jax.config import AblationConfig, SweepConfig
 from hydra_jax.core.edits import WHOLE, Component, WriteStatistics, draw_sources, prompt_keys
 from hydra_jax.engine.batching import fill_up
-from hydra_jax.engine.memory import BatchSizer
+from hydra_jax.engine.memory import Asked, BatchSizer
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.sweep.bank import Bank
@@ -202,6 +202,19 @@ class Plan:
         for start in range(0, len(ids), step):
             values = self.bank.values(ids[start : start + step]).astype(np.float64)
             yield values[np.isfinite(values).all(axis=1)]
+
+
+def asked(ablation: AblationConfig, config: ModelConfig, rows: int, streamed: bool) -> Asked:
+    """Return what a sweep makes of every prompt.
+
+    Args:
+      ablation: of the sweep.
+      config: the model's.
+      rows: in a block; 0 for the device's default.
+      streamed: whether the model's layers are.
+    """
+    programs = len(ablation.components(config)) * (2 if ablation.edges else 1)
+    return Asked(programs, ablation.draws, rows=rows, streamed=streamed)
 
 
 def places(config: ModelConfig, components: Sequence[Component]) -> dict[Component, slice]:

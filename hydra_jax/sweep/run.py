@@ -28,9 +28,10 @@ from hydra_jax.sweep.bank import DIRECTORY, Bank
 from hydra_jax.sweep.chunks import fill, frame
 from hydra_jax.sweep.clean import CleanPass, choose
 from hydra_jax.sweep.examples import examples
-from hydra_jax.sweep.plan import Item, Plan, facts_beside, itemise
+from hydra_jax.sweep.plan import Item, Plan, asked, facts_beside, itemise
 from hydra_jax.sweep.protocol import protocol
 from hydra_jax.text import prompts as prompt_sets
+from hydra_jax.text.padding import padded_length
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.weights import source
 from hydra_jax.weights.model import Model
@@ -168,9 +169,9 @@ class _Sweep:
 
     def _sizer(self) -> BatchSizer:
         """Size batches alike in all processes: they divide the work by it."""
-        config = self.config
-        free = min(self.cluster.gather(memory.left(config.memory, self.model.config, self.mesh)))
-        return BatchSizer(self.model.config, self.mesh, config.ablation.draws, config.ablation.edges, config.rows, free)
+        config, model, streamed = self.config, self.model.config, self.model.layers.streamed
+        free = min(self.cluster.gather(memory.left(config.memory, model, self.mesh, streamed)))
+        return BatchSizer(model, self.mesh, asked(config.ablation, model, config.rows, streamed), free)
 
     def _layout(self) -> str:
         """Describe the devices and the batch size in a line."""
@@ -234,7 +235,8 @@ class _Sweep:
         table = examined_table(plan, examined)
         beside = {EXAMINED: lambda part: table.to_csv(part, index=False)}
         # As many as fill a worker's devices, but so that every worker has some.
-        most = min(self.sizer.wanted, -(-len(plan.items) // self.worker.count))
+        longest = padded_length(len(plan.items[-1].tokens), plan.model.config.context)
+        most = min(self.sizer.chunk(longest), -(-len(plan.items) // self.worker.count))
         chunk = evenly(len(plan.items), most)[0].stop
         store.create(self.workdir, dataset, chunk, self.config.ablation.edges, beside)
 
@@ -244,7 +246,7 @@ def _load(config: SweepConfig, mesh: Mesh) -> Model:
     switches = {"dtype": config.dtype, "precision": config.precision}
     opened = source.open(config.model, config.model_step)
     limit = config.memory * 1e9 or memory.free_bytes(mesh.local_devices[0])
-    memory.check_model(opened.config(**switches), mesh.shape[meshes.MODEL], limit)
+    del limit
     return opened.load(mesh=mesh, **switches)
 
 

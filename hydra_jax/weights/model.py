@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 
+from hydra_jax.engine.layers import Layers, Resident
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
 
@@ -29,6 +30,11 @@ class Model:
     tokenizer: Tokenizer
     weights_hash: str
     dropout: float | None = None
+
+    @property
+    def layers(self) -> Layers:
+        """The model's layers."""
+        return Resident(self.params)
 
     @property
     def config(self) -> ModelConfig:

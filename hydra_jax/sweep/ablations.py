@@ -1,0 +1,191 @@
+"""Every component's ablations in a few prompts, by one walk: as a result store has them, or in full for one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import xarray as xr
+
+from hydra_jax.core.edits import SITES, WHOLE, Component, all_components
+from hydra_jax.core.effects import Effects
+from hydra_jax.core.prefill import Reading
+from hydra_jax.core.programs import Word, program, together
+from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.batching import fill_up
+from hydra_jax.engine.rows import Draws, Rows
+from hydra_jax.engine.summary import Summary
+from hydra_jax.engine.summary import summarise as summarise_effects
+from hydra_jax.engine.walk import Texts, forward
+from hydra_jax.engine.walk import program as device_program
+from hydra_jax.errors import UserError
+from hydra_jax.models.transformer import Contrast
+from hydra_jax.store import variables
+from hydra_jax.sweep.plan import Plan, batch_of
+from hydra_jax.sweep.sources import Sources
+
+Progress = Callable[[float], object]
+
+
+class Walked:
+    """A walk of some of a plan's prompts, each with every ablation of some components.
+
+    Attributes:
+      effects: [P, A * (1 or 2), 1, R], on the devices; of each component its ablation, and its direct edges after it.
+      reading: [P, 1, ...], on this host.
+      contributions: [P, 2L], what each write adds to the target's centred logit.
+      of_heads: [P, L * H], what each head adds; None where no head is ablated.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        prompts: np.ndarray,
+        components: Sequence[Component],
+        edges: bool,
+        sources: Sources,
+        progress: Progress,
+    ) -> None:
+        """Walk.
+
+        Args:
+          plan: the sweep.
+          prompts: indices of P of its prompts.
+          components: A of its components.
+          edges: whether direct edges are computed, too.
+          sources: of replacements.
+          progress: told of how many more interventions are done.
+        """
+        model, c, draws = plan.model, plan.model.config, plan.ablation.draws
+        tokens, lengths = batch_of([plan.items[index] for index in prompts], len(prompts), c.context)
+        texts = Texts(model.params, tokens, lengths[:, None] - 1, plan.sizer.sizes(tokens.shape[1]))
+        asked = Contrast.target(plan.targets[prompts].astype(np.int32)[:, None])
+        rests = (Word.FOLLOW, Word.PROBE) if edges else (Word.FOLLOW,)
+        programs = together([program(c, clamp=[one], rest=rest) for one in components for rest in rests])
+        rows = Rows(texts, programs, draws, asked, plan.sizer.asked.at_once)
+        values = Draws(
+            *(texts.mesh, rows.layout, plan.ablation.kind, texts.put(plan.keys[prompts])),
+            lambda component: sources(prompts, component),
+            plan.statistics_of,
+        )
+        by_head = any(component.head != WHOLE for component in components)
+        added: list[tuple[Any, Any]] = []
+        every, done = sum(rows.work(number) for number in range(c.layers)), 0
+        for number, layer in enumerate(forward(c, model.layers)):
+            clean = texts.through(layer)
+            added.append(texts.contributions(layer, clean, rows.readout, by_head))
+            rows.through(number, layer, clean, values)
+            # One layer is computed while the next is handed over; a streamed one has to make room for that.
+            rows.wait(number if model.layers.streamed else number - 1)
+            done += rows.work(number)
+            progress(rows.work(number) / max(1, every) * len(prompts) * len(components) * draws)
+        reading = texts.read(asked)
+        self.effects: Effects = rows.effects(reading)
+        self.reading: Reading = jax.device_get(reading)
+        writes, heads = zip(*jax.device_get(added), strict=True)
+        scale = self.reading.final_scale
+        self.contributions = np.stack(writes, axis=2).reshape(len(prompts), -1) / scale
+        self.of_heads = np.stack(heads, axis=2).reshape(len(prompts), -1) / scale if by_head else None
+
+
+def ablate(plan: Plan, part: slice, size: int, sources: Sources, progress: Progress) -> dict[str, np.ndarray]:
+    """Ablate all of a plan's components in some of its prompts, and return the variables of a result store.
+
+    Args:
+      plan: the sweep.
+      part: which of its prompts.
+      size: how many they are filled up to, so that all walks of a sweep share their compilations.
+      sources: of replacements.
+      progress: told of how many more interventions are done.
+
+    Raises:
+      UserError: if the identity of `core.effects` fails in a prompt.
+    """
+    count = part.stop - part.start
+    prompts = np.array(fill_up(range(part.start, part.stop), size))
+    edges, components = plan.ablation.edges, plan.components
+    walked = Walked(plan, prompts, components, edges, sources, lambda done: progress(done * count / size))
+    summarise = device_program(meshes.mesh_of(plan.model.params), summarise_effects, (), edges=edges)
+    summary: Summary = jax.tree.map(lambda array: array[:count], jax.device_get(summarise(walked.effects)))
+    _check_identity(plan, part, summary.residual)
+    units = [component.unit(plan.model.config.heads) for component in components]
+    own = walked.contributions if walked.of_heads is None else walked.of_heads
+    clean = {
+        "clean_logit": walked.reading.centred_logit[:, 0],
+        "clean_probability": walked.reading.probability[:, 0],
+        "final_scale": walked.reading.final_scale[:, 0],
+        "delta_unembed": walked.contributions,
+        "ablated_delta_unembed": own[:, units],
+    }
+    made = {name: getattr(summary, name) for name in variables.VARIABLES if name not in clean}
+    return {name: values[:count] for name, values in (clean | made).items() if values is not None}
+
+
+def ablate_each(plan: Plan, ablations: Sequence[tuple[int, Component]]) -> list[xr.Dataset]:
+    """Make single ablations in single prompts, by one walk.
+
+    Args:
+      plan: the sweep.
+      ablations: each the index of a prompt, and the component that is ablated in it.
+
+    Returns:
+      Everything about each, a dataset of (replacement, component).
+    """
+    components = sorted({component for _, component in ablations})
+    indices = list(dict.fromkeys(index for index, _ in ablations))
+    prompts = np.array(fill_up(indices, plan.sizer.fill_up(len(indices))))
+    sources = Sources(plan, resident=False)
+    walked = Walked(plan, prompts, components, False, sources, lambda done: None)
+    effects: Effects = jax.device_get(walked.effects)
+    return [
+        _everything(plan, walked, effects, indices.index(index), index, component, components.index(component))
+        for index, component in ablations
+    ]
+
+
+def _everything(
+    plan: Plan, walked: Walked, every: Effects, place: int, index: int, component: Component, unit: int
+) -> xr.Dataset:
+    """Return one ablation's dataset: that of the prompt at `place` in the walk, `index` in the plan."""
+    effects: Effects = jax.tree.map(lambda array: array[place, unit, 0], every)
+    reading: Reading = jax.tree.map(lambda array: array[place, 0], walked.reading)
+    compensation = effects.compensation.reshape(len(effects.compensation), -1)
+    # The ablated component's own change is its direct effect: it is not among the compensations.
+    ablated = walked.contributions[place] + compensation
+    ablated[:, component.index] -= effects.direct_effect
+    prompt = plan.items[index].prompt
+    return xr.Dataset(
+        {
+            "delta_unembed": ("component", walked.contributions[place], {"long_name": "contribution, clean run"}),
+            "ablated_unembed": (("replacement", "component"), ablated, {"long_name": "contribution, ablated run"}),
+            "compensation": (("replacement", "component"), compensation),
+            **{name: ("replacement", getattr(effects, name)) for name in variables.EFFECTS},
+        },
+        variables.labels("component", all_components(plan.model.config.layers)),
+        {
+            "prompt_id": prompt.id,
+            "text": prompt.text,
+            "target_text": plan.model.tokenizer.decode([int(plan.targets[index])]),
+            "clean_logit": float(reading.centred_logit),
+            "clean_probability": float(reading.probability),
+            "ablated_layer": component.layer,
+            "ablated_site": SITES[component.site],
+            "ablated_head": component.head,
+            "kind": str(plan.ablation.kind),
+            "units": variables.LOGITS,
+        },
+    )
+
+
+def _check_identity(plan: Plan, part: slice, residual: np.ndarray) -> None:
+    """Refuse results of which the identity does not hold; `residual` is [P, A]."""
+    wrong = np.argwhere(residual > plan.tolerance)
+    if wrong.size:
+        prompt, unit = wrong[0]
+        raise UserError(
+            f"prompt {plan.items[part.start + prompt].prompt.name}, {plan.components[unit]}: total effect is not direct"
+            f" effect less compensation, by {residual[prompt, unit]:.2g} logits (more than {plan.tolerance:g}); the"
+            " activations lose precision: use float32 and precision=highest, or raise identity_tolerance"
+        )
