@@ -9,7 +9,8 @@ from hydra_jax.version import __version__
 
 if typing.TYPE_CHECKING:
     from hydra_jax.analysis.stats import summary
-    from hydra_jax.api import ablate, sweep
+    from hydra_jax.api import ablate, intervene, program, sweep
+    from hydra_jax.core.programs import Program
     from hydra_jax.errors import UserError
     from hydra_jax.store.effects import open_effects
     from hydra_jax.text.prompts import Prompt, builtin
@@ -19,13 +20,16 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "Model",
+    "Program",
     "Prompt",
     "UserError",
     "__version__",
     "ablate",
     "builtin",
+    "intervene",
     "load",
     "open_effects",
+    "program",
     "read_prompts",
     "summary",
     "sweep",
@@ -33,12 +37,15 @@ __all__ = [
 
 _HOMES = {
     "Model": ("hydra_jax.weights.model", "Model"),
+    "Program": ("hydra_jax.core.programs", "Program"),
     "Prompt": ("hydra_jax.text.prompts", "Prompt"),
     "UserError": ("hydra_jax.errors", "UserError"),
     "ablate": ("hydra_jax.api", "ablate"),
     "builtin": ("hydra_jax.text.prompts", "builtin"),
+    "intervene": ("hydra_jax.api", "intervene"),
     "load": ("hydra_jax.weights.load", "load"),
     "open_effects": ("hydra_jax.store.effects", "open_effects"),
+    "program": ("hydra_jax.api", "program"),
     "read_prompts": ("hydra_jax.text.prompts", "read"),
     "summary": ("hydra_jax.analysis.stats", "summary"),
     "sweep": ("hydra_jax.api", "sweep"),

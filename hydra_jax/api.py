@@ -1,27 +1,34 @@
-"""The Python interface: a sweep in memory, and one ablation of one prompt."""
+"""The Python interface: a sweep in memory, one ablation of one prompt, and programs of any kind."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import xarray as xr
 
-from hydra_jax.config import HEADS, AblationConfig, sweep_config
-from hydra_jax.core.edits import ATTN, SITES, WHOLE, Component
+from hydra_jax.config import HEADS, TOP, AblationConfig, sweep_config
+from hydra_jax.core import programs
+from hydra_jax.core.edits import ATTN, SITES, WHOLE, Component, Kind
+from hydra_jax.core.prefill import MOST_LIKELY
+from hydra_jax.core.programs import Program, Word, checked
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer, left
 from hydra_jax.errors import UserError, shown
+from hydra_jax.parsing import one_of
 from hydra_jax.store import effects as store
 from hydra_jax.store import variables
+from hydra_jax.sweep import interventions
 from hydra_jax.sweep.ablations import ablate_each
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.sweep.chunks import fill, frame
 from hydra_jax.sweep.clean import CleanPass, choose
-from hydra_jax.sweep.plan import Plan, asked, facts_beside, itemise
+from hydra_jax.sweep.interventions import HEADS as HEADS_TOO
+from hydra_jax.sweep.interventions import LAYERS, METRICS, Question
+from hydra_jax.sweep.plan import Item, Plan, asked, facts_beside, itemise
 from hydra_jax.sweep.protocol import protocol
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.padding import padded_length
@@ -149,6 +156,140 @@ def ablate(
         clean.run(items, bar)
     plan = Plan.build(model, clean.bank, clean.sizer, config, items[:1], items)
     return ablate_each(plan, [(0, component)])[0]
+
+
+def program(
+    model: Model,
+    clamp: Iterable[str] = (),
+    freeze: Iterable[str] = (),
+    probe: Iterable[str] = (),
+    follow: Iterable[str] = (),
+    rest: str = "follow",
+) -> Program:
+    """Return a program: what each component of the model does in an intervened run.
+
+    To ablate a set is to clamp each of it; to hold a repairer still is to freeze it; `rest="probe"` gives direct
+    edges, and `rest="freeze"` with `follow` the path through those that follow.
+
+    Args:
+      model: from `load`.
+      clamp: components that are set to a value: "attn 23", "mlp 29", or for a head "attn 23.4".
+      freeze: components that write what they write in the clean run; "norm" for the final norm's divisor.
+      probe: attention or MLPs that do, and of which is recorded what they would have changed.
+      follow: attention or MLPs that compute on, where `rest` is another word.
+      rest: "follow", "freeze" or "probe", the word of all that is not named.
+
+    Raises:
+      UserError: if a name is not one of the model's components, or is named twice.
+    """
+    word = Word[one_of("rest", rest, ("follow", "freeze", "probe")).upper()]
+    return programs.program(model.config, clamp, freeze, probe, follow, word)
+
+
+def intervene(
+    model: Model,
+    prompts: str | Iterable[str | Prompt],
+    programs: Mapping[str, Program],
+    *,
+    kind: str = "resample",
+    replacements: int = 15,
+    sources: Iterable[str | Prompt] | None = None,
+    positions: str | Sequence[Sequence[int]] = "last",
+    target: str | int | Mapping[int, float] = "top",
+    foil: int | None = None,
+    metrics: Sequence[str] = (),
+    responders: str = "layers",
+    seed: int = 0,
+    rows: int = 0,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Run programs in every prompt, in memory.
+
+    Args:
+      model: from `load`.
+      prompts: texts or `Prompt`s, or one text.
+      programs: each from `program`, by a name of one's own.
+      kind: "resample", "mean", "zero" or "noise": the values that clamped components take.
+      replacements: R, drawn for each program where the kind is random: the same in all of them.
+      sources: other prompts that values are drawn from; None for the prompts themselves or, where they are too few,
+        for built-in facts.
+      positions: the tokens after which a text is read: "last", "all", or a list of places for each prompt.
+      target: what is read: "top", the logit of the clean run's most likely next token; a token's id; or weights by
+        token id, of a linear combination of logits. Always centred, less the mean over the vocabulary.
+      foil: id of a token whose logit is subtracted.
+      metrics: any of "log_probability", "divergence", "rank" and "top_changed", of the whole distribution.
+      responders: "layers", or "heads" to record what each head of attention changes, too.
+      seed: of every draw.
+      rows: rows moved at once; 0 for the device's default.
+      progress: whether to show bars.
+
+    Returns:
+      A dataset over (prompt, program, reading, replacement): the effects, and `change` of each component.
+
+    Raises:
+      UserError: if an argument is out of range or a prompt cannot be read.
+    """
+    asked_kind = Kind(one_of("kind", kind, tuple(Kind)))
+    config = AblationConfig(asked_kind, replacements)
+    chosen = [prompts] if isinstance(prompts, str) else list(prompts)
+    items = itemise(model, prompt_sets.as_prompts(chosen))
+    if not items or not programs:
+        raise UserError(f"{'programs' if items else 'prompts'}: there are none; give one or more")
+    for name in metrics:
+        one_of("metrics", name, METRICS)
+    if sources is not None:
+        others = prompt_sets.as_prompts(dict.fromkeys(sources))
+    elif len(items) > config.draws or asked_kind is Kind.ZERO:
+        others = [item.prompt for item in items]
+    else:
+        others = facts_beside(items[0].prompt.text, config.draws, seed)
+    question = Question(
+        programs={name: checked(model.config, one) for name, one in programs.items()},
+        kind=asked_kind,
+        draws=config.draws,
+        **_contrast(model, target, foil),
+        metrics=tuple(metrics),
+        responders=one_of("responders", responders, (LAYERS, HEADS_TOO)),
+        seed=seed,
+        rows=rows,
+    )
+    places = _places(items, positions)
+    return interventions.intervene(model, question, items, itemise(model, others), places, progress)
+
+
+def _contrast(model: Model, target: str | int | Mapping[int, float], foil: int | None) -> dict[str, np.ndarray]:
+    """Return the tokens and weights of what is read."""
+    if isinstance(target, str):
+        one_of("target", target, (TOP,))
+        weights: dict[int, float] = {MOST_LIKELY: 1.0}
+    else:
+        weights = {int(target): 1.0} if not isinstance(target, Mapping) else dict(target)
+    if foil is not None:
+        weights[foil] = weights.get(foil, 0.0) - 1.0
+    wrong = [token for token in weights if token != MOST_LIKELY and not 0 <= token < model.config.vocab_size]
+    if wrong or not weights:
+        raise UserError(
+            f"target: {wrong[0] if wrong else 'nothing'} is no token of {model.name}; give ids from 0 to"
+            f" {model.config.vocab_size - 1}"
+        )
+    return {"tokens": np.array(list(weights)), "weights": np.array(list(weights.values()))}
+
+
+def _places(items: Sequence[Item], positions: str | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the tokens after which each prompt is read."""
+    if isinstance(positions, str):
+        everywhere = one_of("positions", positions, ("last", "all")) == "all"
+        return [list(range(len(item.tokens)))[0 if everywhere else -1 :] for item in items]
+    if len(positions) != len(items):
+        raise UserError(f"positions: are given for {len(positions)} prompts of {len(items)}; give a list for each")
+    for item, places in zip(items, positions, strict=True):
+        wrong = [place for place in places if not 0 <= place < len(item.tokens)]
+        if wrong or not len(places):
+            raise UserError(
+                f"positions: prompt {item.prompt.name} has tokens 0-{len(item.tokens) - 1},"
+                f" not {wrong[0] if wrong else 'none'}; give places among them"
+            )
+    return [[int(place) for place in places] for places in positions]
 
 
 def _clean_pass(model: Model, ablation: AblationConfig, rows: int = 0, progress: bool = False) -> CleanPass:

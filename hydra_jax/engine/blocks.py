@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from hydra_jax.core import row as one_row
 from hydra_jax.core.edits import ATTN, WHOLE, Kind, WriteStatistics, replacement
 from hydra_jax.core.effects import Effects, effects
+from hydra_jax.core.metrics import Metrics, log_probabilities, metrics
 from hydra_jax.core.prefill import LayerClean, Reading
 from hydra_jax.core.row import Row
 from hydra_jax.engine.batching import round_up
@@ -283,3 +284,28 @@ def head_effects(
     """Return what each head changes, from what is recorded in each layer."""
     scaled = jnp.stack(changes, axis=2) / reading.final_scale[:, of][..., None, None]
     return layout.by_program(scaled)
+
+
+def metrics_of(
+    params: Params,
+    reading: Reading,
+    shift: Float[Array, "P N D"],
+    frozen: Bool[Array, " N"],
+    of: Int[Array, " N"],
+    layout: Layout,
+    at_once: int,
+) -> Metrics:
+    """Return the metrics of all rows, [P, G, Q, R], with the logits of `at_once` in memory."""
+
+    def text(text: tuple[Reading, Float[Array, "N D"]]) -> Metrics:
+        reading, shift = text
+        says = functools.partial(log_probabilities, params)
+        said = jax.lax.map(lambda one: says(*one), (reading.final, reading.final_scale), batch_size=at_once)
+
+        def row(row: Any) -> Metrics:
+            at, shift, frozen = row
+            return metrics(params, jax.tree.map(lambda leaf: leaf[at], reading), said[at], shift, frozen)
+
+        return jax.lax.map(row, (of, shift, frozen), batch_size=at_once)
+
+    return jax.tree.map(layout.by_program, jax.lax.map(text, (reading, shift)))

@@ -203,8 +203,7 @@ class BatchSizer:
         self.asked, self._free = asked, free
         self.least = mesh.shape[meshes.DATA]
         self._several = len({device.process_index for device in mesh.devices.flat}) > 1
-        # Streamed layers are read once for all texts that go at once.
-        self._most = MOST if asked.streamed else self.wanted
+        self._most = MOST
 
     @property
     def wanted(self) -> int:
@@ -229,7 +228,11 @@ class BatchSizer:
                 f" {(need.fixed + need.text) / 1e9:.2g} GB a device beside the model, {SHARE * self._free / 1e9:.2g}"
                 f" are free; {REMEDY}"
             )
-        return min(fitting * self.least, self._most)
+        # Streamed layers are read once for all texts that go at once.
+        wanted = MOST if self.asked.streamed else self.wanted
+        if clean:
+            wanted = max(wanted, PREFILL_TOKENS // length * self.least)
+        return min(fitting * self.least, wanted, self._most)
 
     def chunk(self, length: int) -> int:
         """Return the number of texts whose results are written together: those that go at once."""

@@ -15,13 +15,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from hydra_jax.core.edits import ATTN, Component, Kind, WriteStatistics
 from hydra_jax.core.effects import Effects
+from hydra_jax.core.metrics import Metrics
 from hydra_jax.core.prefill import LayerClean, Reading
 from hydra_jax.core.programs import Program, Word
 from hydra_jax.core.row import stages
 from hydra_jax.engine import blocks
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.blocks import Layout
-from hydra_jax.engine.walk import Texts, program
+from hydra_jax.engine.walk import UNEMBED_ROWS, Texts, program
 from hydra_jax.models.pieces import LayerParams
 from hydra_jax.models.transformer import Contrast
 
@@ -104,6 +105,12 @@ class Rows:
         probed = self._recorded & ~self._moved
         run = self._program(blocks.effects_of, (0, 5, 6, 7), layout=self.layout)
         return run(params, reading, self.shift, self.direct, self._changes, frozen, probed, self._reading)
+
+    def metrics(self, reading: Reading, at_once: int = UNEMBED_ROWS) -> Metrics:
+        """Return the rows' metrics, [P, G, Q, R], after the last layer; `at_once` rows are unembedded together."""
+        params, frozen = self._texts.params, self.layout.per_row(self.programs.norm == Word.FREEZE)
+        run = self._program(blocks.metrics_of, (0, 3, 4), layout=self.layout, at_once=at_once)
+        return run(params, reading, self.shift, frozen, self._reading)
 
     def head_changes(self, reading: Reading) -> jax.Array:
         """Return what each head of attention changes, [P, G, Q, R, L, H], where that was asked for."""

@@ -165,9 +165,12 @@ class Norm(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
+    def __call__(
+        self, x: Float[Array, "*rows E"], divisor: Float[Array, "*rows"] | None = None
+    ) -> Float[Array, "*rows E"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        normed = self.centred(x) / self.divisor(x)[..., None] * along_last(scale, x)
+        divided = self.centred(x) / (self.divisor(x) if divisor is None else divisor)[..., None]
+        normed = divided * along_last(scale, x)
         if self.config.norm == "rms":
             return normed
         return normed + along_last(self.param("bias", nn.initializers.zeros, scale.shape, jnp.float32), x)

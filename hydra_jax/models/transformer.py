@@ -225,8 +225,10 @@ class Decoder(nn.Module):
             embedded += self.positions[: len(tokens)].astype(jnp.float32)
         return embedded
 
-    def unembed(self, resid: Float[Array, "*rows D"]) -> Float32[Array, "*rows V"]:
-        return product(self.config, "...d,dv->...v", self.final_norm(resid), self.unembedding_matrix())
+    def unembed(
+        self, resid: Float[Array, "*rows D"], divisor: Float[Array, "*rows"] | None = None
+    ) -> Float32[Array, "*rows V"]:
+        return product(self.config, "...d,dv->...v", self.final_norm(resid, divisor), self.unembedding_matrix())
 
     def unembedding_matrix(self) -> Float[Array, "D V"]:
         return self.embedding.T if self.config.tied else self.unembedding
@@ -282,9 +284,15 @@ def embed(params: Params, tokens: Int[Array, " T"]) -> Float32[Array, "T D"]:
     return _apply(params, tokens, method="embed")
 
 
-def unembed(params: Params, resid: Float[Array, " D"]) -> Float32[Array, " V"]:
-    """Return the logits of a final stream, before the final soft-cap where the model has one."""
-    return _apply(params, resid, method="unembed")
+def unembed(params: Params, resid: Float[Array, " D"], scale: Float[Array, ""] | None = None) -> Float32[Array, " V"]:
+    """Return the logits of a final stream, before the final soft-cap where the model has one.
+
+    Args:
+      params: the model, of which its layers are not needed.
+      resid: the stream.
+      scale: sigma, where it is not the stream's own.
+    """
+    return _apply(params, resid, scale, method="unembed")
 
 
 def final_scale(params: Params, resid: Float[Array, " D"]) -> Float[Array, ""]:

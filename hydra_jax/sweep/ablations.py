@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import xarray as xr
 
-from hydra_jax.core.edits import SITES, WHOLE, Component, all_components
+from hydra_jax.core.edits import SITES, Component, all_components
 from hydra_jax.core.effects import Effects
 from hydra_jax.core.prefill import Reading
-from hydra_jax.core.programs import Word, program, together
+from hydra_jax.core.programs import Program, Word, program, together
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import fill_up
 from hydra_jax.engine.rows import Draws, Rows
@@ -30,64 +30,67 @@ Progress = Callable[[float], object]
 
 
 class Walked:
-    """A walk of some of a plan's prompts, each with every ablation of some components.
+    """A walk of some of a plan's prompts, each with rows of every program, read after Q of its tokens.
 
     Attributes:
-      effects: [P, A * (1 or 2), 1, R], on the devices; of each component its ablation, and its direct edges after it.
-      reading: [P, 1, ...], on this host.
-      contributions: [P, 2L], what each write adds to the target's centred logit.
-      of_heads: [P, L * H], what each head adds; None where no head is ablated.
+      rows: after the last layer.
+      reading: [P, Q, ...], on the devices.
+      contributions: [P, Q, 2L], what each write adds to what is read.
+      of_heads: [P, Q, L * H], what each head adds; None where no head is clamped.
     """
 
     def __init__(
         self,
         plan: Plan,
         prompts: np.ndarray,
-        components: Sequence[Component],
-        edges: bool,
+        programs: Program,
         sources: Sources,
         progress: Progress,
+        places: np.ndarray | None = None,
+        contrasts: Contrast | None = None,
+        responding_heads: bool = False,
     ) -> None:
         """Walk.
 
         Args:
           plan: the sweep.
           prompts: indices of P of its prompts.
-          components: A of its components.
-          edges: whether direct edges are computed, too.
+          programs: G of them, in order of their first clamps, whose clamps are the plan's components.
           sources: of replacements.
-          progress: told of how many more interventions are done.
+          progress: told of how much more is done, all of it 1.
+          places: [P, Q], the tokens after which they are read; None for the last ones.
+          contrasts: [P, Q, K], what is read; None for the plan's targets.
+          responding_heads: whether is recorded what each head changes.
         """
-        model, c, draws = plan.model, plan.model.config, plan.ablation.draws
+        model, c = plan.model, plan.model.config
         tokens, lengths = batch_of([plan.items[index] for index in prompts], len(prompts), c.context)
-        texts = Texts(model.params, tokens, lengths[:, None] - 1, plan.sizer.sizes(tokens.shape[1]))
-        asked = Contrast.target(plan.targets[prompts].astype(np.int32)[:, None])
-        rests = (Word.FOLLOW, Word.PROBE) if edges else (Word.FOLLOW,)
-        programs = together([program(c, clamp=[one], rest=rest) for one in components for rest in rests])
-        rows = Rows(texts, programs, draws, asked, plan.sizer.asked.at_once)
+        if places is None:
+            places = lengths[:, None] - 1
+        if contrasts is None:
+            contrasts = Contrast.target(plan.targets[prompts].astype(np.int32)[:, None])
+        texts = Texts(model.params, tokens, places, plan.sizer.sizes(tokens.shape[1]))
+        draws, at_once = plan.ablation.draws, plan.sizer.asked.at_once
+        self.rows = rows = Rows(texts, programs, draws, contrasts, at_once, responding_heads)
         values = Draws(
             *(texts.mesh, rows.layout, plan.ablation.kind, texts.put(plan.keys[prompts])),
             lambda component: sources(prompts, component),
             plan.statistics_of,
         )
-        by_head = any(component.head != WHOLE for component in components)
+        by_head = bool(programs.by_heads.any())
         added: list[tuple[Any, Any]] = []
-        every, done = sum(rows.work(number) for number in range(c.layers)), 0
+        every = max(1, sum(rows.work(number) for number in range(c.layers)))
         for number, layer in enumerate(forward(c, model.layers)):
             clean = texts.through(layer)
             added.append(texts.contributions(layer, clean, rows.readout, by_head))
             rows.through(number, layer, clean, values)
             # One layer is computed while the next is handed over; a streamed one has to make room for that.
             rows.wait(number if model.layers.streamed else number - 1)
-            done += rows.work(number)
-            progress(rows.work(number) / max(1, every) * len(prompts) * len(components) * draws)
-        reading = texts.read(asked)
-        self.effects: Effects = rows.effects(reading)
-        self.reading: Reading = jax.device_get(reading)
+            progress(rows.work(number) / every)
+        self.reading: Reading = texts.read(contrasts)
         writes, heads = zip(*jax.device_get(added), strict=True)
-        scale = self.reading.final_scale
-        self.contributions = np.stack(writes, axis=2).reshape(len(prompts), -1) / scale
-        self.of_heads = np.stack(heads, axis=2).reshape(len(prompts), -1) / scale if by_head else None
+        scale, shape = jax.device_get(self.reading.final_scale)[..., None], places.shape
+        self.contributions = np.stack(writes, axis=2).reshape(*shape, -1) / scale
+        self.of_heads = np.stack(heads, axis=2).reshape(*shape, -1) / scale if by_head else None
 
 
 def ablate(plan: Plan, part: slice, size: int, sources: Sources, progress: Progress) -> dict[str, np.ndarray]:
@@ -103,21 +106,25 @@ def ablate(plan: Plan, part: slice, size: int, sources: Sources, progress: Progr
     Raises:
       UserError: if the identity of `core.effects` fails in a prompt.
     """
+    c, components, edges = plan.model.config, plan.components, plan.ablation.edges
     count = part.stop - part.start
     prompts = np.array(fill_up(range(part.start, part.stop), size))
-    edges, components = plan.ablation.edges, plan.components
-    walked = Walked(plan, prompts, components, edges, sources, lambda done: progress(done * count / size))
+    rests = (Word.FOLLOW, Word.PROBE) if edges else (Word.FOLLOW,)
+    programs = together([program(c, clamp=[one], rest=rest) for one in components for rest in rests])
+    interventions = count * len(components) * plan.ablation.draws
+    walked = Walked(plan, prompts, programs, sources, lambda done: progress(done * interventions))
     summarise = device_program(meshes.mesh_of(plan.model.params), summarise_effects, (), edges=edges)
-    summary: Summary = jax.tree.map(lambda array: array[:count], jax.device_get(summarise(walked.effects)))
+    every = jax.device_get(summarise(walked.rows.effects(walked.reading)))
+    summary: Summary = jax.tree.map(lambda array: array[:count], every)
     _check_identity(plan, part, summary.residual)
-    units = [component.unit(plan.model.config.heads) for component in components]
+    reading: Reading = jax.device_get(walked.reading)
     own = walked.contributions if walked.of_heads is None else walked.of_heads
     clean = {
-        "clean_logit": walked.reading.centred_logit[:, 0],
-        "clean_probability": walked.reading.probability[:, 0],
-        "final_scale": walked.reading.final_scale[:, 0],
-        "delta_unembed": walked.contributions,
-        "ablated_delta_unembed": own[:, units],
+        "clean_logit": reading.centred_logit[:, 0],
+        "clean_probability": reading.probability[:, 0],
+        "final_scale": reading.final_scale[:, 0],
+        "delta_unembed": walked.contributions[:, 0],
+        "ablated_delta_unembed": own[:, 0, [component.unit(c.heads) for component in components]],
     }
     made = {name: getattr(summary, name) for name in variables.VARIABLES if name not in clean}
     return {name: values[:count] for name, values in (clean | made).items() if values is not None}
@@ -137,8 +144,9 @@ def ablate_each(plan: Plan, ablations: Sequence[tuple[int, Component]]) -> list[
     indices = list(dict.fromkeys(index for index, _ in ablations))
     prompts = np.array(fill_up(indices, plan.sizer.fill_up(len(indices))))
     sources = Sources(plan, resident=False)
-    walked = Walked(plan, prompts, components, False, sources, lambda done: None)
-    effects: Effects = jax.device_get(walked.effects)
+    programs = together([program(plan.model.config, clamp=[component]) for component in components])
+    walked = Walked(plan, prompts, programs, sources, lambda done: None)
+    effects: Effects = jax.device_get(walked.rows.effects(walked.reading))
     return [
         _everything(plan, walked, effects, indices.index(index), index, component, components.index(component))
         for index, component in ablations
@@ -150,15 +158,16 @@ def _everything(
 ) -> xr.Dataset:
     """Return one ablation's dataset: that of the prompt at `place` in the walk, `index` in the plan."""
     effects: Effects = jax.tree.map(lambda array: array[place, unit, 0], every)
-    reading: Reading = jax.tree.map(lambda array: array[place, 0], walked.reading)
+    reading: Reading = jax.tree.map(lambda array: array[place, 0], jax.device_get(walked.reading))
+    contributions = walked.contributions[place, 0]
     compensation = effects.compensation.reshape(len(effects.compensation), -1)
     # The ablated component's own change is its direct effect: it is not among the compensations.
-    ablated = walked.contributions[place] + compensation
+    ablated = contributions + compensation
     ablated[:, component.index] -= effects.direct_effect
     prompt = plan.items[index].prompt
     return xr.Dataset(
         {
-            "delta_unembed": ("component", walked.contributions[place], {"long_name": "contribution, clean run"}),
+            "delta_unembed": ("component", contributions, {"long_name": "contribution, clean run"}),
             "ablated_unembed": (("replacement", "component"), ablated, {"long_name": "contribution, ablated run"}),
             "compensation": (("replacement", "component"), compensation),
             **{name: ("replacement", getattr(effects, name)) for name in variables.EFFECTS},

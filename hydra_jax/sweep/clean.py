@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
-from hydra_jax.core.edits import WHOLE
+from hydra_jax.core.edits import WHOLE, Component
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly, fill_up, round_up
@@ -44,6 +44,7 @@ class CleanPass:
       bank: takes them in.
       cluster: the processes that share the work.
       progress: whether to show a bar.
+      components: those whose values are kept; None for the ablation's.
     """
 
     model: Model
@@ -52,6 +53,7 @@ class CleanPass:
     bank: Bank
     cluster: Cluster
     progress: bool = False
+    components: Sequence[Component] | None = None
 
     def bar(self, total: int) -> tqdm:
         """Return the bar of the whole pass."""
@@ -101,7 +103,8 @@ class CleanPass:
         """Run `items`, filled up to `size`, through the layers; see `_runs`."""
         model, c, kind = self.model, self.model.config, self.ablation.kind
         # Zero ablation takes no values from clean runs.
-        kept = self.ablation.components(c) if kind.needs_sources or kind.needs_statistics else []
+        ablated = self.ablation.components(c) if self.components is None else self.components
+        kept = ablated if kind.needs_sources or kind.needs_statistics else []
         where = places(c, kept)
         values = np.empty((len(items), sum(place.stop - place.start for place in where.values())), jnp.dtype(c.dtype))
         tokens, lengths = batch_of(items, size, c.context)

@@ -94,6 +94,7 @@ class Plan:
       sizer: says how many prompts go at once.
       tolerance: how far the identity of `core.effects` may be from holding, in logits.
       non_finite: the share of interventions whose values may be no numbers.
+      components: those that are ablated, in forward order.
     """
 
     model: Model
@@ -106,6 +107,7 @@ class Plan:
     sizer: BatchSizer
     tolerance: float
     non_finite: float
+    components: Sequence[Component]
 
     @classmethod
     def build(
@@ -117,6 +119,7 @@ class Plan:
         items: Sequence[Item],
         pool: Sequence[Item] | None = None,
         targets: np.ndarray | None = None,
+        components: Sequence[Component] | None = None,
     ) -> Plan:
         """Return the plan of a sweep whose clean runs are made.
 
@@ -128,6 +131,7 @@ class Plan:
           items: the prompts that are swept.
           pool: the prompts that replacements come from; None for the same.
           targets: [P], the token to read in each; None for what the bank says.
+          components: those whose values the bank has; None for the ablation's.
         """
         if targets is None:
             targets = np.array([bank.rows[item.prompt.id].target for item in items])
@@ -142,6 +146,7 @@ class Plan:
             sizer=sizer,
             tolerance=config.identity_tolerance,
             non_finite=config.non_finite,
+            components=config.ablation.components(model.config) if components is None else components,
         )
 
     @functools.cached_property
@@ -159,17 +164,24 @@ class Plan:
         """[P, R], each replacement's index in the pool; -1 where the kind takes nothing from single prompts."""
         kind = self.ablation.kind
         if kind.needs_sources:
-            drawn = draw_sources(prompt_keys(self.seed, self.pool), self.pool, self.ablation.draws)
             index_of = {name: index for index, name in enumerate(self.pool)}
+            if not set(self.ids) <= set(index_of):
+                return self._drawn_from_others(index_of)
+            drawn = draw_sources(prompt_keys(self.seed, self.pool), self.pool, self.ablation.draws)
             return drawn[[index_of[name] for name in self.ids]]
         if kind.needs_statistics and len(self.pool) < 2:
             raise UserError(f"prompts: a {kind} over one prompt says nothing; give more prompts")
         return np.full((len(self.ids), self.ablation.draws), -1)
 
-    @functools.cached_property
-    def components(self) -> list[Component]:
-        """The ablated components."""
-        return self.ablation.components(self.model.config)
+    def _drawn_from_others(self, index_of: dict[str, int]) -> np.ndarray:
+        """Draw where prompts are not among those drawn from: each as if it alone were."""
+        found = []
+        for name in self.ids:
+            there = [other for other in self.pool if other != name]
+            pool = [*there, name]
+            drawn = draw_sources(prompt_keys(self.seed, pool), pool, self.ablation.draws)[-1]
+            found.append([index_of[there[index]] for index in drawn])
+        return np.array(found)
 
     @functools.cached_property
     def places(self) -> dict[Component, slice]:

@@ -1,0 +1,218 @@
+"""Any programs over any prompts, in memory: what each row changes, read after any tokens of each text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import xarray as xr
+from tqdm import tqdm
+
+from hydra_jax.config import AblationConfig, SweepConfig
+from hydra_jax.core.edits import ATTN, Component, Kind, all_components
+from hydra_jax.core.effects import Effects
+from hydra_jax.core.metrics import Metrics
+from hydra_jax.core.prefill import MOST_LIKELY, Reading
+from hydra_jax.core.programs import Program, Word, first_clamp, together
+from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.batching import evenly, fill_up
+from hydra_jax.engine.cluster import Cluster
+from hydra_jax.engine.memory import Asked, BatchSizer, left
+from hydra_jax.engine.walk import Texts, forward
+from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.transformer import Contrast
+from hydra_jax.store import variables
+from hydra_jax.sweep.ablations import Walked
+from hydra_jax.sweep.bank import Bank
+from hydra_jax.sweep.clean import CleanPass
+from hydra_jax.sweep.plan import Item, Plan, batch_of, by_length
+from hydra_jax.sweep.sources import Sources
+from hydra_jax.text.padding import padded_length
+from hydra_jax.weights.model import Model
+
+METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
+LAYERS, HEADS = "layers", "heads"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked of every prompt.
+
+    Attributes:
+      programs: by name.
+      kind: of the values that clamps take.
+      draws: R.
+      tokens: [K] what is read: a linear combination of the centred logits of these tokens (MOST_LIKELY for the clean
+        run's most likely next one); or [P, Q, K].
+      weights: [K] or [P, Q, K].
+      metrics: those of METRICS that are wanted.
+      responders: LAYERS, or HEADS to record what each head changes, too.
+      seed: of the draws.
+      rows: in a block; 0 for the device's default.
+    """
+
+    programs: Mapping[str, Program]
+    kind: Kind
+    draws: int
+    tokens: np.ndarray
+    weights: np.ndarray
+    metrics: Sequence[str] = ()
+    responders: str = LAYERS
+    seed: int = 0
+    rows: int = 0
+
+    def clamped(self, config: ModelConfig) -> list[Component]:
+        """Return every component that a program clamps, in forward order."""
+        found = set()
+        for one in self.programs.values():
+            found |= {c for c in all_components(config.layers) if one.writes[c.layer, c.site] == Word.CLAMP}
+            found |= {Component(int(layer), ATTN, int(head)) for layer, head in np.argwhere(one.heads == Word.CLAMP)}
+        return sorted(found)
+
+
+def intervene(
+    model: Model,
+    question: Question,
+    items: Sequence[Item],
+    pool: Sequence[Item],
+    places: Sequence[Sequence[int]],
+    progress: bool = False,
+) -> xr.Dataset:
+    """Run every program in every prompt, and return what it does.
+
+    Args:
+      model: the model.
+      question: what is asked.
+      items: the prompts.
+      pool: the prompts that the values of clamps come from.
+      places: of each prompt, the tokens after which it is read.
+      progress: whether to show bars.
+
+    Raises:
+      UserError: if something is asked for that cannot be.
+    """
+    c, mesh, streamed = model.config, meshes.mesh_of(model.params), model.layers.streamed
+    readings = max(len(each) for each in places)
+    asked = Asked(len(question.programs), question.draws, readings, question.rows, streamed)
+    sizer = BatchSizer(c, mesh, asked, left(0, c, mesh, streamed))
+    ablation, clamped = AblationConfig(question.kind, question.draws, edges=False), question.clamped(c)
+    clean = CleanPass(model, ablation, sizer, Bank(c.dtype), Cluster(0, 1), progress, clamped)
+    if clamped and (question.kind.needs_sources or question.kind.needs_statistics):
+        with clean.bar(len(pool)) as bar:
+            clean.run(pool, bar)
+    config, nothing = SweepConfig(ablation=ablation, seed=question.seed), np.zeros(len(items), int)
+    plan = Plan.build(model, clean.bank, sizer, config, items, pool, nothing, clamped)
+    order = sorted(range(len(items)), key=lambda index: by_length(items[index]))
+    sources = Sources(plan)
+    size = min(sizer.fill_up(len(items)), sizer.prompts(padded_length(len(items[order[-1]].tokens), c.context)))
+    ran: list[tuple[int, xr.Dataset]] = []
+    interventions = len(question.programs) * question.draws * sum(len(each) for each in places)
+    with tqdm(total=interventions, desc="walk", unit=" rows", unit_scale=True, disable=not progress) as bar:
+        for part in evenly(len(order), size):
+            chosen = order[part]
+            of_chunk = interventions * len(chosen) / len(order)
+
+            def told(done: float, of_chunk: float = of_chunk) -> None:
+                bar.update(done * of_chunk)
+
+            filled = np.array(fill_up(chosen, sizer.fill_up(len(chosen))))
+            found = _walked(plan, question, filled, places, sources, told)
+            ran += [(index, found.isel(prompt=[number])) for number, index in enumerate(chosen)]
+    dataset = xr.concat([one for _, one in sorted(ran, key=lambda pair: pair[0])], "prompt")
+    return dataset.assign_coords(_coordinates(plan, question, places)).assign_attrs(
+        {"kind": str(question.kind), "units": variables.LOGITS}
+    )
+
+
+def _walked(
+    plan: Plan,
+    question: Question,
+    prompts: np.ndarray,
+    places: Sequence[Sequence[int]],
+    sources: Sources,
+    progress: Any,
+) -> xr.Dataset:
+    """Walk some prompts, and return what is found in them; readings that a text does not have are NaN."""
+    readings = max(len(each) for each in places)
+    at = np.array([fill_up(list(places[index]), readings) for index in prompts], np.int32)
+    there = np.array([[number < len(places[index]) for number in range(readings)] for index in prompts])
+    shape = (*at.shape, question.tokens.shape[-1])
+    tokens, weights = (
+        np.ascontiguousarray(np.broadcast_to(given[prompts] if given.ndim == 3 else given, shape))
+        for given in (question.tokens, question.weights)
+    )
+    if (tokens == MOST_LIKELY).any():
+        tokens = np.where(tokens == MOST_LIKELY, _most_likely(plan, prompts, at)[..., None], tokens)
+    contrasts = Contrast(tokens.astype(np.int32), weights.astype(np.float32))
+    names = sorted(question.programs, key=lambda name: first_clamp(question.programs[name]))
+    programs = together([question.programs[name] for name in names])
+    by_head = question.responders == HEADS
+    walked = Walked(plan, prompts, programs, sources, progress, at, contrasts, by_head)
+    effects: Effects = jax.device_get(walked.rows.effects(walked.reading))
+    reading: Reading = jax.device_get(walked.reading)
+    rows = ("prompt", "program", "reading", "replacement")
+    found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        name: (rows, getattr(effects, name)) for name in (*variables.EFFECTS, "residual")
+    }
+    change = effects.compensation
+    found["change"] = ((*rows, "component"), change.reshape(*change.shape[:-2], -1))
+    if by_head:
+        found["head_change"] = ((*rows, "attn_layer", "head"), jax.device_get(walked.rows.head_changes(walked.reading)))
+    if question.metrics:
+        at_once = plan.sizer.sizes(int(at.max()) + 1).logits
+        metrics = jax.device_get(walked.rows.metrics(walked.reading, at_once))
+        found |= {name: (rows, getattr(metrics, name)) for name in question.metrics}
+    read = ("prompt", "reading")
+    found |= {
+        "clean_logit": (read, reading.centred_logit),
+        "clean_probability": (read, reading.probability),
+        "final_scale": (read, reading.final_scale),
+        "top_id": (read, reading.top),
+        "target_id": (read, reading.target),
+        "delta_unembed": ((*read, "component"), walked.contributions),
+    }
+    dataset = xr.Dataset(found, {"program": names})
+    missing = xr.DataArray(there, dims=read)
+    return (
+        dataset.where(missing).sel(program=list(question.programs))
+        if not there.all()
+        else dataset.sel(program=list(question.programs))
+    )
+
+
+def _most_likely(plan: Plan, prompts: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Find the most likely next token after each of the tokens `at` [P, Q] of prompts."""
+    model, c = plan.model, plan.model.config
+    tokens, _ = batch_of([plan.items[index] for index in prompts], len(prompts), c.context)
+    texts = Texts(model.params, tokens, at, plan.sizer.sizes(tokens.shape[1]))
+    for layer in forward(c, model.layers):
+        texts.through(layer)
+        if model.layers.streamed:
+            jax.block_until_ready(texts.stream)
+    nothing = Contrast(np.zeros((*at.shape, 1), np.int32), np.ones((*at.shape, 1), np.float32))
+    return jax.device_get(texts.read(nothing).top)
+
+
+def _coordinates(plan: Plan, question: Question, places: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Label what is found."""
+    readings = max(len(each) for each in places)
+    decode = functools.partial(_token, plan)
+    position = np.array([fill_up(list(each), readings) for each in places])
+    for row, each in zip(position, places, strict=True):
+        row[len(each) :] = -1
+    token = [[decode(item, at) for at in row] for item, row in zip(plan.items, position.tolist(), strict=True)]
+    labels: dict[str, Any] = {
+        "prompt_id": ("prompt", np.array(plan.ids, object)),
+        "text": ("prompt", np.array([item.prompt.text for item in plan.items], object)),
+        "position": (("prompt", "reading"), position),
+        "token": (("prompt", "reading"), np.array(token, object)),
+    }
+    return labels | variables.labels("component", all_components(plan.model.config.layers))
+
+
+def _token(plan: Plan, item: Item, at: int) -> str:
+    return plan.model.tokenizer.decode([item.tokens[at]]) if at >= 0 else ""
