@@ -179,7 +179,7 @@ def together(programs: Sequence[Program]) -> Program:
     return Program(*(np.stack(parts) for parts in zip(*((p.writes, p.heads, p.norm) for p in programs), strict=True)))
 
 
-def first_clamp(program: Program) -> Int[np.ndarray, ""]:
+def first_clamp(program: Program) -> Int[np.ndarray, "*G"]:
     """Return the index of the first component that a program clamps: before it, its row is the clean run."""
-    clamps = program.clamps.reshape(-1)
-    return np.array(clamps.argmax() if clamps.any() else clamps.size)
+    clamps = program.clamps.reshape(*program.norm.shape, -1)
+    return np.where(clamps.any(axis=-1), clamps.argmax(axis=-1), clamps.shape[-1])

@@ -51,13 +51,14 @@ class Layout:
     texts_at_once: int
 
     @classmethod
-    def of(cls, texts: int, readings: int, draws: int, programs: int, at_once: int) -> Layout:
-        """Return the layout with blocks of about `at_once` rows."""
+    def of(cls, texts: int, readings: int, draws: int, programs: int, at_once: int, alike: int = 1) -> Layout:
+        """Return the layout with blocks of about `at_once` rows; `alike` programs each begin together."""
         each = readings * draws
         if each > at_once:
             rows = math.ceil(each / math.ceil(each / at_once))
         else:
-            rows = each * min(programs, math.ceil(min(LEAST_ROWS, at_once) / (texts * each)))
+            most = alike if texts * each * alike <= at_once else 1  # a block is computed as soon as one row needs it
+            rows = each * min(programs, max(most, math.ceil(min(LEAST_ROWS, at_once) / (texts * each))))
         most = max(1, at_once // rows)
         together = next(size for size in range(min(most, texts), 0, -1) if texts % size == 0)
         return cls(texts, readings, draws, programs, rows, together)

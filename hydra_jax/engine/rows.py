@@ -5,6 +5,7 @@ At every stage only those blocks are computed in which a row follows or is probe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from hydra_jax.core.edits import ATTN, Component, Kind, WriteStatistics
 from hydra_jax.core.effects import Effects
 from hydra_jax.core.metrics import Metrics
 from hydra_jax.core.prefill import LayerClean, Reading
-from hydra_jax.core.programs import Program, Word
+from hydra_jax.core.programs import Program, Word, first_clamp
 from hydra_jax.core.row import stages
 from hydra_jax.engine import blocks
 from hydra_jax.engine import mesh as meshes
@@ -53,7 +54,9 @@ class Rows:
         """
         c, self._mesh, self._texts = texts.params.config, texts.mesh, texts
         on_device = len(texts.positions) // texts.mesh.shape[meshes.DATA]
-        self.layout = layout = Layout.of(on_device, texts.readings, draws, len(programs.norm), at_once)
+        starts = np.unique(first_clamp(programs), return_counts=True)[1]
+        shape = on_device, texts.readings, draws, len(programs.norm)
+        self.layout = layout = Layout.of(*shape, at_once, math.gcd(*starts.tolist()))
         self.programs, self._by_head = programs, by_head
         self._living = programs.living(c.parallel)
         # Blocks compute what follows or is probed; of the others among the living nothing is computed, or by `clamp`.
