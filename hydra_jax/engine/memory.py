@@ -186,6 +186,32 @@ def host_bytes() -> float:
         return free
 
 
+def streams(config: ModelConfig, model: int, limit: float) -> str:
+    """Return a line on how layers are streamed if the parameters do not fit, else "".
+
+    Args:
+      config: the model's.
+      model: devices that share the model.
+      limit: bytes of each that may be used in all.
+
+    Raises:
+      UserError: if not even what is not in a layer and two layers fit.
+    """
+    whole, layer = meshes.bytes_a_device(config, model), layer_bytes(config, model)
+    if whole <= SHARE * limit:
+        return ""
+    item = jnp.dtype(config.dtype).itemsize
+    # Products of bfloat16 are made in float32 on a CPU, of a copy.
+    least = meshes.bytes_a_device(config, model, AT_ONCE) + (0 if item == 4 else 4 * layer // item)
+    if least > limit:
+        raise UserError(
+            f"memory: the model's parameters take {whole / 1e9:.3g} GB a device, and {AT_ONCE} layers at a time"
+            f" {least / 1e9:.3g}; {limit / 1e9:.3g} are there: raise --config.memory, or set --config.mesh.model to"
+            f" {model * math.ceil(least / limit)} or more, or dtype=bfloat16"
+        )
+    return f"weights {whole / 1e9:.3g} GB do not fit into {limit / 1e9:.3g} GB: streaming layers, {AT_ONCE} at a time"
+
+
 class BatchSizer:
     """Chooses how many texts go at once on a worker's devices, by length; fewer where that turned out too many."""
 

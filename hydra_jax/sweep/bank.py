@@ -112,7 +112,7 @@ class Bank:
             values = np.load((self._directory / name).with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
             self._names.add(name)
             columns = {column: description[column] for column in COLUMNS}
-            self._take_in(description["ids"].tolist(), columns, description["kept"], values)
+            self._take_in(description["ids"].tolist(), columns, description["kept"], values.view(self._dtype))
 
     def where(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the parts [N] that have the values of N prompts, and the values' indices [N] in them."""
@@ -126,7 +126,7 @@ class Bank:
         for part in np.unique(parts):
             wanted = np.flatnonzero(parts == part)
             out[wanted] = self._parts[part][indices[wanted], of]
-        return out.view(self._dtype)
+        return out
 
     def values(self, ids: Sequence[str]) -> np.ndarray:
         """Return all values [N, F] of N prompts."""

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ class _Sweep:
         self.workdir, self.cluster, self.progress = workdir, cluster, progress
         self.mesh = mesh = meshes.make(config.mesh)
         prompts = _prompts(config)  # before the weights, as mistakes are found in a moment
-        self.model: Model = _load(config, mesh)
+        self.model: Model = _load(config, mesh, lambda line: progress and print(line, file=sys.stderr, flush=True))
         self.config = config = dataclasses.replace(config, dtype=self.model.config.dtype)
         _check(config, self.model, prompts)
         self.protocol = protocol(config, self.model, prompts)
@@ -241,13 +242,12 @@ class _Sweep:
         store.create(self.workdir, dataset, chunk, self.config.ablation.edges, beside)
 
 
-def _load(config: SweepConfig, mesh: Mesh) -> Model:
-    """Load the model, if it fits."""
+def _load(config: SweepConfig, mesh: Mesh, say: Callable[[str], object]) -> Model:
+    """Load the model, or what it takes to stream it."""
     switches = {"dtype": config.dtype, "precision": config.precision}
     opened = source.open(config.model, config.model_step)
     limit = config.memory * 1e9 or memory.free_bytes(mesh.local_devices[0])
-    del limit
-    return opened.load(mesh=mesh, **switches)
+    return opened.load(mesh=mesh, limit=limit, say=say, **switches)
 
 
 def _prompts(config: SweepConfig) -> list[Prompt]:

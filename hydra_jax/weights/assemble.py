@@ -30,13 +30,18 @@ READ_BYTES = 1 << 26
 """Bytes that layers read at once may take besides their place, in float32: a large model's are read one by one."""
 
 
+LAYERS = "layers/"
+"""The paths of parameters that each layer has begin so."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensors:
     """Published tensors, to be read by name.
 
     Attributes:
       path: of the file or directory.
-      read: a published name -> the array; called by several threads.
+      read: a published name -> the array, of any float type, but float32 where it has one axis; called by several
+        threads.
       names: names as a family's table has them -> as published.
       form: of the arrays.
       column: of the table's names.
@@ -51,44 +56,83 @@ class Tensors:
     ignored: tuple[str, ...]
 
 
-def assemble(config: ModelConfig, family: Family, source: Tensors, mesh: jax.sharding.Mesh | None) -> Params:
-    """Read every parameter that the config calls for, check it, and stack the layers.
+class Parameters:
+    """A model's parameters as they are published: each found, checked and put into our form when it is asked for."""
+
+    def __init__(self, config: ModelConfig, family: Family, source: Tensors) -> None:
+        """Find every parameter that the config calls for; none is read.
+
+        Args:
+          config: of the model.
+          family: of the model.
+          source: where the parameters are.
+
+        Raises:
+          UserError: if a tensor is missing, or is one too many.
+        """
+        self._config, self._source = config, source
+        self.expected = transformer.flat(transformer.layout(config).weights)
+        table = {ours: row[source.column] for ours, row in family.names.items()}
+        order = list(table)
+        # In the table's order, which is that of fused parameters.
+        self._published = {
+            path: _published(table, path) for path in sorted(self.expected, key=lambda p: order.index(_module(p)))
+        }
+        ignored = (*source.ignored, *([re.escape(_published(table, "unembedding"))] if config.tied else []))
+        needed = {
+            name.format(layer)
+            for path, name in self._published.items()
+            for layer in range(config.layers if path.startswith(LAYERS) else 1)
+        }
+        _check_names(source, needed, ignored)
+
+    def read(self, path: str, layer: int = 0) -> np.ndarray:
+        """Read a parameter, or a layer's share of it: a view in our layout, of the type that it is read in.
+
+        Raises:
+          UserError: if it is not what it should be.
+        """
+        # Parameters of one name are fused: each has the rows after those of the ones before it.
+        published, expected = self._published, self.expected
+        sizes = {p: expected[p].shape[-1] for p, name in published.items() if name == published[path]}
+        shape = expected[path].shape[1:] if path.startswith(LAYERS) else expected[path].shape
+        name = self._source.names[published[path].format(layer)]
+        return _formed(shape, path, self._config, self._source, name, sizes)
+
+    def layer(self, layer: int) -> dict[str, np.ndarray]:
+        """Read a layer, by paths such as "attn/out/kernel"."""
+        paths = [path for path in self.expected if path.startswith(LAYERS)]
+        return {path.removeprefix(LAYERS): self.read(path, layer) for path in paths}
+
+
+def assemble(
+    parameters: Parameters, config: ModelConfig, mesh: jax.sharding.Mesh | None, layers: bool = True
+) -> Params:
+    """Read a model's parameters, and stack the layers.
 
     Args:
+      parameters: to be read.
       config: of the model.
-      family: of the model.
-      source: where the parameters are.
       mesh: the devices that they are laid on, or None for one device.
+      layers: whether the layers are wanted, too.
 
     Raises:
-      UserError: if a tensor is missing, is one too many (both before any is read), or is not what it should be.
+      UserError: if a tensor is not what it should be.
     """
-    expected = transformer.flat(transformer.layout(config).weights)
-    table = {ours: row[source.column] for ours, row in family.names.items()}
-    order = list(table)
-    # In the table's order, which is that of fused parameters.
-    published = {path: _published(table, path) for path in sorted(expected, key=lambda p: order.index(_module(p)))}
-    ignored = (*source.ignored, *([re.escape(_published(table, "unembedding"))] if config.tied else []))
-    needed = {
-        name.format(layer)
-        for path, name in published.items()
-        for layer in range(config.layers if path.startswith("layers/") else 1)
-    }
-    _check_names(source, needed, ignored)
 
     def read(path: str, into: np.ndarray, layer: int = 0) -> np.ndarray:
-        # Parameters of one name are fused: each has the rows after those of the ones before it.
-        sizes = {p: expected[p].shape[-1] for p, name in published.items() if name == published[path]}
-        _fill(into, path, config, source, source.names[published[path].format(layer)], sizes)
+        into[...] = parameters.read(path, layer)
         return into
 
     weights: dict[str, Any] = {}
-    for path, struct in expected.items():
-        stacked = path.startswith("layers/")
+    for path, struct in parameters.expected.items():
+        stacked = path.startswith(LAYERS)
+        if stacked and not layers:
+            continue
         if mesh is not None and mesh.size > 1:
-            layers = [(layer, struct.shape[1:]) for layer in range(config.layers)] if stacked else [(0, struct.shape)]
+            each = [(layer, struct.shape[1:]) for layer in range(config.layers)] if stacked else [(0, struct.shape)]
             # A buffer each, as devices may still be reading the one before.
-            parts = (read(path, np.empty(shape, struct.dtype), layer) for layer, shape in layers)
+            parts = (read(path, np.empty(shape, struct.dtype), layer) for layer, shape in each)
             weights[path] = meshes.stack(mesh, path, struct, parts) if stacked else meshes.lay_one(mesh, path, *parts)
             continue
         whole = _aligned(struct.shape, struct.dtype)
@@ -134,15 +178,15 @@ def _module(path: str) -> str:
     return path.rpartition("/")[0] or path
 
 
-def _fill(
-    into: np.ndarray, path: str, config: ModelConfig, source: Tensors, name: str, sizes: Mapping[str, int]
-) -> None:
-    """Read tensor `name`, or its part that is parameter `path` among those of `sizes`, into one layer's array."""
+def _formed(
+    shape: tuple[int, ...], path: str, config: ModelConfig, source: Tensors, name: str, sizes: Mapping[str, int]
+) -> np.ndarray:
+    """Read tensor `name`, or its part that is parameter `path` among those of `sizes`, as an array of `shape`."""
     array = source.read(name)
     with contextlib.suppress(ValueError):  # what cannot be reshaped has the wrong shape
         array = source.form(path, array, config)
     flipped = path.endswith("/kernel") or path == "unembedding"
-    wanted = into.shape[::-1] if flipped else into.shape
+    wanted = shape[::-1] if flipped else shape
     wanted = (sum(sizes.values()), *wanted[1:]) if len(sizes) > 1 else wanted
     if array.shape != wanted:
         raise UserError(
@@ -153,4 +197,4 @@ def _fill(
     if len(sizes) > 1:
         starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
         array = array[starts[path] :][: sizes[path]]
-    into[...] = array.T if flipped else array
+    return array.T if flipped else array

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ import numpy as np
 import safetensors
 from tokenizers import Tokenizer
 
+from hydra_jax.engine.layers import Streamed
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
 from hydra_jax.store.files import sha256
 from hydra_jax.text import tokenizer
 from hydra_jax.weights import families
-from hydra_jax.weights.assemble import Tensors, assemble
+from hydra_jax.weights.assemble import Parameters, Tensors, assemble
 from hydra_jax.weights.families import Family
-from hydra_jax.weights.faults import CONVERT, PICKLED, faults_of
+from hydra_jax.weights.faults import CONVERT, PICKLED, Unchanged, faults_of
 from hydra_jax.weights.settings import Settings, model_config, stored_as
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -130,25 +131,45 @@ class Directory:
         Raises:
           UserError: if they are not those that the config calls for.
         """
+        with self._opened() as tensors:
+            return assemble(Parameters(config, self._stated.family, tensors), config, mesh)
+
+    def streamed(self, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Params, Streamed]:
+        """Read what is not in a layer, and return what reads layers; see `weights`."""
+        with self._opened() as tensors:
+            rest = assemble(Parameters(config, self._stated.family, tensors), config, mesh, layers=False)
+        unchanged = Unchanged(_shards(self._path))
+
+        def read(layer: int) -> dict[str, np.ndarray]:
+            # Opened anew: what is mapped counts as this process' memory until it is closed.
+            with unchanged.while_read(), faults_of(self._path), self._opened() as tensors:
+                return Parameters(config, self._stated.family, tensors).layer(layer)
+
+        return rest, Streamed(config, mesh, read)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Tensors]:
+        """Open the weight files, for as long as the block runs."""
         path, family = self._path, self._stated.family
         with contextlib.ExitStack() as stack:
             files: dict[str, Any] = {}
             names: dict[str, str] = {}
             for file in _shards(path):
                 with faults_of(file):
-                    opened = stack.enter_context(safetensors.safe_open(file, framework="flax"))
+                    opened = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
                     files |= dict.fromkeys(opened.keys(), opened)
             for name in files:
                 old, new = next((pair for pair in family.renamed if name.startswith(pair[0])), ("", ""))
                 names[new + name.removeprefix(old)] = name
 
             def read(name: str) -> np.ndarray:
-                array = np.asarray(files[name].get_tensor(name))
+                array = files[name].get_tensor(name)
                 if not jnp.issubdtype(array.dtype, jnp.floating):
                     raise UserError(f"{path}: tensor {name} holds {array.dtype}, not floats; use unquantised weights")
-                return array.astype(np.float32)
+                # Norms and biases are float32 in every model, and some are changed before they are used.
+                return array.astype(np.float32) if array.ndim == 1 else array
 
-            return assemble(config, family, Tensors(path, read, names, family.form, COLUMN, family.ignored), mesh)
+            yield Tensors(path, read, names, family.form, COLUMN, family.ignored)
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the files that the model is made of, as `digest`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hydra_jax.errors import UserError, reason
@@ -30,6 +30,47 @@ def faults_of(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: does not fit into memory; use a smaller model or a larger machine") from None
     except Exception as error:
         raise UserError(f"{path}: truncated or damaged ({reason(error)}); fetch it again") from error
+
+
+class Unchanged:
+    """Files that are read again and again, and have to stay as they were first."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Note how the files at `paths` are now."""
+        self._then = {path: _identity(path) for path in paths}
+
+    @contextlib.contextmanager
+    def while_read(self) -> Iterator[None]:
+        """Read in a block; see `check`. Whatever else is found wrong in a file that has changed is of no interest."""
+        self.check()
+        try:
+            yield
+        except Exception:
+            self.check()
+            raise
+        self.check()
+
+    def check(self) -> None:
+        """Compare the files with what they were.
+
+        Raises:
+          UserError: if one is gone or has changed.
+        """
+        for path, then in self._then.items():
+            try:
+                how = "has changed" if _identity(path) != then else ""
+            except OSError:
+                how = "is gone"
+            if how:
+                raise UserError(
+                    f"{path}: {how} while its layers are being read; put it back as it was and start again, which goes"
+                    " on from what is finished"
+                )
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    now = path.stat()
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
 
 def refuse_pickled(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
+from hydra_jax.engine.layers import Streamed
 from hydra_jax.errors import UserError, shown
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
 from hydra_jax.store.files import sha256
 from hydra_jax.text import tokenizer
 from hydra_jax.weights import families, gguf_header
-from hydra_jax.weights.assemble import Tensors, assemble
+from hydra_jax.weights.assemble import Parameters, Tensors, assemble
+from hydra_jax.weights.faults import Unchanged, faults_of
 from hydra_jax.weights.gguf_header import Header, TensorInfo
 from hydra_jax.weights.settings import Settings, model_config, stored_as
 
@@ -59,7 +62,7 @@ class Tensor:
 
         shape, count = self.shape[::-1], len(self.blocks)
         if self.kind == gguf.GGMLQuantizationType.F32:
-            return self.blocks.view("<f4").reshape(shape)
+            return self.blocks.view("<f4").reshape(shape).copy()  # the file may be gone when it is looked at
         block, _ = gguf.GGML_QUANT_SIZES[self.kind]
         values = np.empty((count, block), np.float32)
         step = DECODED // block
@@ -142,7 +145,23 @@ class GgufFile:
         Raises:
           UserError: if they are not those that the config calls for.
         """
+        return assemble(self._parameters(config), config, mesh)
 
+    def streamed(self, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Params, Streamed]:
+        """Read what is not in a layer, and return what reads layers; see `weights`."""
+        parameters, unchanged = self._parameters(config), Unchanged([self._path])
+
+        def read(layer: int) -> dict[str, np.ndarray]:
+            with unchanged.while_read(), faults_of(self._path):
+                weights = parameters.layer(layer)
+            # What was read of a mapped file counts as this process' memory until it is let go of.
+            self._header.data.madvise(mmap.MADV_DONTNEED)
+            return weights
+
+        rest = assemble(parameters, config, mesh, layers=False)
+        return rest, Streamed(config, mesh, read)
+
+    def _parameters(self, config: ModelConfig) -> Parameters:
         def read(name: str) -> np.ndarray:
             try:
                 return tensors[name].decoded()
@@ -151,7 +170,7 @@ class GgufFile:
 
         tensors, names = self._tensors, {name: name for name in self._tensors}
         form, ignored = self._family.gguf_form, (r"rope_freqs\.weight",)
-        return assemble(config, self._family, Tensors(self._path, read, names, form, COLUMN, ignored), mesh)
+        return Parameters(config, self._family, Tensors(self._path, read, names, form, COLUMN, ignored))
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from hydra_jax.config import LAST_STEP
+from hydra_jax.engine.memory import free_bytes
 from hydra_jax.weights import source
 from hydra_jax.weights.model import Model
 
@@ -17,6 +18,7 @@ def load(
     precision: str = "highest",
     step: int = LAST_STEP,
     mesh: jax.sharding.Mesh | None = None,
+    memory: float = 0.0,
 ) -> Model:
     """Load a model.
 
@@ -30,9 +32,12 @@ def load(
       step: of a model that was trained here, which checkpoint; LAST_STEP for the last.
       mesh: from `mesh.make`, the devices that the parameters are laid on, layer by layer as they are read; None
         for one device.
+      memory: GB of each device that may be used; 0 for what is free. Of weights that do not fit, layers are read as
+        they are needed.
 
     Raises:
       UserError: if it cannot be found, fetched or read, is damaged, is of an unknown architecture, or
         fails `check`.
     """
-    return source.open(name, step).load(dtype, precision, mesh)
+    device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
+    return source.open(name, step).load(dtype, precision, mesh, memory * 1e9 or free_bytes(device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from hydra_jax.engine.layers import Layers, Resident
+from hydra_jax.engine.layers import Layers, Resident, Streamed
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
 
@@ -19,10 +19,11 @@ class Model:
 
     Attributes:
       name: as it was asked for.
-      params: weights and config.
+      params: weights and config; where layers are streamed, the weights of what is not in a layer.
       tokenizer: text to tokens and back.
       weights_hash: SHA-256 of the file, of the directory's files in order of name, or of a checkpoint's arrays.
       dropout: the highest rate of any kind that it was trained with; None where that is not known.
+      streamed: what reads layers as they are needed, where they are not all on the devices.
     """
 
     name: str
@@ -30,11 +31,12 @@ class Model:
     tokenizer: Tokenizer
     weights_hash: str
     dropout: float | None = None
+    streamed: Streamed | None = None
 
     @property
     def layers(self) -> Layers:
-        """The model's layers."""
-        return Resident(self.params)
+        """The model's layers, one after another."""
+        return self.streamed or Resident(self.params)
 
     @property
     def config(self) -> ModelConfig:

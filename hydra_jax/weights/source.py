@@ -5,19 +5,25 @@ All kinds are untrusted: read as data, and checked whole.
 
 from __future__ import annotations
 
+import math
+import sys
 import typing
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 from tokenizers import Tokenizer
 
-from hydra_jax.config import LAST_STEP
+from hydra_jax.config import LAST_STEP, MeshConfig
+from hydra_jax.engine import memory
+from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.layers import Streamed
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
 from hydra_jax.weights import hub
-from hydra_jax.weights.check import Check
+from hydra_jax.weights.check import Check, check_streamed
 from hydra_jax.weights.directory import Directory
 from hydra_jax.weights.faults import faults_of, refuse_pickled
 from hydra_jax.weights.gguf_file import GgufFile
@@ -44,6 +50,9 @@ class Stored(typing.Protocol):
 
     def weights(self, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Params:
         """Read all that `config` calls for."""
+
+    def streamed(self, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Params, Streamed]:
+        """Read all but the layers that `config` calls for, and return what reads those as they are needed."""
 
     def digest(self) -> str:
         """Sum up the weights, and whatever else makes the model what it is; hex."""
@@ -107,13 +116,22 @@ class Source:
                 self._tokenizer = self._stored.tokenizer()
         return self._tokenizer
 
-    def load(self, dtype: str = "float32", precision: str = "highest", mesh: jax.sharding.Mesh | None = None) -> Model:
+    def load(
+        self,
+        dtype: str = "float32",
+        precision: str = "highest",
+        mesh: jax.sharding.Mesh | None = None,
+        limit: float = math.inf,
+        say: Callable[[str], object] | None = None,
+    ) -> Model:
         """Load the model, everything that needs no weights first.
 
         Args:
           dtype: as of `load.load`.
           precision: as of `load.load`.
           mesh: as of `load.load`.
+          limit: bytes of each device that may be used in all; weights that do not fit are streamed.
+          say: takes a line that says so; None to print it to the standard error stream.
 
         Raises:
           UserError: if it is damaged, not supported, or fails `check`.
@@ -127,14 +145,26 @@ class Source:
                 f"{self.path}: the tokenizer has {tokens:,} tokens, the embedding {config.vocab_size:,} rows;"
                 " fetch the model again"
             )
+        share = 1 if mesh is None else mesh.shape[meshes.MODEL]
+        streamed, layers = memory.streams(config, share, limit), None
+        if streamed:
+            (say or _to_stderr)(streamed)
         with faults_of(self.path), ThreadPoolExecutor(2) as beside:
-            check = Check(config, mesh, beside)
+            check = None if streamed else Check(config, mesh, beside)
             if self._stored.digest_is_apart:
                 hashed = beside.submit(lambda: self.weights_hash)
-            params = self._stored.weights(config, mesh)
-            check(params, str(self.path))
+            if check:
+                params = self._stored.weights(config, mesh)
+                check(params, str(self.path))
+            else:
+                params, layers = self._stored.streamed(config, mesh or meshes.make(MeshConfig(1)))
+                check_streamed(params, layers, str(self.path))
             digest = hashed.result() if self._stored.digest_is_apart else self.weights_hash
-        return Model(self.name, params, text, digest, self._dropout)
+        return Model(self.name, params, text, digest, self._dropout, layers)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def open(name: str, step: int = LAST_STEP) -> Source:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tokenizers import Tokenizer
 
 from hydra_jax.config import LAST_STEP, ShapeConfig
 from hydra_jax.engine import mesh as meshes
+from hydra_jax.engine.layers import Streamed
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.models.config import AS_STORED, ModelConfig
@@ -79,16 +81,37 @@ class TrainedRun:
         params = Params(weights=weights, config=config)
         return params if mesh is None else meshes.lay(mesh, params)
 
+    def streamed(self, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Params, Streamed]:
+        """Read what is not in a layer, and return what has layers; see `weights`.
+
+        A checkpoint is restored whole, to this host's memory: models that are trained here are small.
+        """
+        layer = "layers"
+        stored: Any = jax.tree.map(np.asarray, self._read(jax.local_devices(backend="cpu")[0]))
+        rest = {name: part for name, part in stored.items() if name != layer}
+        like = {name: part for name, part in transformer.layout(config).weights.items() if name != layer}
+        typed = jax.tree.map(lambda array, like: array.astype(like.dtype), rest, like)
+        stacked = transformer.flat(stored[layer])
+
+        def read(number: int) -> dict[str, np.ndarray]:
+            return {name: array[number] for name, array in stacked.items()}
+
+        return meshes.lay(mesh, Params(weights=typed, config=config)), Streamed(config, mesh, read)
+
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the checkpoint's weights, which are read for it unless they were before."""
         if not self._digest:
             self._read()
         return self._digest
 
-    def _read(self) -> Any:
+    def _read(self, device: jax.Device | None = None) -> Any:
+        """Restore the weights to a device, the first one if it is not said to which."""
         from hydra_jax.weights import checkpoints  # orbax is slow to import, and most runs never need it
 
         like = transformer.layout(dataclasses.replace(self._config, dtype="float32")).weights
+        if device is not None:
+            here = jax.sharding.SingleDeviceSharding(device)
+            like = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=here), like)
         weights, self._digest, _ = checkpoints.weights(self._path, like, self._step)
         return weights
 
