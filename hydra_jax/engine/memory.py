@@ -30,7 +30,10 @@ ACCELERATOR_ROWS = 16_384
 SHARE = 0.8
 """The share of free memory that plans count on: a program's needs are estimates, and memory is in pieces."""
 
-CLEAN_SHARE = 0.2
+CLEAN_TOKENS = 16
+"""Tokens of a short prompt, as which texts without rows are counted: that many of them fill a device as rows do."""
+
+CLEAN_SHARE = 0.5
 """The share of free memory that is enough for what is computed at once of clean runs."""
 
 CGROUP = tuple(Path("/sys/fs/cgroup") / f"memory.{what}" for what in ("max", "current", "stat"))
@@ -52,15 +55,21 @@ class Needs:
       parameters: the model's.
       fixed: of clean runs and rows, whatever the number of texts.
       text: of each text besides.
+      row: of each row.
     """
 
     parameters: int
     fixed: int
     text: int
+    row: int
 
-    def texts(self, free: float) -> int:
-        """Return the number of texts that fit into `free` bytes beside the parameters."""
-        return max(0, int((SHARE * free - self.fixed) // self.text))
+    def texts(self, free: float, rows: int) -> int:
+        """Return the number of texts, of so many rows each, that fit into `free` bytes beside the parameters."""
+        return max(0, int((SHARE * free - self.fixed) // (self.text + rows * self.row)))
+
+    def rows(self, free: float, texts: int) -> int:
+        """Return the number of rows of each of some texts that fit into `free` bytes beside the parameters."""
+        return max(0, int(((SHARE * free - self.fixed) / texts - self.text) // self.row))
 
 
 def default_rows() -> int:
@@ -78,6 +87,7 @@ class Asked:
       readings: Q.
       rows: in a block; 0 for the device's default.
       streamed: whether layers are read as they are needed.
+      least: programs that are not walked apart.
     """
 
     programs: int
@@ -85,6 +95,7 @@ class Asked:
     readings: int = 1
     rows: int = 0
     streamed: bool = False
+    least: int = 1
 
     @property
     def at_once(self) -> int:
@@ -122,15 +133,18 @@ def needs(config: ModelConfig, length: int, asked: Asked, model: int = 1, free: 
     size, token = sizes(c, length, model, free), _token(c, length, model)
     block = Layout.of(asked.texts, asked.readings, asked.draws, max(1, asked.programs), asked.at_once)
     rows = block.rows * block.texts_at_once if asked.programs else 0
-    # A row's shift; what is recorded of it, as it is, joined, and scaled; and its values.
-    row = 4 * c.width + 3 * 4 * c.components + item * c.width // max(1, asked.programs)
     reading = 4 * (5 * c.width + 2 * c.heads * c.head_dim)
     # A layer is cut out of the stack, or converted where products are made in another type.
     layer = 4 * layer_bytes(c, model) // item if item < 4 or not asked.streamed else 0
     return Needs(
         parameters=meshes.bytes_a_device(c, model, AT_ONCE if asked.streamed else c.layers),
         fixed=layer + max(max(length, size.tokens) * token, rows * token, 3 * 4 * c.vocab_size * size.logits),
-        text=3 * 4 * length * c.width + 2 * cache + asked.readings * reading + _rows(asked) * row,
+        text=3 * 4 * length * c.width
+        + 2 * cache
+        + asked.readings * reading
+        + 4 * asked.draws * asked.readings * c.width,
+        # Its shift; what is recorded of it, as it is, joined, and scaled.
+        row=4 * c.width + 3 * 4 * c.components,
     )
 
 
@@ -144,11 +158,6 @@ def _token(config: ModelConfig, length: int, model: int) -> int:
 def layer_bytes(config: ModelConfig, model: int) -> int:
     """Return the bytes of one layer on each of the `model` devices that share it."""
     return meshes.bytes_a_device(config, model, 1) - meshes.bytes_a_device(config, model, 0)
-
-
-def _rows(asked: Asked) -> int:
-    """Return the rows of a text."""
-    return asked.programs * asked.draws * asked.readings
 
 
 def free_bytes(device: jax.Device) -> float:
@@ -246,19 +255,31 @@ class BatchSizer:
         Raises:
           UserError: if not even one text a device fits.
         """
-        need: Needs = self._needs(length, dataclasses.replace(self.asked, programs=0) if clean else self.asked)
-        fitting = need.texts(self._free)
+        asked = dataclasses.replace(self.asked, programs=0, least=0) if clean else self.asked
+        need: Needs = self._needs(length, asked)
+        of_program = asked.draws * asked.readings
+        fitting = need.texts(self._free, asked.least * of_program)
         if fitting < 1:
+            wanted = need.fixed + need.text + asked.least * of_program * need.row
             raise UserError(
-                f"memory: a prompt of {length} tokens and its replacements want"
-                f" {(need.fixed + need.text) / 1e9:.2g} GB a device beside the model, {SHARE * self._free / 1e9:.2g}"
-                f" are free; {REMEDY}"
+                f"memory: a prompt of {length} tokens and its replacements want {wanted / 1e9:.2g} GB a device beside the"
+                f" model, {SHARE * self._free / 1e9:.2g} are free; {REMEDY}"
             )
-        # Streamed layers are read once for all texts that go at once.
-        wanted = MOST if self.asked.streamed else self.wanted
-        if clean:
-            wanted = max(wanted, PREFILL_TOKENS // length * self.least)
-        return min(fitting * self.least, wanted, self._most)
+        wanted = max(1, self.asked.at_once // CLEAN_TOKENS) if clean else self.asked.texts
+        at_once = min(fitting, wanted)
+        if asked.streamed:  # layers are read once for all texts that go at once
+            at_once = max(at_once, need.texts(self._free, asked.programs * of_program))
+        return min(at_once * self.least, self._most)
+
+    def programs(self, length: int, texts: int) -> int:
+        """Return the number of programs that are walked together for so many texts: all, or as many as fit.
+
+        Others are walked apart and not other texts, so that what is computed at once does not hang on memory.
+        """
+        need: Needs = self._needs(length, self.asked)
+        fitting = need.rows(self._free, -(-texts // self.least)) // (self.asked.draws * self.asked.readings)
+        least = self.asked.least
+        return min(self.asked.programs, max(least, fitting // least * least))
 
     def chunk(self, length: int) -> int:
         """Return the number of texts whose results are written together: those that go at once."""

@@ -14,7 +14,7 @@ from hydra_jax.core.effects import Effects
 from hydra_jax.core.prefill import Reading
 from hydra_jax.core.programs import Program, Word, program, together
 from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.batching import fill_up
+from hydra_jax.engine.batching import evenly, fill_up
 from hydra_jax.engine.rows import Draws, Rows
 from hydra_jax.engine.summary import Summary
 from hydra_jax.engine.summary import summarise as summarise_effects
@@ -25,6 +25,7 @@ from hydra_jax.models.transformer import Contrast
 from hydra_jax.store import variables
 from hydra_jax.sweep.plan import Plan, batch_of
 from hydra_jax.sweep.sources import Sources
+from hydra_jax.text.padding import padded_length
 
 Progress = Callable[[float], object]
 
@@ -106,17 +107,40 @@ def ablate(plan: Plan, part: slice, size: int, sources: Sources, progress: Progr
     Raises:
       UserError: if the identity of `core.effects` fails in a prompt.
     """
-    c, components, edges = plan.model.config, plan.components, plan.ablation.edges
-    count = part.stop - part.start
+    count, every = part.stop - part.start, plan.components
+    longest = padded_length(len(plan.items[part.stop - 1].tokens), plan.model.config.context)
+    at_once = plan.sizer.programs(longest, size) // plan.sizer.asked.least
+    found = [
+        _ablate(
+            plan,
+            part,
+            size,
+            every[some],
+            sources,
+            lambda done, some=some: progress(done * count * (some.stop - some.start) * plan.ablation.draws),
+        )
+        for some in evenly(len(every), at_once)
+    ]
+    of_ablated = {name for name in found[0] if "ablated" in variables.VARIABLES[name].dims}
+    return {
+        name: np.concatenate([one[name] for one in found], axis=1) if name in of_ablated else values
+        for name, values in found[0].items()
+    }
+
+
+def _ablate(
+    plan: Plan, part: slice, size: int, components: Sequence[Component], sources: Sources, progress: Progress
+) -> dict[str, np.ndarray]:
+    """Ablate some components by one walk; see `ablate`. All that is done of it is 1."""
+    c, edges, count = plan.model.config, plan.ablation.edges, part.stop - part.start
     prompts = np.array(fill_up(range(part.start, part.stop), size))
     rests = (Word.FOLLOW, Word.PROBE) if edges else (Word.FOLLOW,)
     programs = together([program(c, clamp=[one], rest=rest) for one in components for rest in rests])
-    interventions = count * len(components) * plan.ablation.draws
-    walked = Walked(plan, prompts, programs, sources, lambda done: progress(done * interventions))
+    walked = Walked(plan, prompts, programs, sources, progress)
     summarise = device_program(meshes.mesh_of(plan.model.params), summarise_effects, (), edges=edges)
     every = jax.device_get(summarise(walked.rows.effects(walked.reading)))
     summary: Summary = jax.tree.map(lambda array: array[:count], every)
-    _check_identity(plan, part, summary.residual)
+    _check_identity(plan, part, components, summary.residual)
     reading: Reading = jax.device_get(walked.reading)
     own = walked.contributions if walked.of_heads is None else walked.of_heads
     clean = {
@@ -188,13 +212,13 @@ def _everything(
     )
 
 
-def _check_identity(plan: Plan, part: slice, residual: np.ndarray) -> None:
+def _check_identity(plan: Plan, part: slice, components: Sequence[Component], residual: np.ndarray) -> None:
     """Refuse results of which the identity does not hold; `residual` is [P, A]."""
     wrong = np.argwhere(residual > plan.tolerance)
     if wrong.size:
         prompt, unit = wrong[0]
         raise UserError(
-            f"prompt {plan.items[part.start + prompt].prompt.name}, {plan.components[unit]}: total effect is not direct"
+            f"prompt {plan.items[part.start + prompt].prompt.name}, {components[unit]}: total effect is not direct"
             f" effect less compensation, by {residual[prompt, unit]:.2g} logits (more than {plan.tolerance:g}); the"
             " activations lose precision: use float32 and precision=highest, or raise identity_tolerance"
         )

@@ -149,6 +149,28 @@ def _walked(
         tokens = np.where(tokens == MOST_LIKELY, _most_likely(plan, prompts, at)[..., None], tokens)
     contrasts = Contrast(tokens.astype(np.int32), weights.astype(np.float32))
     names = sorted(question.programs, key=lambda name: first_clamp(question.programs[name]))
+    longest = padded_length(max(len(plan.items[index].tokens) for index in prompts), plan.model.config.context)
+    parts = evenly(len(names), plan.sizer.programs(longest, len(prompts)))
+    read = functools.partial(_read, plan, question, prompts, sources, at, contrasts)
+    found = [
+        read(names[some], lambda done, some=some: progress(done * len(names[some]) / len(names))) for some in parts
+    ]
+    dataset = xr.concat(found, "program", data_vars="minimal", coords="minimal", compat="override")
+    dataset = dataset.sel(program=list(question.programs))
+    return dataset if there.all() else dataset.where(xr.DataArray(there, dims=("prompt", "reading")))
+
+
+def _read(
+    plan: Plan,
+    question: Question,
+    prompts: np.ndarray,
+    sources: Sources,
+    at: np.ndarray,
+    contrasts: Contrast,
+    names: Sequence[str],
+    progress: Any,
+) -> xr.Dataset:
+    """Walk some prompts with some programs, and return what is found of all that is read."""
     programs = together([question.programs[name] for name in names])
     by_head = question.responders == HEADS
     walked = Walked(plan, prompts, programs, sources, progress, at, contrasts, by_head)
@@ -175,13 +197,7 @@ def _walked(
         "target_id": (read, reading.target),
         "delta_unembed": ((*read, "component"), walked.contributions),
     }
-    dataset = xr.Dataset(found, {"program": names})
-    missing = xr.DataArray(there, dims=read)
-    return (
-        dataset.where(missing).sel(program=list(question.programs))
-        if not there.all()
-        else dataset.sel(program=list(question.programs))
-    )
+    return xr.Dataset(found, {"program": list(names)})
 
 
 def _most_likely(plan: Plan, prompts: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -225,8 +225,9 @@ def asked(ablation: AblationConfig, config: ModelConfig, rows: int, streamed: bo
       rows: in a block; 0 for the device's default.
       streamed: whether the model's layers are.
     """
-    programs = len(ablation.components(config)) * (2 if ablation.edges else 1)
-    return Asked(programs, ablation.draws, rows=rows, streamed=streamed)
+    each = 2 if ablation.edges else 1
+    programs = len(ablation.components(config)) * each
+    return Asked(programs, ablation.draws, rows=rows, streamed=streamed, least=each)
 
 
 def places(config: ModelConfig, components: Sequence[Component]) -> dict[Component, slice]:
