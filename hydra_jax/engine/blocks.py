@@ -268,15 +268,24 @@ def effects_of(
     """Return the effects of all rows, [P, G, Q, R], from their state after the last layer."""
     changed = jnp.concatenate(changes, axis=-1).reshape(*direct.shape, params.config.layers, -1)
 
-    def text(reading: Reading, rows: Row) -> Effects:
-        def one(at: Int[Array, ""], row: Row, *flags: Bool[Array, "*L2"]) -> Effects:
+    def text(reading: Reading, rows: Row, of: Int[Array, " n"], *flags: Bool[Array, n *L2]) -> Effects:
+        def one(at: Int[Array, ""], row: Row, *flags: Any) -> Effects:
             at = at if layout.readings > 1 else 0
             return effects(params, jax.tree.map(lambda leaf: leaf[at], reading), row, *flags)
 
-        return jax.vmap(one)(of, rows, frozen, probed)
+        return jax.vmap(one)(of, rows, *flags)
 
-    every = jax.vmap(text)(reading, Row(shift, direct, changed))
-    return jax.tree.map(lambda leaf: layout.by_program(leaf), every)
+    def block(start: Int[Array, ""]) -> Effects:
+        def cut_out(axis: int) -> Any:
+            return functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=layout.rows, axis=axis)
+
+        rows = jax.tree.map(cut_out(1), Row(shift, direct, changed))
+        return jax.vmap(text, (0, 0, None, None, None))(reading, rows, *map(cut_out(0), (of, frozen, probed)))
+
+    # Block by block, as rows are moved: what is computed at once is the same however many there are.
+    every = jax.lax.map(block, jnp.arange(0, layout.total, layout.rows))
+    joined = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(*direct.shape, *leaf.shape[3:]), every)
+    return jax.tree.map(layout.by_program, joined)
 
 
 def head_effects(

@@ -262,11 +262,10 @@ class BatchSizer:
         if fitting < 1:
             wanted = need.fixed + need.text + asked.least * of_program * need.row
             raise UserError(
-                f"memory: a prompt of {length} tokens and its replacements want {wanted / 1e9:.2g} GB a device beside the"
-                f" model, {SHARE * self._free / 1e9:.2g} are free; {REMEDY}"
+                f"memory: a prompt of {length} tokens and its replacements want {wanted / 1e9:.2g} GB a device beside"
+                f" the model, {SHARE * self._free / 1e9:.2g} are free; {REMEDY}"
             )
-        wanted = max(1, self.asked.at_once // CLEAN_TOKENS) if clean else self.asked.texts
-        at_once = min(fitting, wanted)
+        at_once = min(fitting, self._wanted(clean))
         if asked.streamed:  # layers are read once for all texts that go at once
             at_once = max(at_once, need.texts(self._free, asked.programs * of_program))
         return min(at_once * self.least, self._most)
@@ -289,11 +288,18 @@ class BatchSizer:
         """Return what is computed at once of the clean runs of texts of up to `length` tokens, padded."""
         return sizes(self._config, length, self._model, self._free)
 
-    def fill_up(self, texts: int) -> int:
-        """Return the number of texts that `texts` are filled up to, so that blocks divide them on every device."""
-        each = -(-texts // self.least)
-        columns = -(-each // self.asked.texts)
-        return -(-each // columns) * columns * self.least
+    def parts(self, texts: int, clean: bool = False) -> int:
+        """Return the number of parts of one size that texts go through a layer in, one after another."""
+        return -(-texts // (self._wanted(clean) * self.least))
+
+    def fill_up(self, texts: int, clean: bool = False) -> int:
+        """Return the number of texts that `texts` are filled up to, so that parts and devices have as many each."""
+        together = self.parts(texts, clean) * self.least
+        return -(-texts // together) * together
+
+    def _wanted(self, clean: bool) -> int:
+        """Return the number of texts that fill a device."""
+        return max(1, self.asked.at_once // CLEAN_TOKENS) if clean else self.asked.texts
 
     def run(self, call: Callable[[int], T], size: int, say: Callable[[str], None]) -> T:
         """Return `call(size)`, halving the size as often as a device's memory is exhausted.

@@ -21,6 +21,7 @@ from hydra_jax.engine.summary import summarise as summarise_effects
 from hydra_jax.engine.walk import Texts, forward
 from hydra_jax.engine.walk import program as device_program
 from hydra_jax.errors import UserError
+from hydra_jax.models.pieces import LayerParams
 from hydra_jax.models.transformer import Contrast
 from hydra_jax.store import variables
 from hydra_jax.sweep.plan import Plan, batch_of
@@ -30,12 +31,65 @@ from hydra_jax.text.padding import padded_length
 Progress = Callable[[float], object]
 
 
-class Walked:
-    """A walk of some of a plan's prompts, each with rows of every program, read after Q of its tokens.
+class Part:
+    """Some of a plan's prompts on their way through the layers, each with rows of every program, read after Q tokens.
 
     Attributes:
-      rows: after the last layer.
-      reading: [P, Q, ...], on the devices.
+      texts: the prompts.
+      rows: theirs.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        prompts: np.ndarray,
+        programs: Program,
+        sources: Sources,
+        places: np.ndarray | None,
+        contrasts: Contrast | None,
+        responding_heads: bool,
+    ) -> None:
+        """Begin; for arguments see `Walked`."""
+        items = [plan.items[index] for index in prompts]
+        tokens, lengths = batch_of(items, len(prompts), plan.model.config.context)
+        if places is None:
+            places = lengths[:, None] - 1
+        if contrasts is None:
+            contrasts = Contrast.target(plan.targets[prompts].astype(np.int32)[:, None])
+        self._contrasts, self._by_head = contrasts, bool(programs.by_heads.any())
+        self.texts = Texts(plan.model.params, tokens, places, plan.sizer.sizes(tokens.shape[1]))
+        draws, at_once = plan.ablation.draws, plan.sizer.asked.at_once
+        self.rows = Rows(self.texts, programs, draws, contrasts, at_once, responding_heads)
+        self._values = Draws(
+            *(self.texts.mesh, self.rows.layout, plan.ablation.kind, self.texts.put(plan.keys[prompts])),
+            lambda component: sources(prompts, component),
+            plan.statistics_of,
+        )
+        self._added: list[tuple[Any, Any]] = []
+
+    def through(self, number: int, layer: LayerParams) -> None:
+        """Go through a layer."""
+        clean = self.texts.through(layer)
+        self._added.append(self.texts.contributions(layer, clean, self.rows.readout, self._by_head))
+        self.rows.through(number, layer, clean, self._values)
+
+    def read(self) -> tuple[Reading, np.ndarray, np.ndarray | None]:
+        """Return what the texts say [P, Q], what writes add to it [P, Q, 2L], and heads where one is clamped."""
+        reading = self.texts.read(self._contrasts)
+        writes, heads = zip(*jax.device_get(self._added), strict=True)
+        scale = jax.device_get(reading.final_scale)[..., None]
+
+        def joined(each: Sequence[np.ndarray]) -> np.ndarray:
+            return np.stack(each, axis=2).reshape(*scale.shape[:2], -1) / scale
+
+        return reading, joined(writes), joined(heads) if self._by_head else None
+
+
+class Walked:
+    """A walk of some of a plan's prompts, in parts that are computed one after another in every layer.
+
+    Attributes:
+      reading: [P, Q, ...], on this host.
       contributions: [P, Q, 2L], what each write adds to what is read.
       of_heads: [P, Q, L * H], what each head adds; None where no head is clamped.
     """
@@ -64,34 +118,37 @@ class Walked:
           responding_heads: whether is recorded what each head changes.
         """
         model, c = plan.model, plan.model.config
-        tokens, lengths = batch_of([plan.items[index] for index in prompts], len(prompts), c.context)
-        if places is None:
-            places = lengths[:, None] - 1
-        if contrasts is None:
-            contrasts = Contrast.target(plan.targets[prompts].astype(np.int32)[:, None])
-        texts = Texts(model.params, tokens, places, plan.sizer.sizes(tokens.shape[1]))
-        draws, at_once = plan.ablation.draws, plan.sizer.asked.at_once
-        self.rows = rows = Rows(texts, programs, draws, contrasts, at_once, responding_heads)
-        values = Draws(
-            *(texts.mesh, rows.layout, plan.ablation.kind, texts.put(plan.keys[prompts])),
-            lambda component: sources(prompts, component),
-            plan.statistics_of,
-        )
-        by_head = bool(programs.by_heads.any())
-        added: list[tuple[Any, Any]] = []
-        every = max(1, sum(rows.work(number) for number in range(c.layers)))
+        # Of one size, whatever the number of prompts: what is computed at once does not hang on memory.
+        slices = np.split(np.arange(len(prompts)), plan.sizer.parts(len(prompts)))
+        self._parts = [
+            Part(
+                *(plan, prompts[some], programs, sources, None if places is None else places[some]),
+                *(
+                    None if contrasts is None else jax.tree.map(lambda leaf, some=some: leaf[some], contrasts),
+                    responding_heads,
+                ),
+            )
+            for some in slices
+        ]
+        every = max(1, sum(self._parts[0].rows.work(number) for number in range(c.layers)))
         for number, layer in enumerate(forward(c, model.layers)):
-            clean = texts.through(layer)
-            added.append(texts.contributions(layer, clean, rows.readout, by_head))
-            rows.through(number, layer, clean, values)
-            # One layer is computed while the next is handed over; a streamed one has to make room for that.
-            rows.wait(number if model.layers.streamed else number - 1)
-            progress(rows.work(number) / every)
-        self.reading: Reading = texts.read(contrasts)
-        writes, heads = zip(*jax.device_get(added), strict=True)
-        scale, shape = jax.device_get(self.reading.final_scale)[..., None], places.shape
-        self.contributions = np.stack(writes, axis=2).reshape(*shape, -1) / scale
-        self.of_heads = np.stack(heads, axis=2).reshape(*shape, -1) / scale if by_head else None
+            for part in self._parts:
+                part.through(number, layer)
+                # One layer is computed while the next is handed over; a streamed one has to make room for that.
+                part.rows.wait(number if model.layers.streamed else number - 1)
+                progress(part.rows.work(number) / every / len(self._parts))
+        self._readings, added, of_heads = zip(*(part.read() for part in self._parts), strict=True)
+        self.reading: Reading = _joined(self._readings)
+        self.contributions = np.concatenate(added)
+        self.of_heads = None if of_heads[0] is None else np.concatenate(of_heads)
+
+    def each(self, of: Callable[[Rows, Reading], Any]) -> Any:
+        """Return what `of` makes of each part's rows and reading, on this host, along one axis of prompts."""
+        return _joined([of(part.rows, reading) for part, reading in zip(self._parts, self._readings, strict=True)])
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(list(parts)))
 
 
 def ablate(plan: Plan, part: slice, size: int, sources: Sources, progress: Progress) -> dict[str, np.ndarray]:
@@ -138,10 +195,10 @@ def _ablate(
     programs = together([program(c, clamp=[one], rest=rest) for one in components for rest in rests])
     walked = Walked(plan, prompts, programs, sources, progress)
     summarise = device_program(meshes.mesh_of(plan.model.params), summarise_effects, (), edges=edges)
-    every = jax.device_get(summarise(walked.rows.effects(walked.reading)))
+    every = walked.each(lambda rows, reading: summarise(rows.effects(reading)))
     summary: Summary = jax.tree.map(lambda array: array[:count], every)
     _check_identity(plan, part, components, summary.residual)
-    reading: Reading = jax.device_get(walked.reading)
+    reading = walked.reading
     own = walked.contributions if walked.of_heads is None else walked.of_heads
     clean = {
         "clean_logit": reading.centred_logit[:, 0],
@@ -170,7 +227,7 @@ def ablate_each(plan: Plan, ablations: Sequence[tuple[int, Component]]) -> list[
     sources = Sources(plan, resident=False)
     programs = together([program(plan.model.config, clamp=[component]) for component in components])
     walked = Walked(plan, prompts, programs, sources, lambda done: None)
-    effects: Effects = jax.device_get(walked.rows.effects(walked.reading))
+    effects: Effects = walked.each(Rows.effects)
     return [
         _everything(plan, walked, effects, indices.index(index), index, component, components.index(component))
         for index, component in ablations
@@ -182,7 +239,7 @@ def _everything(
 ) -> xr.Dataset:
     """Return one ablation's dataset: that of the prompt at `place` in the walk, `index` in the plan."""
     effects: Effects = jax.tree.map(lambda array: array[place, unit, 0], every)
-    reading: Reading = jax.tree.map(lambda array: array[place, 0], jax.device_get(walked.reading))
+    reading: Reading = jax.tree.map(lambda array: array[place, 0], walked.reading)
     contributions = walked.contributions[place, 0]
     compensation = effects.compensation.reshape(len(effects.compensation), -1)
     # The ablated component's own change is its direct effect: it is not among the compensations.

@@ -17,7 +17,7 @@ from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
 from hydra_jax.core.edits import WHOLE, Component
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.batching import evenly, fill_up, round_up
+from hydra_jax.engine.batching import evenly, fill_up
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.engine.mesh import Worker
@@ -81,7 +81,7 @@ class CleanPass:
         for part in worker.share(parts):
             chosen = missing[part]
             runs = functools.partial(self._runs, chosen, target)
-            columns, values = self.sizer.run(runs, round_up(parts[0].stop, self.sizer.least), say)
+            columns, values = self.sizer.run(runs, self.sizer.fill_up(parts[0].stop, clean=True), say)
             kept = np.array([keep(item, top) for item, top in zip(chosen, columns["top"].tolist(), strict=True)])
             if worker.leads:
                 self.bank.add([item.prompt.id for item in chosen], columns, kept, values[kept])
@@ -107,21 +107,26 @@ class CleanPass:
         kept = ablated if kind.needs_sources or kind.needs_statistics else []
         where = places(c, kept)
         values = np.empty((len(items), sum(place.stop - place.start for place in where.values())), jnp.dtype(c.dtype))
+        asked = np.array(fill_up(targets, size), np.int32)[:, None]
         tokens, lengths = batch_of(items, size, c.context)
-        texts = Texts(model.params, tokens, lengths[:, None] - 1, self.sizer.sizes(tokens.shape[1]))
+        parts = np.split(np.arange(size), self.sizer.parts(size, clean=True))
+        sizes = self.sizer.sizes(tokens.shape[1])
+        every = [Texts(model.params, tokens[some], lengths[some, None] - 1, sizes) for some in parts]
         for number, layer in enumerate(forward(c, model.layers)):
-            clean = texts.through(layer)
             here = [component for component in kept if component.layer == number]
-            if here:
-                writes, mixed = jax.device_get((clean.writes[:, 0], clean.mixed[:, 0]))
+            for texts, some in zip(every, parts, strict=True):
+                clean = texts.through(layer)
+                rows = some[some < len(items)]
+                if here:
+                    writes, mixed = jax.device_get((clean.writes[:, 0], clean.mixed[:, 0]))
+                elif model.layers.streamed:
+                    jax.block_until_ready(texts.stream)
                 for component in here:
                     of = writes[:, component.site] if component.head == WHOLE else mixed[:, component.head]
-                    values[:, where[component]] = of[: len(items)]
-            elif model.layers.streamed:
-                jax.block_until_ready(texts.stream)
-        asked = np.array(fill_up(targets, size), np.int32)[:, None]
-        reading = jax.device_get(texts.read(Contrast.target(asked)))
-        return {name: getattr(reading, name)[: len(items), 0].astype(dtype) for name, dtype in COLUMNS.items()}, values
+                    values[rows, where[component]] = of[: len(rows)]
+        readings = [texts.read(Contrast.target(asked[some])) for texts, some in zip(every, parts, strict=True)]
+        said = jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(readings))
+        return {name: getattr(said, name)[: len(items), 0].astype(dtype) for name, dtype in COLUMNS.items()}, values
 
 
 def choose(clean: CleanPass, items: Sequence[Item], wanted: PromptsConfig, seed: int) -> tuple[list[Item], list[Item]]:

@@ -16,12 +16,13 @@ from hydra_jax.config import AblationConfig, SweepConfig
 from hydra_jax.core.edits import ATTN, Component, Kind, all_components
 from hydra_jax.core.effects import Effects
 from hydra_jax.core.metrics import Metrics
-from hydra_jax.core.prefill import MOST_LIKELY, Reading
+from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.core.programs import Program, Word, first_clamp, together
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly, fill_up
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import Asked, BatchSizer, left
+from hydra_jax.engine.rows import Rows
 from hydra_jax.engine.walk import Texts, forward
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Contrast
@@ -174,8 +175,8 @@ def _read(
     programs = together([question.programs[name] for name in names])
     by_head = question.responders == HEADS
     walked = Walked(plan, prompts, programs, sources, progress, at, contrasts, by_head)
-    effects: Effects = jax.device_get(walked.rows.effects(walked.reading))
-    reading: Reading = jax.device_get(walked.reading)
+    effects: Effects = walked.each(Rows.effects)
+    reading = walked.reading
     rows = ("prompt", "program", "reading", "replacement")
     found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         name: (rows, getattr(effects, name)) for name in (*variables.EFFECTS, "residual")
@@ -183,10 +184,10 @@ def _read(
     change = effects.compensation
     found["change"] = ((*rows, "component"), change.reshape(*change.shape[:-2], -1))
     if by_head:
-        found["head_change"] = ((*rows, "attn_layer", "head"), jax.device_get(walked.rows.head_changes(walked.reading)))
+        found["head_change"] = ((*rows, "attn_layer", "head"), walked.each(Rows.head_changes))
     if question.metrics:
         at_once = plan.sizer.sizes(int(at.max()) + 1).logits
-        metrics = jax.device_get(walked.rows.metrics(walked.reading, at_once))
+        metrics = walked.each(lambda rows, reading: rows.metrics(reading, at_once))
         found |= {name: (rows, getattr(metrics, name)) for name in question.metrics}
     read = ("prompt", "reading")
     found |= {
