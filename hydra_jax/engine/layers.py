@@ -26,6 +26,7 @@ AT_ONCE = 2
 """Streamed layers that a device holds: one computes while the next one arrives."""
 
 
+@typing.runtime_checkable
 class Layers(typing.Protocol):
     """A model's layers in forward order, as often as one iterates.
 
