@@ -269,9 +269,9 @@ def effects_of(
     changed = jnp.concatenate(changes, axis=-1).reshape(*direct.shape, params.config.layers, -1)
 
     def text(reading: Reading, rows: Row) -> Effects:
-        def one(at: Int[Array, ""], row: Row, *flags: Bool[Array, "*L2"]) -> Effects:
+        def one(at: Int[Array, ""], row: Row, frozen: Bool[Array, ""], probed: Bool[Array, "L 2"]) -> Effects:
             at = at if layout.readings > 1 else 0
-            return effects(params, jax.tree.map(lambda leaf: leaf[at], reading), row, *flags)
+            return effects(params, jax.tree.map(lambda leaf: leaf[at], reading), row, frozen, probed)
 
         return jax.vmap(one)(of, rows, frozen, probed)
 
