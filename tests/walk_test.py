@@ -180,14 +180,12 @@ def test_another_text_changes_its_own_rows_alone():
 
 
 def test_several_readings_of_a_text_are_those_of_as_many_texts():
-    both, read_of = walked("gemma 2", 64), walks.contrasts(range(8), 2)
-    for place in range(2):
-        here = [place]
-        one = walked(
-            "gemma 2", places=PLACES[:, here], read=jax.tree.map(lambda leaf, here=here: leaf[:, here], read_of)
-        )
-        assert_same(one.reading, jax.tree.map(lambda leaf, here=here: leaf[:, here], both.reading))
-        assert_same(one.effects, jax.tree.map(lambda leaf, here=here: leaf[:, :, here], both.effects))
+    both, every = walked("gemma 2", 64), walks.contrasts(range(8), 2)
+    for place in ([0], [1]):
+        read_there = jax.tree.map(lambda leaf, place=place: leaf[:, place], every)
+        one = walked("gemma 2", places=PLACES[:, place], read=read_there)
+        assert_same(one.reading, jax.tree.map(lambda leaf, place=place: leaf[:, place], both.reading))
+        assert_same(one.effects, jax.tree.map(lambda leaf, place=place: leaf[:, :, place], both.effects))
 
 
 @pytest.mark.parametrize("at_once", [2, 8])
