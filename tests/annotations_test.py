@@ -16,7 +16,8 @@ from jaxtyping import TypeCheckError
 from hydra_jax.core.prefill import prefill
 from hydra_jax.core.replay import replay
 from hydra_jax.engine import mesh
-from hydra_jax.engine.batched import prefill_program
+from hydra_jax.engine.walk import clean_program, embed_program
+from hydra_jax.models import pieces
 from hydra_jax.models.layers import Linear
 from hydra_jax.models.transformer import forward, unembed
 from tests.helpers import annotations
@@ -39,11 +40,9 @@ WRONG = {
     "core: rank": lambda: replay(toy_models.params(), last_run(), (jnp.int32(0), jnp.int32(0)), jnp.zeros((1, 24))),
     "core: a record's method": lambda: last_run().lens(jnp.zeros((2, 24))),
     "core: not a record": lambda: replay(toy_models.params(), None, (jnp.int32(0), jnp.int32(0)), jnp.zeros(24)),
-    "engine: rank": lambda: prefill_program(toy_models.params())(
-        toy_models.params(), jnp.zeros((2, 5), int), jnp.zeros((2, 1), int), jnp.zeros(2, int)
-    ),
-    "engine: axes that differ": lambda: prefill_program(toy_models.params())(
-        toy_models.params(), jnp.zeros((2, 5), int), jnp.zeros(2, int), jnp.zeros(3, int)
+    "engine: rank": lambda: embed_program(toy_models.params())(toy_models.params(), jnp.zeros(5, int)),
+    "engine: axes that differ": lambda: clean_program(toy_models.params())(
+        pieces.layer_of(toy_models.params(), 0), jnp.zeros((2, 5, 24)), jnp.zeros((3, 1), int)
     ),
     "engine: not an array": lambda: mesh.put(mesh.mesh_of(toy_models.params()), [1, 2], mesh.Spec()),
 }
@@ -87,5 +86,5 @@ def test_commands_are_not_checked():
         command = [sys.executable, "-m", f"tests.programs.{program}", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
 
-    assert said("loaded", "hydra_jax.engine.batched", "beartype") == []
+    assert said("loaded", "hydra_jax.engine.walk", "beartype") == []
     assert said("unchecked") == ["False"]

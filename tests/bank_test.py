@@ -8,7 +8,7 @@ ALONE = Cluster(0, 1)
 COLUMNS = {"top": np.array([3, 4, 5]), "target": np.array([3, 4, 5])}
 COLUMNS |= {"probability": np.array([0.1, 0.2, 0.3], np.float32)}
 KEPT = np.array([True, False, True])
-VALUES = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+VALUES = np.random.default_rng(0).normal(size=(2, 12)).astype(np.float32)
 
 
 @pytest.fixture(params=[None, "bank"])
@@ -25,7 +25,7 @@ def test_rows_and_values_come_back(bank):
     assert bank.rows["b"].top == 4
     assert (bank.rows["b"].part, bank.rows["b"].index) == (Row.part, Row.index)
     np.testing.assert_array_equal(bank.values(["c", "a", "d"]), [VALUES[1], VALUES[0], 2 * VALUES[0]])
-    np.testing.assert_array_equal(bank.take(*bank.where(["d", "a"]), 1), [2 * VALUES[0, 1], VALUES[0, 1]])
+    np.testing.assert_array_equal(bank.take(*bank.where(["d", "a"]), slice(4, 8)), [2 * VALUES[0, 4:8], VALUES[0, 4:8]])
     bank.remove()
     assert not bank.rows
 

@@ -11,7 +11,8 @@ from hydra_jax.core.edits import ATTN, MLP, all_components
 from hydra_jax.core.effects import delta_unembed, effects, head_unembed
 from hydra_jax.core.prefill import prefill
 from hydra_jax.core.replay import direct_edges, replay
-from hydra_jax.models.transformer import Edits, embed, forward, head_delta, head_share, unembed
+from hydra_jax.models import pieces
+from hydra_jax.models.transformer import Edits, embed, forward, unembed
 from tests.helpers import models as toy_models
 from tests.helpers.speed import few
 
@@ -87,7 +88,7 @@ def test_the_last_attention_has_its_mlp_downstream_unless_the_block_is_parallel(
     params = toy_models.block(block)
     clean = clean_run(params)
     delta = jax.random.normal(jax.random.key(0), (params.config.width,))
-    for kernel in (lambda *a: jit_replay(*a).compensation, jit_edges):
+    for kernel in (lambda *a: jit_replay(*a).changes, jit_edges):
         moved = kernel(params, clean, (LAST, ATTN), delta)
         assert (moved[:, ATTN] == 0).all()
         assert (moved[:LAST, MLP] == 0).all()
@@ -114,7 +115,9 @@ def test_a_direct_edge_is_the_change_of_a_component_that_alone_sees_the_edit(blo
 def test_padding_changes_nothing(block):
     params = toy_models.block(block)
     one, other = clean_run(params), jit_prefill(params, TOKENS, len(TOKENS))
-    trimmed = one.replace(keys=one.keys[..., : len(TOKENS)], values=one.values[..., : len(TOKENS), :])
+    layers = one.layers
+    layers = layers.replace(keys=layers.keys[..., : len(TOKENS)], values=layers.values[..., : len(TOKENS), :])
+    trimmed = one.replace(layers=layers)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), trimmed, other)
 
 
@@ -142,8 +145,8 @@ def test_a_window_is_as_long_as_it_says(block):
 def test_heads_and_the_output_bias_add_up_to_the_write(block):
     params = toy_models.block(block)
     c, clean = params.config, clean_run(params)
-    heads = jax.vmap(jax.vmap(head_share, (None, None, 0, 0)), (None, 0, None, 0))
-    sums = heads(params, jnp.arange(c.layers), jnp.arange(c.heads), clean.mixed).sum(axis=1)
+    shares = [pieces.head_shares(pieces.layer_of(params, layer), clean.mixed[layer]) for layer in range(c.layers)]
+    sums = np.stack(shares).sum(axis=1)
     bias = params.weights["layers"]["attn"]["out"].get("bias", jnp.zeros_like(sums))
     if c.post_norm:
         scale = params.weights["layers"]["attn_post_norm"]["scale"]
@@ -158,7 +161,8 @@ def test_a_heads_delta_is_of_the_write_computed_anew(block):
     clean = clean_run(params)
     c, layer, head = params.config, 1, 2
     new = jax.random.normal(jax.random.key(5), (c.head_dim,))
-    found = head_delta(params, layer, head, clean.mixed[layer], new)
+    values = jnp.zeros((c.heads, c.head_dim)).at[head].set(new)
+    found = pieces.heads_delta(pieces.layer_of(params, layer), clean.mixed[layer], values, jnp.arange(c.heads) == head)
     attn = jax.tree.map(lambda leaf: np.asarray(leaf[layer]), params.weights["layers"]["attn"]["out"])
     mixed = np.asarray(clean.mixed[layer].at[head].set(new)).reshape(-1)
     write = mixed @ attn["kernel"] + attn.get("bias", 0.0)

@@ -10,7 +10,7 @@ from hydra_jax.core.edits import all_components
 from hydra_jax.core.effects import effects
 from hydra_jax.core.prefill import prefill
 from hydra_jax.core.replay import replay
-from hydra_jax.models import transformer
+from hydra_jax.models import pieces
 from tests.helpers import models as toy_models
 
 numbers = st.floats(-5, 5, width=32).map(jnp.float32)
@@ -66,11 +66,11 @@ def as_causal_model(params, clean):
     """A two-layer transformer's last token as a causal graph, its final norm's divisor held at the clean one's."""
 
     def attn(layer, resid):
-        cache = clean.keys[layer], clean.values[layer]
-        return transformer.attn_decode(params, jnp.int32(layer), resid, clean.position, *cache)
+        weights, cache = pieces.layer_of(params, layer), (clean.layers.keys[layer], clean.layers.values[layer])
+        return pieces.attn_write(weights, pieces.attend(weights, resid, clean.position, *cache))
 
     def mlp(layer, resid):
-        return transformer.mlp_write(params, jnp.int32(layer), resid)
+        return pieces.mlp_write(pieces.layer_of(params, layer), resid)
 
     return causal.CausalModel(
         attn_0=lambda embedding: attn(0, embedding),

@@ -48,9 +48,9 @@ def test_activations_that_overflow_are_found():
 
 
 def test_a_wrong_readout_is_found(monkeypatch):
-    def gain_forgotten(params, target):
+    def gain_forgotten(params, contrast):
         matrix = params.weights["unembedding"]
-        return matrix[:, target] - matrix.mean(axis=1), jnp.zeros(())
+        return matrix[:, contrast.tokens[0]] - matrix.mean(axis=1), jnp.zeros(())
 
     monkeypatch.setattr(transformer, "readout", gain_forgotten)
     assert "do not sum to the logit" in refusal(toy_models.params(norm_eps=3e-5))  # compiled by no other test

@@ -1,27 +1,33 @@
 """Sweeps over meshes: of the four devices here, and as commands on eight or by two processes."""
 
+import itertools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hydra_jax.benchmarks import loading
 from hydra_jax.benchmarks.devices import collectives
 from hydra_jax.config import MeshConfig
-from hydra_jax.core.edits import Kind, WriteStatistics
-from hydra_jax.engine import batched, mesh
+from hydra_jax.core.edits import ATTN, MLP, SITES, all_components
+from hydra_jax.core.programs import Word, program
+from hydra_jax.engine import blocks, mesh, walk
+from hydra_jax.engine.layers import Resident
 from hydra_jax.engine.mesh import DATA, MODEL
+from hydra_jax.engine.summary import summarise
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import flat
 from hydra_jax.store import effects as store
 from hydra_jax.store import variables
 from tests.helpers import models as toy_models
-from tests.helpers import sweeps
+from tests.helpers import sweeps, walks
 from tests.helpers.commands import finish
 from tests.helpers.speed import few
 
 PROMPTS = 22
+TOKENS = np.stack([np.asarray(toy_models.tokens(6, seed)) for seed in range(8)])
+PLACES = np.full((8, 1), 5)
 SHAPES = {"data 4": (0, 1), "data 2, model 2": (2, 2), "model 4": (1, 4)}
 
 
@@ -30,27 +36,16 @@ def laid(block, data, model):
     return mesh.lay(made, toy_models.block(block))
 
 
-def batch(params, prompts=8, length=6, draws=3):
-    """Arguments of the batched programs, on whatever mesh the parameters lie on."""
-    c, on = params.config, mesh.mesh_of(params)
-
-    def over(array):
-        return mesh.put(on, array, mesh.Spec(DATA))
-
-    tokens = np.stack([np.asarray(toy_models.tokens(length, seed)) for seed in range(prompts)])
-    clean = batched.prefill_program(params)(
-        params, *map(over, (tokens, np.full(prompts, length), np.full(prompts, -1)))
-    )
-    sources = np.random.default_rng(0).normal(size=(prompts, draws, c.width)).astype(np.float32)
-    nothing = WriteStatistics(jnp.zeros(c.width), jnp.zeros(c.width))
-    where = jnp.int32(1), jnp.int32(0), None
-    keys = mesh.put(on, jax.random.split(jax.random.key(0), prompts), mesh.Spec(DATA))
-    return clean, where, over(sources), nothing, keys
+def swept(params):
+    """A walk with every ablation and its direct edges."""
+    rests = itertools.product(all_components(params.config.layers), (Word.FOLLOW, Word.PROBE))
+    programs = [program(params.config, clamp=[component], rest=rest) for component, rest in rests]
+    return walks.walk(params, TOKENS, PLACES, programs)
 
 
 def ablated(params):
-    found = batched.ablate_program(params, Kind.RESAMPLE, edges=True)(params, *batch(params))
-    return jax.device_get(batched.ablation_summary_program(params)(*found))
+    summarised = walk.program(mesh.mesh_of(params), summarise, (), edges=True)
+    return jax.device_get(summarised(swept(params).effects))
 
 
 @pytest.mark.parametrize(
@@ -79,21 +74,33 @@ def test_parameters_of_a_device_fall_as_the_model_is_shared():
 
 @pytest.mark.parametrize("shape", few(SHAPES, "data 2, model 2"))
 def test_nothing_passes_between_devices_that_take_other_prompts(shape):
-    """In the compiled programs: on the model axis two sums a layer, on the data axis nothing."""
+    """In the compiled programs: on the model axis a sum for each of a layer's writes, on the data axis nothing."""
     params = laid("mistral", *SHAPES[shape])
-    clean, where, *others = batch(params)
-    on = mesh.mesh_of(params)
-    programs = [
-        batched.prefill_program(params).lower(
-            params, *(mesh.put(on, np.ones(s, np.int32), mesh.Spec(DATA)) for s in ((8, 6), (8,), (8,)))
-        ),
-        batched.ablate_program(params, Kind.RESAMPLE, edges=False).lower(params, clean, where, *others),
-    ]
-    for program in programs:
-        found = collectives(program.compile().as_text())
+    on, c = mesh.mesh_of(params), params.config
+    texts = walk.Texts(params, TOKENS, PLACES)
+    layer = next(walk.forward(c, Resident(params)))
+    programs = {"clean": walk.clean_program(params).lower(layer, texts.stream, texts.positions)}
+    clean, rows = texts.through(layer), swept(params).rows
+    layout = rows.layout
+    for site in (ATTN, MLP):
+        switches = dict(sites=(site,), layout=layout, by_head=False)
+        advance = walk.program(on, blocks.advance, (0, 5, 6, 7, 8, 9), (4,), **switches)
+        flags = np.ones((layout.total, 1), bool)
+        chosen = np.arange(layout.blocks, dtype=np.int32), np.int32(layout.blocks)
+        reading = layout.reading().astype(np.int32)
+        programs[SITES[site]] = advance.lower(
+            layer, clean, texts.positions, rows.readout, rows.shift, *chosen, flags, flags, reading
+        )
+    write = "all-reduce", layout.texts_at_once * layout.rows * 4 * c.width
+    of_texts = "all-reduce", texts.stream.nbytes // on.shape[DATA]
+    # Of the read tokens, what heads mix is brought together as well.
+    mixed = "all-gather", clean.mixed.nbytes // on.shape[DATA]
+    expected = {"clean": [mixed, of_texts, of_texts], "attn": [write], "mlp": [write]}
+    for name, lowered in programs.items():
+        found = collectives(lowered.compile().as_text())
         assert set().union(*(one.over(on) for one in found)) == ({MODEL} if on.shape[MODEL] > 1 else set())
-    # Attention's and the MLP's writes, in the loop, and the MLP's in the edited layer.
-    assert len(found) == (3 if on.shape[MODEL] == 2 else len(found))
+        if on.shape[MODEL] == 2:
+            assert sorted((one.kind, one.bytes) for one in found) == expected[name]
 
 
 def test_collectives_are_read_however_they_are_written():

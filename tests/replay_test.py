@@ -9,7 +9,8 @@ from hydra_jax.core.edits import SITES, Kind, WriteStatistics, all_components, r
 from hydra_jax.core.effects import delta_unembed, effects, head_unembed
 from hydra_jax.core.prefill import MOST_LIKELY, prefill
 from hydra_jax.core.replay import direct_edges, replay
-from hydra_jax.models.transformer import Edits, forward, head_share
+from hydra_jax.models import pieces
+from hydra_jax.models.transformer import Edits, forward
 from tests.helpers import models as toy_models
 
 jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.jit(replay)
@@ -104,7 +105,9 @@ def test_padding_changes_nothing(seed, length, padding):
     found = []
     for rest in (0, padding):
         clean = jit_prefill(params, jnp.pad(tokens, (0, rest), constant_values=seed), length)
-        kept = clean.replace(keys=clean.keys[..., :length], values=clean.values[..., :length, :])
+        layers = clean.layers
+        layers = layers.replace(keys=layers.keys[..., :length], values=layers.values[..., :length, :])
+        kept = clean.replace(layers=layers)
         found.append((kept, effects(params, clean, jit_replay(params, clean, (1, 0), delta))))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *found)
 
@@ -174,8 +177,8 @@ def test_a_given_target_is_the_one_that_is_read():
 def test_bfloat16_weights_keep_the_identity():
     params = toy_models.params(dtype="bfloat16")
     clean = jit_prefill(params, toy_models.tokens(8), 8)
-    assert clean.keys.dtype == jnp.bfloat16
-    assert clean.resid_post.dtype == jnp.float32
+    assert clean.layers.keys.dtype == jnp.bfloat16
+    assert clean.final.dtype == jnp.float32
     delta = jax.random.normal(jax.random.key(0), (params.config.width,))
     found = effects(params, clean, jit_replay(params, clean, (1, 0), delta))
     np.testing.assert_allclose(found.residual, 0, atol=1e-4)
@@ -209,7 +212,8 @@ def test_the_first_component_downstream_has_nothing_passed_on_to_it(component):
     delta = jax.random.normal(jax.random.key(0), (params.config.width,))
     where = component.arrays()[:2]
     first = component.index + 1
-    edges, whole = (of(params, clean, where, delta) for of in (jax.jit(direct_edges), jit_replay))
+    edges = jax.jit(direct_edges)(params, clean, where, delta)
+    whole = effects(params, clean, jit_replay(params, clean, where, delta))
     np.testing.assert_allclose(edges.ravel()[first], whole.compensation.ravel()[first], atol=1e-6)
     assert abs(edges.ravel()[first]) > 1e-4
 
@@ -218,6 +222,6 @@ def test_heads_add_up_to_the_attention_write():
     params = toy_models.params()
     clean = jit_prefill(params, toy_models.tokens(8), 8)
     for layer in range(4):
-        shares = [head_share(params, layer, head, clean.mixed[layer, head]) for head in range(4)]
-        np.testing.assert_allclose(sum(shares), clean.writes[layer, 0], atol=1e-5)
+        shares = pieces.head_shares(pieces.layer_of(params, layer), clean.mixed[layer])
+        np.testing.assert_allclose(shares.sum(axis=0), clean.writes[layer, 0], atol=1e-5)
     np.testing.assert_allclose(head_unembed(params, clean).sum(axis=1), delta_unembed(clean)[:, 0], atol=1e-5)

@@ -7,7 +7,7 @@ import xarray as xr
 
 import hydra_jax
 from hydra_jax.config import AblationConfig, PromptsConfig, SweepConfig
-from hydra_jax.core.edits import Kind
+from hydra_jax.core.edits import ATTN, MLP, Component, Kind
 from hydra_jax.engine import mesh
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer
@@ -69,7 +69,8 @@ def test_the_identity_holds_in_every_entry(model):
 
 
 def clean_pass(model, ablation, rows=0):
-    sizer = BatchSizer(model.config, mesh.mesh_of(model.params), ablation.draws, ablation.edges, rows, 1e9)
+    asked = plan.asked(ablation, model.config, rows, streamed=False)
+    sizer = BatchSizer(model.config, mesh.mesh_of(model.params), asked, 1e9)
     return CleanPass(model, ablation, sizer, Bank(model.config.dtype), Cluster(0, 1))
 
 
@@ -90,6 +91,7 @@ def planned(model, items, ablation, tolerance=1e-4, non_finite=0.0):
         sizer=passed.sizer,
         tolerance=tolerance,
         non_finite=non_finite,
+        components=ablation.components(model.config),
     )
 
 
@@ -142,8 +144,12 @@ def test_values_on_the_devices_are_those_sent_to_them(model):
     items = sorted(plan.itemise(model, [Prompt(text, text) for text in TEXTS]), key=plan.by_length)
     made = planned(model, items, AblationConfig(replacements=2))
     there, sent = Sources(made, resident=True), Sources(made, resident=False)
-    for of in (0, 3):
-        np.testing.assert_array_equal(there(np.array([2, 5, 5]), of), sent(np.array([2, 5, 5]), of))
+    for component in (Component(0, ATTN), Component(1, MLP)):
+        prompts = np.array([2, 5, 5])
+        found = there(prompts, component)
+        np.testing.assert_array_equal(found, sent(prompts, component))
+        values = made.bank.values([made.pool[index] for index in made.sources[5]])
+        np.testing.assert_array_equal(found[1], values[:, made.places[component]])
 
 
 def test_ablate_is_one_entry_of_a_sweep(model):

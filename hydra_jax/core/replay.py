@@ -41,13 +41,13 @@ def direct_edges(params: Params, clean: Clean, component: Place, delta: Float[Ar
 def _clamped(params: Params, clean: Clean, component: Place, delta: Float[Array, " D"], rest: Word) -> Row:
     """Return the row of one clamp, in which the rest does as `rest` says."""
     c, (layer, site) = params.config, component
-    layers, sites = jnp.arange(c.layers), jnp.arange(len(SITES))
-    here = (layers[:, None] == layer) & (sites == site)
-    after = (layers[:, None] > layer) | ((layers[:, None] == layer) & (sites > site) & (not c.parallel))
+    layers, sites = jnp.arange(c.layers)[:, None], jnp.arange(len(SITES))[None]
+    here = (layers == layer) & (sites == site)
+    after = (layers > layer) | ((layers == layer) & (sites > site) & (not c.parallel))
     words = Words(
         writes=jnp.where(here, int(Word.CLAMP), int(rest)),
         heads=jnp.full((c.layers, c.heads), int(Word.FOLLOW)),
         living=after,
     )
-    values = Values(clean.writes + delta, jnp.zeros((c.layers, c.heads, c.head_dim)))
+    values = Values(clean.writes + delta[None, None], jnp.zeros((c.layers, c.heads, c.head_dim)))
     return walk(LayerParams(params.weights["layers"], positions(c), c), clean, words, values)

@@ -268,10 +268,10 @@ def effects_of(
     """Return the effects of all rows, [P, G, Q, R], from their state after the last layer."""
     changed = jnp.concatenate(changes, axis=-1).reshape(*direct.shape, params.config.layers, -1)
 
-    def text(reading: Reading, rows: Row, of: Int[Array, " n"], *flags: Bool[Array, n *L2]) -> Effects:
-        def one(at: Int[Array, ""], row: Row, *flags: Any) -> Effects:
+    def text(reading: Reading, rows: Row, of: Int[Array, " n"], *flags: Any) -> Effects:
+        def one(at: Int[Array, ""], row: Row, frozen: Bool[Array, ""], probed: Bool[Array, "L 2"]) -> Effects:
             at = at if layout.readings > 1 else 0
-            return effects(params, jax.tree.map(lambda leaf: leaf[at], reading), row, *flags)
+            return effects(params, jax.tree.map(lambda leaf: leaf[at], reading), row, frozen, probed)
 
         return jax.vmap(one)(of, rows, *flags)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.models.config import ModelConfig
@@ -26,6 +27,7 @@ AT_ONCE = 2
 """Streamed layers that a device holds: one computes while the next one arrives."""
 
 
+@typing.runtime_checkable
 class Layers(typing.Protocol):
     """A model's layers in forward order, as often as one iterates.
 
@@ -130,7 +132,7 @@ def _laid(mesh: Mesh, config: ModelConfig) -> tuple[dict[str, jax.sharding.Named
     """Return where a layer's parameters lie, and the jitted conversion of what was read, by path, to their types."""
     shardings, like = _shardings(mesh, config), layer_layout(config)
 
-    def convert(read: dict[str, jax.Array]) -> Weights:
+    def convert(read: dict[str, Array]) -> Weights:
         typed = {name: jnp.asarray(array, like[name].dtype) for name, array in read.items()}
         return traverse_util.unflatten_dict(typed, sep="/")
 

@@ -84,13 +84,13 @@ class Rows:
           values: returns the values [P, M, E] of a component's clamps in a program's rows, as `Draws` does.
         """
         for sites in stages(layer.config.parallel):
-            by_heads = np.flatnonzero(self.programs.by_heads[:, number]) if ATTN in sites else []
+            by_heads = np.flatnonzero(self.programs.by_heads[:, number]).tolist() if ATTN in sites else []
             entering = {which: self._cut(self.shift, which) for which in by_heads if self._living[which, number, ATTN]}
             self._advance(number, layer, clean, sites)
             for which in by_heads:
                 self._clamp_heads(number, layer, clean, which, entering.get(which), values)
             for site in sites:
-                for which in np.flatnonzero(self.programs.writes[:, number, site] == Word.CLAMP):
+                for which in np.flatnonzero(self.programs.writes[:, number, site] == Word.CLAMP).tolist():
                     new = values(Component(number, site))
                     run = self._program(blocks.clamp, (4, 6), (0, 1), site=site)
                     self.shift, self.direct = run(
@@ -115,7 +115,7 @@ class Rows:
         run = self._program(blocks.metrics_of, (0, 3, 4), layout=self.layout, at_once=at_once)
         return run(params, reading, self.shift, frozen, self._reading)
 
-    def head_changes(self, reading: Reading) -> jax.Array:
+    def head_changes(self, reading: Reading) -> Float[Array, "P G Q R L H"]:
         """Return what each head of attention changes, [P, G, Q, R, L, H], where that was asked for."""
         run = self._program(blocks.head_effects, (2,), layout=self.layout)
         return run(reading, self._of_heads, self._reading)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from hydra_jax.core.prefill import LayerClean, Reading, read
 from hydra_jax.engine import mesh as meshes
@@ -74,7 +74,7 @@ class Texts:
         self.positions = self.put(places)
         self.stream = embed_program(params)(params, self.put(tokens))
 
-    def put(self, array: Any) -> jax.Array:
+    def put(self, array: Shaped[meshes.Leaf, "*shape"]) -> Shaped[Array, "*shape"]:
         """Put an array [P, ...] of this host on the devices of its texts."""
         return meshes.put(self.mesh, array, meshes.Spec(meshes.DATA))
 

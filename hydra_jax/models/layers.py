@@ -114,7 +114,7 @@ def attend_cached(
     """
 
     def tokens(query, key, value, keys, values, position, window):
-        distance = position[..., None] - jnp.arange(keys.shape[-1])
+        distance = position[..., None] - jnp.expand_dims(jnp.arange(keys.shape[-1]), range(position.ndim))
         seen = ((distance > 0) & (distance < window)).reshape(-1, keys.shape[-1])[None, :, None]
         scores = softcap(product(config, "nkgd,kdt->kngt", query, keys), config.attn_softcap)
         cached = jnp.where(seen, scores, -jnp.inf)

@@ -333,7 +333,7 @@ def readout(params: Params, contrast: Contrast) -> tuple[Float[Array, " D"], Flo
     """
     matrix = _apply(params, method="unembedding_matrix")
     norm = params.weights["final_norm"]
-    chosen = (contrast.weights * matrix[:, contrast.tokens].astype(jnp.float32)).sum(axis=1)
+    chosen = (contrast.weights[None] * matrix[:, contrast.tokens].astype(jnp.float32)).sum(axis=1)
     direction = chosen - contrast.weights.sum() * matrix.astype(jnp.float32).mean(axis=1)
     vector = norm["scale"] * direction
     if params.config.norm == "rms":

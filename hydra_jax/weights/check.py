@@ -60,7 +60,7 @@ def _read(params: Params, tokens: jax.Array, lengths: jax.Array) -> Read:
     clean = jax.vmap(prefill, (None, 0, 0))(params, tokens, lengths)
     return Read(
         entering=entering,
-        writes=clean.writes,
+        writes=clean.layers.writes,
         final=clean.final,
         readout=clean.readout,
         constant=clean.constant,

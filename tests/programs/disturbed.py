@@ -23,9 +23,9 @@ def main():
     if options.interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.prefill_tokens:
-        from hydra_jax.engine import batched, memory
+        from hydra_jax.engine import memory, walk
 
-        batched.PREFILL_TOKENS = memory.PREFILL_TOKENS = options.prefill_tokens
+        walk.PREFILL_TOKENS = memory.PREFILL_TOKENS = options.prefill_tokens
     if options.said:
         sys.stdout = open(options.said, "w", encoding="utf-8")  # noqa: SIM115  (open until the end)
     module, *sys.argv[1:] = options.command

@@ -1,5 +1,5 @@
 """Print whether a checker of annotations wraps a function of the engine."""
 
-from hydra_jax.engine import batched
+from hydra_jax.engine import blocks
 
-print(hasattr(batched._values, "__wrapped__"))
+print(hasattr(blocks.values, "__wrapped__"))
