@@ -1,4 +1,4 @@
-"""What an intervened run says of the next token beside the clean run: the whole distribution, not one logit."""
+"""The next token's whole distribution in an intervened run, beside that of the clean run, in four numbers."""
 
 from __future__ import annotations
 
