@@ -10,11 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.models.config import ModelConfig
@@ -77,7 +75,8 @@ class Streamed:
           config: the model's.
           mesh: the devices that each layer is laid on.
           read: returns a layer's parameters on this host by paths such as "attn/out/kernel", in the layout of
-            `Params` and of any float type; called by one other thread, for one layer at a time.
+            `Params` and of any float type; called by one other thread, for one layer at a time, whose memory it may
+            use for the next.
         """
         self._config, self._mesh, self._read = config, mesh, read
         self.waited = 0.0
@@ -98,19 +97,24 @@ class Streamed:
 
     def _fetch(self, layer: int) -> Weights:
         """Read a layer, send it to the devices in the type that it is stored in, and convert it there."""
-        shardings, convert = _laid(self._mesh, self._config)
-        sent = {name: meshes.put(self._mesh, array, shardings[name].spec) for name, array in self._read(layer).items()}
-        weights = jax.block_until_ready(convert(sent))
-        self.read_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+        shardings, like = _shardings(self._mesh, self._config), layer_layout(self._config)
+        laid = {}
+        for name, array in self._read(layer).items():
+            sent = meshes.put(self._mesh, array, shardings[name].spec, copied=True)
+            laid[name] = sent if sent.dtype == like[name].dtype else _converted(like[name].dtype, shardings[name])(sent)
+        weights = jax.block_until_ready(traverse_util.unflatten_dict(laid, sep="/"))
+        self.read_bytes += sum(leaf.nbytes for leaf in laid.values())
         return weights
 
 
+@functools.cache
 def layer_layout(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes and types of a layer's parameters by paths such as "attn/out/kernel"."""
     stacked = flat(layout(config).weights["layers"])
     return {name: jax.ShapeDtypeStruct(like.shape[1:], like.dtype) for name, like in stacked.items()}
 
 
+@functools.cache
 def _shardings(mesh: Mesh, config: ModelConfig) -> dict[str, jax.sharding.NamedSharding]:
     """Return where a layer's parameters lie, by path: as in the stack of all layers."""
     found = {}
@@ -128,12 +132,6 @@ def _cut(mesh: Mesh, config: ModelConfig) -> jax.stages.Wrapped:
 
 
 @functools.cache
-def _laid(mesh: Mesh, config: ModelConfig) -> tuple[dict[str, jax.sharding.NamedSharding], jax.stages.Wrapped]:
-    """Return where a layer's parameters lie, and the jitted conversion of what was read, by path, to their types."""
-    shardings, like = _shardings(mesh, config), layer_layout(config)
-
-    def convert(read: dict[str, Array]) -> Weights:
-        typed = {name: jnp.asarray(array, like[name].dtype) for name, array in read.items()}
-        return traverse_util.unflatten_dict(typed, sep="/")
-
-    return shardings, jax.jit(convert, out_shardings=traverse_util.unflatten_dict(shardings, sep="/"))
+def _converted(dtype: Any, sharding: jax.sharding.NamedSharding) -> jax.stages.Wrapped:
+    """Return the jitted conversion of a parameter to its type, where it lies."""
+    return jax.jit(lambda array: array.astype(dtype), out_shardings=sharding)

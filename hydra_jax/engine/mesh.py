@@ -151,12 +151,21 @@ def over_data(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, Spec(DATA))
 
 
-def put(mesh: Mesh, array: Shaped[Leaf, "*shape"], spec: Spec) -> Shaped[Array, "*shape"]:
-    """Put an array of this host on a mesh; where processes are several, each gives its devices their part."""
+def put(mesh: Mesh, array: Shaped[Leaf, "*shape"], spec: Spec, copied: bool = False) -> Shaped[Array, "*shape"]:
+    """Put an array of this host on a mesh; where processes are several, each gives its devices their part.
+
+    Args:
+      mesh: the mesh.
+      array: the array.
+      spec: how it lies there.
+      copied: whether the array's memory will be used for something else.
+    """
     sharding = NamedSharding(mesh, spec)
     if sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+        return jax.device_put(array, sharding, may_alias=False if copied else None)
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda part: array[part].copy() if copied else array[part]
+    )
 
 
 def lay_one(mesh: Mesh, name: str, array: Shaped[Leaf, "*shape"]) -> Shaped[Array, "*shape"]:

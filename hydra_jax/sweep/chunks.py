@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,6 +20,9 @@ from hydra_jax.sweep.ablations import ablate
 from hydra_jax.sweep.plan import Plan
 from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.padding import padded_length
+
+LONG_WAIT = 0.2
+"""The share of a chunk's time above which waiting for its layers is said."""
 
 Write = Callable[[slice, dict[str, np.ndarray]], None]
 """Stores a chunk's variables."""
@@ -100,9 +104,11 @@ def fill(
         disable=not progress,
     )
     say = functools.partial(bar.write, file=sys.stderr)
+    reading = plan.model.streamed
     largest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     with bar, ThreadPoolExecutor(1) as writer:
         writing: Future | None = None
+        said = False
         for chunk in chunks:
             before = bar.n
 
@@ -114,7 +120,10 @@ def fill(
             # The same for all chunks, the last and smaller one too, so that they share a compilation.
             parts = evenly(largest, plan.sizer.prompts(longest))
             size = plan.sizer.fill_up(parts[0].stop)
+            began, waited = time.perf_counter(), reading.waited if reading else 0.0
             columns = plan.sizer.run(attempt, size, say)
+            if reading and not said:
+                said = _report_waiting(reading.waited - waited, time.perf_counter() - began, say)
             lost += _report_lost(plan, chunk, columns[variables.NON_FINITE], say)
             if lost > plan.non_finite * every:
                 raise UserError(
@@ -126,6 +135,17 @@ def fill(
             writing = writer.submit(write, chunk, columns)
         if writing:
             writing.result()
+
+
+def _report_waiting(waited: float, spent: float, say: Callable[[str], None]) -> bool:
+    """Say a line if a chunk waited long for its layers to be read; returns whether it did."""
+    long = waited > LONG_WAIT * spent
+    if long:
+        say(
+            f"reading layers is not hidden by the arithmetic: {waited:,.1f} of {spent:,.1f} s were spent waiting for"
+            " them; more prompts at once would hide it: raise --config.memory, or sweep more prompts"
+        )
+    return long
 
 
 def _report_lost(plan: Plan, chunk: slice, counts: np.ndarray, say: Callable[[str], None]) -> int:

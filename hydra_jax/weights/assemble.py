@@ -86,8 +86,13 @@ class Parameters:
         }
         _check_names(source, needed, ignored)
 
-    def read(self, path: str, layer: int = 0) -> np.ndarray:
+    def read(self, path: str, layer: int = 0, checked: bool = False) -> np.ndarray:
         """Read a parameter, or a layer's share of it: a view in our layout, of the type that it is read in.
+
+        Args:
+          path: of the parameter.
+          layer: whose share.
+          checked: whether it was read before, and found finite.
 
         Raises:
           UserError: if it is not what it should be.
@@ -97,12 +102,22 @@ class Parameters:
         sizes = {p: expected[p].shape[-1] for p, name in published.items() if name == published[path]}
         shape = expected[path].shape[1:] if path.startswith(LAYERS) else expected[path].shape
         name = self._source.names[published[path].format(layer)]
-        return _formed(shape, path, self._config, self._source, name, sizes)
+        array = _formed(shape, path, self._config, self._source, name, sizes)
+        if not checked and not np.isfinite(array).all():
+            raise UserError(f"{self._source.path}: tensor {name} holds NaN or infinity; fetch it again")
+        return array
 
-    def layer(self, layer: int) -> dict[str, np.ndarray]:
-        """Read a layer, by paths such as "attn/out/kernel"."""
-        paths = [path for path in self.expected if path.startswith(LAYERS)]
-        return {path.removeprefix(LAYERS): self.read(path, layer) for path in paths}
+    def layer(self, layer: int, checked: bool = False) -> dict[str, np.ndarray]:
+        """Read a layer, by paths such as "attn/out/kernel"; for `checked` see `read`."""
+        return {path.removeprefix(LAYERS): self.read(path, layer, checked) for path in self._paths()}
+
+    def tensors(self, layer: int) -> list[str]:
+        """Return the names of the tensors that a layer is made of."""
+        names = dict.fromkeys(self._published[path].format(layer) for path in self._paths())
+        return [self._source.names[name] for name in names]
+
+    def _paths(self) -> list[str]:
+        return [path for path in self.expected if path.startswith(LAYERS)]
 
 
 def assemble(
@@ -192,8 +207,6 @@ def _formed(
         raise UserError(
             f"{source.path}: tensor {name} has shape {array.shape}, the config calls for {wanted}; fetch it again"
         )
-    if not np.isfinite(array).all():
-        raise UserError(f"{source.path}: tensor {name} holds NaN or infinity; fetch it again")
     if len(sizes) > 1:
         starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
         array = array[starts[path] :][: sizes[path]]

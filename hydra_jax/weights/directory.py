@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from hydra_jax.weights.assemble import Parameters, Tensors, assemble
 from hydra_jax.weights.families import Family
 from hydra_jax.weights.faults import CONVERT, PICKLED, Unchanged, faults_of
 from hydra_jax.weights.settings import Settings, model_config, stored_as
+from hydra_jax.weights.shards import Shards
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 INDEX = "model.safetensors.index.json"
@@ -136,14 +137,21 @@ class Directory:
 
     def streamed(self, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Params, Streamed]:
         """Read what is not in a layer, and return what reads layers; see `weights`."""
+        paths = _shards(self._path)
+        unchanged, seen = Unchanged(paths), set()
         with self._opened() as tensors:
             rest = assemble(Parameters(config, self._stated.family, tensors), config, mesh, layers=False)
-        unchanged = Unchanged(_shards(self._path))
+            shards = Shards(paths)
+            parameters = Parameters(
+                config, self._stated.family, dataclasses.replace(tensors, read=_floats(shards.read))
+            )
 
         def read(layer: int) -> dict[str, np.ndarray]:
-            # Opened anew: what is mapped counts as this process' memory until it is closed.
-            with unchanged.while_read(), faults_of(self._path), self._opened() as tensors:
-                return Parameters(config, self._stated.family, tensors).layer(layer)
+            with unchanged.while_read(), faults_of(self._path):
+                shards.begin(parameters.tensors(layer))
+                weights = parameters.layer(layer, checked=layer in seen)
+            seen.add(layer)
+            return weights
 
         return rest, Streamed(config, mesh, read)
 
@@ -166,14 +174,23 @@ class Directory:
                 array = files[name].get_tensor(name)
                 if not jnp.issubdtype(array.dtype, jnp.floating):
                     raise UserError(f"{path}: tensor {name} holds {array.dtype}, not floats; use unquantised weights")
-                # Norms and biases are float32 in every model, and some are changed before they are used.
-                return array.astype(np.float32) if array.ndim == 1 else array
+                return array
 
-            yield Tensors(path, read, names, family.form, COLUMN, family.ignored)
+            yield Tensors(path, _floats(read), names, family.form, COLUMN, family.ignored)
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the files that the model is made of, as `digest`."""
         return digest(self._path)
+
+
+def _floats(read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+    """Return `read` with arrays of one axis in float32, as norms and biases are in every model."""
+
+    def one(name: str) -> np.ndarray:
+        array = read(name)
+        return array.astype(np.float32) if array.ndim == 1 else array
+
+    return one
 
 
 def digest(path: Path) -> str:

@@ -149,11 +149,12 @@ class GgufFile:
 
     def streamed(self, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Params, Streamed]:
         """Read what is not in a layer, and return what reads layers; see `weights`."""
-        parameters, unchanged = self._parameters(config), Unchanged([self._path])
+        parameters, unchanged, seen = self._parameters(config), Unchanged([self._path]), set()
 
         def read(layer: int) -> dict[str, np.ndarray]:
             with unchanged.while_read(), faults_of(self._path):
-                weights = parameters.layer(layer)
+                weights = parameters.layer(layer, checked=layer in seen)
+            seen.add(layer)
             # What was read of a mapped file counts as this process' memory until it is let go of.
             self._header.data.madvise(mmap.MADV_DONTNEED)
             return weights
