@@ -143,10 +143,8 @@ def needs(config: ModelConfig, length: int, asked: Asked, model: int = 1, free: 
         + 2 * cache
         + asked.readings * reading
         + 4 * asked.draws * asked.readings * c.width,
-        # Its shift, what is recorded of it, and its results; for these its stream and a copy of what is recorded, and
-        # its reading where it is one of several.
-        row=4 * (c.width + 2 * c.components)
-        + 4 * (c.width + c.components if asked.readings == 1 else 3 * c.width + 2 * c.components),
+        # Its shift; what is recorded of it, as it is, joined, scaled by blocks, and in their order.
+        row=4 * c.width + 4 * 4 * c.components,
     )
 
 
