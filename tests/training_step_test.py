@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hydra_jax.models import transformer
+from hydra_jax.models import pieces, transformer
 from hydra_jax.models.transformer import Dropout, DropoutRates
 from hydra_jax.training import data, step
 from tests.helpers import models as toy_models
@@ -98,17 +98,17 @@ class TestDropout:
         # What is written is the write of the stream that is read, where it was kept: nothing else was added.
         for layer in range(params.config.layers):
             resid = trace.resid_pre[layer] if params.config.parallel else trace.resid_mid[layer]
-            whole = jax.vmap(lambda r, at: transformer.mlp_write(params, at, r), (0, None))(resid, jnp.int32(layer))
+            weights = pieces.layer_of(params, layer)
+            whole = jax.vmap(pieces.mlp_write, (None, 0))(weights, resid)
             rates = dropout.rates
             kept = whole / ((1 - rates.mlp) * (1 - rates.depth))
             left_out = np.asarray(trace.mlp_out[layer] == 0)
             np.testing.assert_allclose(np.where(left_out, 0, kept), trace.mlp_out[layer], rtol=0, atol=1e-4)
             places = jnp.arange(len(tokens))
             cache = jnp.transpose(trace.keys[layer], (1, 2, 0)), jnp.swapaxes(trace.values[layer], 0, 1)
-            decode = functools.partial(transformer.attn_decode, params, jnp.int32(layer))
-            whole = jax.vmap(lambda r, at, cache=cache, decode=decode: decode(r, at, *cache))(
-                trace.resid_pre[layer], places
-            )
+            attend = jax.vmap(pieces.attend, (None, 0, 0, None, None))
+            mixed = attend(weights, trace.resid_pre[layer], places, *cache)
+            whole = jax.vmap(pieces.attn_write, (None, 0))(weights, mixed)
             kept = whole / ((1 - rates.attn) * (1 - rates.depth))
             attn_left_out = np.asarray(trace.attn_out[layer] == 0)
             np.testing.assert_allclose(np.where(attn_left_out, 0, kept), trace.attn_out[layer], rtol=0, atol=1e-4)

@@ -112,8 +112,8 @@ def sizes(config: ModelConfig, length: int, model: int, free: float) -> Sizes:
     """Return what is computed at once of clean runs: what is best, or what a share of `free` bytes takes."""
     token, logits = _token(config, length, model), 3 * 4 * config.vocab_size
     return Sizes(
-        tokens=int(min(PREFILL_TOKENS, max(length, CLEAN_SHARE * free // token))),
-        logits=int(min(UNEMBED_ROWS, max(1, CLEAN_SHARE * free // logits))),
+        tokens=int(min(PREFILL_TOKENS, max(length, CLEAN_SHARE * free / token))),
+        logits=int(min(UNEMBED_ROWS, max(1, CLEAN_SHARE * free / logits))),
     )
 
 
@@ -143,8 +143,8 @@ def needs(config: ModelConfig, length: int, asked: Asked, model: int = 1, free: 
         + 2 * cache
         + asked.readings * reading
         + 4 * asked.draws * asked.readings * c.width,
-        # Its shift; what is recorded of it, as it is, joined, and scaled.
-        row=4 * c.width + 3 * 4 * c.components,
+        # Its shift; what is recorded of it, as it is, joined, scaled by blocks, and in their order.
+        row=4 * c.width + 4 * 4 * c.components,
     )
 
 
