@@ -55,6 +55,7 @@ def test_the_baseline_is_the_full_forward_with_an_edit():
 def test_a_measured_walk_ablates_as_whole_forward_passes_do():
     params, draws = toy_models.params(), 2
     tokens, components = walks.random_tokens(params.config, 3, 5), all_components(4)[1::3]
+    run = jax.jit(forward)
     targets, used = walks.most_likely(params, tokens), {}
 
     def sources(component, clean):
@@ -63,14 +64,14 @@ def test_a_measured_walk_ablates_as_whole_forward_passes_do():
 
     effects = walks.walk(params, tokens, targets, components, draws, at_once=4, sources=sources)
     for prompt, (number, component) in itertools.product(range(3), enumerate(components)):
-        clean, trace = forward(params, tokens[prompt])
+        clean, _ = run(params, jnp.asarray(tokens[prompt]))
         assert targets[prompt] == clean[-1].argmax()
-        others = [forward(params, tokens[(prompt - 1 - draw) % 3])[1] for draw in range(draws)]
+        others = [run(params, jnp.asarray(tokens[(prompt - 1 - draw) % 3]))[1] for draw in range(draws)]
         for draw, other in enumerate(others):
             write = (other.attn_out, other.mlp_out)[component.site][component.layer, -1]
             np.testing.assert_allclose(used[component][prompt, draw], write, atol=1e-5)
             edits = toy_models.edit(params.config, 5, component.layer, component.site, -1, write)
-            ablated = forward(params, tokens[prompt], edits)[0][-1]
+            ablated = run(params, jnp.asarray(tokens[prompt]), edits)[0][-1]
             centred = [logits[targets[prompt]] - logits.mean() for logits in (clean[-1], ablated)]
             total = effects.total_effect[prompt, number, 0, draw]
             np.testing.assert_allclose(total, centred[0] - centred[1], atol=1e-4)
@@ -91,7 +92,7 @@ def test_steps_within_steps_are_timed_by_themselves(monkeypatch):
 
         def failing(self):
             now[0] += 11
-            raise ValueError
+            raise ValueError("failed")
 
     plain = dict(vars(Step))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
@@ -100,7 +101,7 @@ def test_steps_within_steps_are_timed_by_themselves(monkeypatch):
         Step().outer()
         now[0] += 100
         assert Step().inner() == "made"
-        with pytest.raises(ValueError, match=""):
+        with pytest.raises(ValueError, match="failed"):
             Step().failing()
     Step().outer()
     assert spent == timing.Spent(clean=0, sources=10, kernel=18)
@@ -117,7 +118,7 @@ def test_a_model_made_layer_by_layer_is_the_same_on_devices_and_streamed(block):
     )
     kernels = params.weights["layers"]["mlp"]["down"]["kernel"]
     assert np.std(kernels) == pytest.approx(config.mlp_width**-0.5, rel=0.1)
-    assert len(np.unique(kernels)) == kernels.size  # no layer is another's copy
+    assert len(np.unique(kernels)) > 0.9 * kernels.size  # no layer is another's copy
     assert "layers" not in host.beside.weights
     texts, layers = Texts(host.beside, np.asarray(toy_models.tokens(6))[None], np.array([[5]])), host.streamed()
     for layer in layers_of(config, layers):
