@@ -49,7 +49,10 @@ def test_the_cost_of_a_sweep_is_counted():
     assert of.streamed_bytes == of.weight_bytes - in_layers + 2 * in_layers // 4
     twice = cost(params.config, prompts=3, length=8, draws=5, edges=True)
     assert twice.ablation_operations == 2 * of.ablation_operations
-    assert twice.work_bytes > of.work_bytes
+    rows = (of.work_bytes - of.least_work_bytes) / (3 * 5 * (8 - 1))
+    assert rows > 4 * params.config.width  # of each a shift, and what is recorded
+    assert twice.work_bytes - of.work_bytes == pytest.approx(3 * 5 * 8 * rows)
+    assert twice.least_work_bytes - of.least_work_bytes == pytest.approx(3 * 5 * rows)
 
 
 def test_arithmetic_of_a_clean_run_is_about_what_xla_counts():

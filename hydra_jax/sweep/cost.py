@@ -30,7 +30,8 @@ class Cost:
       ablation_operations: of the ablations, and their direct edges.
       weight_bytes: of the parameters, on each device.
       streamed_bytes: the same where layers are streamed: of what is not in a layer, and of the layers there at once.
-      work_bytes: besides them, what a walk of `prompts_at_once` prompts takes.
+      work_bytes: besides them, what a walk of `prompts_at_once` prompts takes, with the rows of all components.
+      least_work_bytes: the same with those of one component, where each is walked by itself.
       prompts_at_once: prompts that fill a device.
       bank_bytes: of every prompt's writes, which replacements are taken from.
       store_bytes: of the results, before they are compressed.
@@ -42,6 +43,7 @@ class Cost:
     weight_bytes: int
     streamed_bytes: int
     work_bytes: int
+    least_work_bytes: int
     prompts_at_once: int
     bank_bytes: int
     store_bytes: int
@@ -71,12 +73,13 @@ def cost(
     attention = 2 * config.layers * config.heads * config.head_dim * length
     unembedding = config.vocab_size * config.width
     clean = 2 * (length * (sum(math.prod(leaf.shape) for leaf in kernels) + attention) + unembedding)
-    programs = config.components * (2 if edges else 1)
-    asked = Asked(programs, draws, rows=rows)
+    each = 2 if edges else 1  # programs of a component
+    asked = Asked(each * config.components, draws, rows=rows, least=each)
     together = min(prompts, asked.texts)
     padded = padded_length(length, config.context)
     need = needs(config, padded, asked, model)
     streamed = needs(config, padded, dataclasses.replace(asked, streamed=True), model)
+    rest, row = need.fixed + together * need.text, together * draws * need.row
     item = jnp.dtype(config.dtype).itemsize
     effects = len(EFFECTS) * draws + config.components
     once = sum(intervention_flops(config, component, length) for component in all_components(config.layers))
@@ -86,7 +89,8 @@ def cost(
         ablation_operations=prompts * draws * once * (2 if edges else 1),
         weight_bytes=need.parameters,
         streamed_bytes=streamed.parameters,
-        work_bytes=need.fixed + together * (need.text + programs * draws * need.row),
+        work_bytes=rest + asked.programs * row,
+        least_work_bytes=rest + asked.least * row,
         prompts_at_once=together,
         bank_bytes=prompts * config.components * config.width * item,
         store_bytes=4 * prompts * config.components * effects,
@@ -139,7 +143,8 @@ def describe(
             f" {_amount(costs.ablation_operations / 1e12)}",
             f"memory      of each device: weights {costs.weight_bytes / 1e9:,.3g} GB in {c.dtype}"
             + (f", shared by {model}" if model > 1 else "")
-            + f"; ablations of {costs.prompts_at_once:,} prompts at once about {costs.work_bytes / 1e9:,.3g} GB",
+            + f"; ablations of {costs.prompts_at_once:,} prompts at once about {costs.work_bytes / 1e9:,.3g} GB in one walk,"
+            f" {costs.least_work_bytes / 1e9:,.3g} GB in one for each component",
             f"streamed    {costs.streamed_bytes / 1e9:,.3g} GB of weights (what is not in a layer, and {AT_ONCE}"
             " layers at a time)",
             f"disk        {costs.bank_bytes / 1e9:,.3g} GB while it runs; results at most"
