@@ -1,15 +1,18 @@
-"""Measure the kernels on this machine, or one of the other things below; print a table and write JSON.
+"""Measure the rate of ablations on this machine, or one of the other things below; print a table and write JSON.
 
     python -m launch.benchmark
     python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16
     python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16 --sweep=1209 --sites=attn
+    python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16 --sweep=1209 --sites=attn --stream=8
     python -m launch.benchmark --devices=1,2
     python -m launch.benchmark --peers
     python -m launch.benchmark --training=tiny
     python -m launch.benchmark --loading
 
---sweep makes a whole sweep of so many prompts, of the first of config.lengths, and says where its time goes. --devices
-measures how rates grow with devices, and counts what passes between them; config.mesh.model of them share the model.
+--sweep makes a whole sweep of so many prompts, of the first of config.lengths, and says where its time goes. --stream
+makes it with layers that come out of this host's memory one after another, too, on devices of so many GB;
+random weights are made layer by layer then. --devices measures how rates grow with devices, and counts what passes
+between them; config.mesh.model of them share the model.
 --peers wants a machine that does nothing else: by default PyTorch's threads spin while they wait for one another, which
 made peers ten times slower on two busy cores. With OMP_WAIT_POLICY=PASSIVE in the environment they sleep instead.
 """
@@ -34,6 +37,10 @@ from hydra_jax.errors import UserError
 from hydra_jax.models.shapes import SHAPES, shape
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from hydra_jax.benchmarks.sweep import Swept
+    from hydra_jax.models.config import ModelConfig
     from hydra_jax.models.transformer import Params
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what to measure: configs/benchmark.py:MODEL")
@@ -41,6 +48,9 @@ SHAPE = flags.DEFINE_string(
     "shape", None, f"random weights of a published shape, or a config.json: one of {', '.join(SHAPES)}"
 )
 SWEEP = flags.DEFINE_integer("sweep", None, "measure a whole sweep instead, of so many prompts", lower_bound=2)
+STREAM = flags.DEFINE_float(
+    "stream", None, "make that sweep with layers from host memory, too, on devices of so many GB", lower_bound=1e-3
+)
 SITES = flags.DEFINE_string("sites", "attn,mlp", "of that sweep, as --config.ablation.sites of launch.sweep")
 TRACE = flags.DEFINE_string("trace", None, "directory for a profile of that sweep, for Perfetto or TensorBoard")
 DEVICES = flags.DEFINE_list("devices", None, "measure scaling over so many devices instead, as in 1,2,4")
@@ -61,6 +71,8 @@ def main() -> None:
     chosen = [name for name, (_, value) in asked.items() if value]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)}: are different things to measure; ask for one at a time")
+    if STREAM.value and not SWEEP.value:
+        raise UserError("--stream: is of a sweep; give --sweep, a number of prompts, beside it")
     (asked[chosen[0]][0] if chosen else measure_kernels)()
 
 
@@ -75,7 +87,8 @@ def measure_kernels() -> None:
         print(f"measuring {length} tokens ...", flush=True)
         rows.append(kernels.measure(params, length, config.rows or default_rows(), config.draws, config.step))
     print(f"\n{kernels.table(rows)}\n")
-    print("ratio: kernel to GEMM; forwards/s: interventions by batched whole forward passes; speed-up over them")
+    print("kernel: rows through layers; ratio: to GEMM")
+    print("forwards/s: interventions by batched whole forward passes; speed-up over them")
     write("benchmark", {"machine": on, "config": config.to_dict(), "figures": as_dicts(rows)})
 
 
@@ -86,15 +99,39 @@ def measure_sweep(prompts: int) -> None:
     from hydra_jax.config import AblationConfig, MeshConfig
     from hydra_jax.engine import mesh
 
-    config = CONFIG.value
-    params, on = model_params(), start()
-    params = mesh.lay(mesh.make(MeshConfig(**config.mesh)), params)
+    config, on = CONFIG.value, start()
+    devices, length = mesh.make(MeshConfig(**config.mesh)), config.lengths[0]
     ablation = AblationConfig(sites=SITES.value, replacements=config.draws, edges=False)
-    print(f"sweeping {prompts:,} prompts twice ...", flush=True)
+    measured = functools.partial(sweep.measure, prompts=prompts, length=length, ablation=ablation, rows=config.rows)
+    print(f"sweeping {prompts:,} prompts three times ...", flush=True)
     with jax.profiler.trace(TRACE.value) if TRACE.value else contextlib.nullcontext():
-        swept = sweep.measure(params, prompts, config.lengths[0], ablation, config.rows)
-    print(f"\n{swept}\n")
-    write("sweep", {"machine": on, "config": config.to_dict(), "figures": dataclasses.asdict(swept)})
+        if STREAM.value:
+            figures = measure_streaming(measured, devices, STREAM.value)
+        else:
+            swept = measured(mesh.lay(devices, model_params()))
+            figures = dataclasses.asdict(swept)
+            print(f"\n{swept}\n")
+    write("sweep", {"machine": on, "config": config.to_dict(), "figures": figures})
+
+
+def measure_streaming(measured: Callable[..., Swept], devices: Mesh, limit: float) -> dict[str, Any]:
+    from hydra_jax.benchmarks.host import HostModel
+    from hydra_jax.benchmarks.sweep import cost_of_streaming
+    from hydra_jax.engine import memory, mesh
+
+    sizes, share = random_sizes(), devices.shape[mesh.MODEL]
+    host = HostModel.random(sizes, devices) if sizes else HostModel.copy(mesh.lay(devices, model_params()))
+    memory.streams(host.beside.config, share, limit * 1e9)  # an error where not even two layers fit
+    # Before the other, so that the most memory in use is its own.
+    streamed = measured(host.beside, layers=host.streamed(), limit=limit)
+    print(f"\nstreamed, {limit:g} GB a device\n{streamed}", flush=True)
+    too_large = memory.streams(host.beside.config, share, memory.free_bytes(devices.local_devices[0]))
+    if too_large:
+        print(f"\nresident: left out, as {too_large.partition(':')[0]}\n")
+        return {"streamed": dataclasses.asdict(streamed), "resident": None}
+    resident = measured(host.resident())
+    print(f"\nresident\n{resident}\n\n{cost_of_streaming(resident, streamed)}\n")
+    return {"streamed": dataclasses.asdict(streamed), "resident": dataclasses.asdict(resident)}
 
 
 def measure_devices(asked: list[str]) -> None:
@@ -117,12 +154,12 @@ def measure_devices(asked: list[str]) -> None:
 
         def scaled(count: int, prompts: int) -> dict[str, Any]:
             model = min(config.mesh.model, count)
-            measured = devices.measure(params, count, model, prompts, length, config.draws, config.step)
+            measured = devices.measure(params, count, model, prompts, length, config.draws, config.step, config.rows)
             return dataclasses.asdict(measured)
 
         scaling = [{"strong": scaled(count, strong), "weak": scaled(count, filling * count)} for count in counts]
     print(f"\n{devices.table(scaling)}\n")
-    print("on data, on model: places in the compiled programs of a chunk where anything passes along that axis")
+    print("on data, on model: places in the compiled programs of a walk where anything passes along that axis")
     write("devices", {"figures": scaling})
 
 
@@ -162,18 +199,25 @@ def model_params() -> Params:
 
     from hydra_jax import load
     from hydra_jax.models.transformer import init_params
+
+    config, sizes = CONFIG.value, random_sizes()
+    if sizes:
+        return jax.jit(init_params, static_argnums=0)(sizes, jax.random.key(0))
+    return load(config.model, dtype=config.dtype, precision=config.precision).params
+
+
+def random_sizes() -> ModelConfig | None:
+    """The sizes of a model of random weights, or None where one is to be loaded."""
     from hydra_jax.weights.directory import read_stated
 
     config = CONFIG.value
     switches = {"dtype": config.dtype, "precision": config.precision}
     asked = SHAPE.value or config.model
     if SHAPE.value and Path(asked).is_file():
-        sizes = read_stated(Path(asked)).config(**switches)
-    elif SHAPE.value or asked in SHAPES:
-        sizes = dataclasses.replace(shape(asked, config.layers), **switches)
-    else:
-        return load(asked, **switches).params
-    return jax.jit(init_params, static_argnums=0)(sizes, jax.random.key(0))
+        return read_stated(Path(asked)).config(**switches)
+    if SHAPE.value or asked in SHAPES:
+        return dataclasses.replace(shape(asked, config.layers), **switches)
+    return None
 
 
 def measure_training() -> None:

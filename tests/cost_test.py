@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,14 @@ def test_the_cost_of_a_sweep_is_counted():
     assert of.weight_bytes == 4 * parameters(params.config)
     assert of.ablations == 3 * 5 * 8
     assert of.prompts_at_once == 3
+    in_layers = sum(leaf.nbytes for leaf in jax.tree.leaves(params.weights["layers"]))
+    assert of.streamed_bytes == of.weight_bytes - in_layers + 2 * in_layers // 4
+    twice = cost(params.config, prompts=3, length=8, draws=5, edges=True)
+    assert twice.ablation_operations == 2 * of.ablation_operations
+    rows = (of.work_bytes - of.least_work_bytes) / (3 * 5 * (8 - 1))
+    assert rows > 4 * params.config.width  # of each a shift, and what is recorded
+    assert twice.work_bytes - of.work_bytes == pytest.approx(3 * 5 * 8 * rows)
+    assert twice.least_work_bytes - of.least_work_bytes == pytest.approx(3 * 5 * rows)
 
 
 def test_arithmetic_of_a_clean_run_is_about_what_xla_counts():
@@ -68,6 +77,7 @@ def test_both_files_of_a_model_are_described_alike_without_their_weights(tmp_pat
     assert "norm_eps 1.52588e-05, dtype bfloat16" in text
     assert f"{10 * 2 * 4:,} ablations" in text
     assert "sequential" in text
+    assert re.search(r"^streamed    \S+ GB of weights \(what is not in a layer, and 2 layers at a time\)$", text, re.M)
     assert "parallel" in describe("gpt_neox", SHAPES["pythia-160m"], 10, 4, 2)
 
 

@@ -1,4 +1,4 @@
-"""The kernel's rate by the number of devices, and the traffic between them, counted in the compiled program.
+"""The rate of a walk's rows by the number of devices, and the traffic between them, counted in compiled programs.
 
 On a CPU, a run of N devices is a process of its own that is kept to N cores: in one process, devices would share
 all cores.
@@ -7,27 +7,28 @@ all cores.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from hydra_jax.benchmarks.timing import apart as steps_apart
+from hydra_jax.benchmarks.walks import last_alike, random_tokens, walk
 from hydra_jax.config import MeshConfig
-from hydra_jax.core.edits import Kind, WriteStatistics, all_components
-from hydra_jax.core.prefill import MOST_LIKELY
+from hydra_jax.core.edits import Component, all_components
+from hydra_jax.core.prefill import LayerClean
 from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.batched import ablate_program, prefill_program
+from hydra_jax.engine.memory import default_rows
 from hydra_jax.engine.mesh import DATA, MODEL
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import Params
@@ -117,8 +118,9 @@ class Scaled:
       prompts: prompts at once, over all devices.
       interventions: interventions a second.
       flops: operations of matrix products a second.
-      data_collectives: collectives along the data axis in a chunk's programs.
-      model_collectives: collectives along the model axis, each of which runs once a layer or less.
+      data_collectives: collectives along the data axis in a walk's programs.
+      model_collectives: collectives along the model axis, each of which runs once for a block of rows in a layer or
+        less.
       model_bytes: size of the latter's results on one device, in all.
       parameter_bytes: size of the parameters on one device.
     """
@@ -134,8 +136,20 @@ class Scaled:
     parameter_bytes: int
 
 
-def measure(params: Params, devices: int, model: int, prompts: int, length: int, draws: int, step: int) -> Scaled:
-    """Measure the kernel on some of this process' devices.
+def compiled_collectives(mesh: Mesh, call: Callable[[], Any]) -> list[Collective]:
+    """Return the collectives of all programs that are compiled for a call: all that it runs, compiled anew."""
+    jax.clear_caches()
+    client = mesh.local_devices[0].client
+    before = client.live_executables()
+    jax.block_until_ready(call())
+    programs = [program for program in client.live_executables() if program not in before]
+    return [found for program in programs for found in collectives(program.hlo_modules()[0].to_string())]
+
+
+def measure(
+    params: Params, devices: int, model: int, prompts: int, length: int, draws: int, step: int, rows: int = 0
+) -> Scaled:
+    """Measure a walk on some of this process' devices.
 
     Args:
       params: the model, on whatever devices.
@@ -144,7 +158,8 @@ def measure(params: Params, devices: int, model: int, prompts: int, length: int,
       prompts: P, over all devices; rounded up to a multiple of the data axis.
       length: T, tokens of a prompt.
       draws: R, replacements.
-      step: measure every `step`-th component.
+      step: ablate every `step`-th component.
+      rows: in a block on a device, about; 0 for its default.
 
     Raises:
       UserError: if `devices` is no multiple of `model`.
@@ -155,26 +170,21 @@ def measure(params: Params, devices: int, model: int, prompts: int, length: int,
     params = meshes.lay(mesh, params)
     c, data = params.config, mesh.shape[DATA]
     prompts = -(-prompts // data) * data
-    tokens = np.random.default_rng(0).integers(0, c.vocab_size, (prompts, length), np.int32)
-    arrays = [tokens, np.full(prompts, length, np.int32), np.full(prompts, MOST_LIKELY, np.int32)]
-    inputs = [meshes.put(mesh, array, meshes.Spec(DATA)) for array in arrays]
-    prefill = prefill_program(params).lower(params, *inputs).compile()
-    clean = prefill(params, *inputs)
-    sources = meshes.put(mesh, np.zeros((prompts, draws, c.width), np.float32), meshes.Spec(DATA))
-    nothing = WriteStatistics(jnp.zeros(c.width), jnp.zeros(c.width))
-    keys = meshes.put(mesh, jax.random.split(jax.random.key(0), prompts), meshes.Spec(DATA))
+    tokens = random_tokens(c, prompts, length)
+    nothing = meshes.put(mesh, np.zeros((prompts, draws, c.width), np.float32), meshes.Spec(DATA))
     components = all_components(c.layers)[::step]
-    edits = [
-        (params, clean, (jnp.int32(component.layer), jnp.int32(component.site), None), sources, nothing, keys)
-        for component in components
-    ]
-    kernel = ablate_program(params, Kind.RESAMPLE, edges=False).lower(*edits[0]).compile()
-    jax.block_until_ready(kernel(*edits[-1]))
-    start = time.perf_counter()
-    for edit in edits:
-        jax.block_until_ready(kernel(*edit))
-    seconds = time.perf_counter() - start
-    traffic = [collective for program in (prefill, kernel) for collective in collectives(program.as_text() or "")]
+
+    def replacements(component: Component, clean: LayerClean) -> jax.Array:
+        del component, clean
+        return nothing
+
+    ablated = functools.partial(
+        walk, params, tokens, tokens[:, -1], draws=draws, at_once=rows or default_rows(), sources=replacements
+    )
+    traffic = compiled_collectives(mesh, functools.partial(ablated, components=last_alike(c, components)))
+    with steps_apart() as spent:
+        ablated(components=components)
+    seconds = spent.kernel
     over_model = [collective for collective in traffic if MODEL in collective.over(mesh)]
     flops = prompts * draws * sum(intervention_flops(c, component, length) for component in components)
     return Scaled(

@@ -1,7 +1,7 @@
-"""The kernels' rates, against the machine's matrix products and against whole forward passes.
+"""The rate of a walk's rows, against the machine's matrix products and against whole forward passes.
 
-A length's measurements are taken in turns, so that whatever else the machine does slows all of them alike.
-A ratio is one of times summed over the turns.
+Rows through a layer and bare products are measured in turns of about one length, layer by layer, so that whatever else
+the machine does slows both alike. A ratio is one of times summed over the turns.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import resource
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hydra_jax.core.edits import Component, Kind, WriteStatistics, all_components
-from hydra_jax.core.prefill import MOST_LIKELY
-from hydra_jax.engine.batched import ablate_program, prefill_program
+from hydra_jax.benchmarks.timing import apart, timed
+from hydra_jax.benchmarks.walks import last_alike, others, random_tokens, walk
+from hydra_jax.core.edits import all_components
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.layers import product
@@ -32,17 +32,17 @@ class Measured:
 
     Attributes:
       length: tokens of a prompt.
-      rows: edits replayed at once.
-      interventions: interventions by the sweep's kernel, over all components.
-      kernel_flops: useful arithmetic of the kernel, matrix products only.
+      rows: of a block.
+      interventions: interventions by a walk's rows; clean runs do not count.
+      kernel_flops: useful arithmetic of the rows, matrix products only.
       gemm_flops: bare matrix products of the shapes of one layer's weights, at as many rows.
       kernel_to_gemm: the ratio of the two.
-      kernel_bytes: bytes that the kernel moves at least.
+      kernel_bytes: bytes that the rows move at least.
       bandwidth: bytes of a large copy.
       forwards: interventions by batched whole forward passes, each with its edit.
       speedup: the ratio of interventions to forwards.
-      prefill_prompts: clean runs.
-      compile_seconds: time to compile prefill and kernel.
+      prefill_prompts: clean runs, in the walk.
+      compile_seconds: time to compile all that a walk takes.
       peak_gb: the most memory in use so far: the device's, or on a CPU this process's.
     """
 
@@ -115,59 +115,48 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
     Args:
       params: the model.
       length: tokens of a prompt.
-      rows: edits at once.
+      rows: in a block, about.
       draws: replacements of each prompt.
-      step: measure every `step`-th component.
+      step: ablate every `step`-th component.
       seed: the seed of the tokens.
     """
     config = params.config
     prompts = max(1, rows // draws)
-    tokens = jax.random.randint(jax.random.key(seed), (prompts, length), 0, config.vocab_size, jnp.int32)
-    inputs = params, tokens, jnp.full(prompts, length), jnp.full(prompts, MOST_LIKELY)
-    start = time.perf_counter()
-    prefill = prefill_program(params).lower(*inputs).compile()
-    compile_seconds = time.perf_counter() - start
-    clean = jax.block_until_ready(prefill(*inputs))
-    prefill_seconds = _seconds(lambda: prefill(*inputs))
-
-    nothing = WriteStatistics(jnp.zeros(config.width), jnp.zeros(config.width))
-    keys = jax.random.split(jax.random.key(seed), prompts)
-    # A prompt's replacements are other prompts' writes, as in a sweep.
-    sources = jnp.stack([jnp.roll(clean.writes, draw + 1, axis=0) for draw in range(draws)], axis=1)
-
-    def edits(component: Component) -> tuple:
-        where = jnp.int32(component.layer), jnp.int32(component.site), None
-        return params, clean, where, sources[:, :, component.layer, component.site], nothing, keys
-
+    tokens = random_tokens(config, prompts, length, seed)
     components = all_components(config.layers)[::step]
-    start = time.perf_counter()
-    kernel = ablate_program(params, Kind.RESAMPLE, False).lower(*edits(components[0])).compile()
-    compile_seconds += time.perf_counter() - start
+    replacements = functools.partial(others, draws=draws)
+    ablated = functools.partial(walk, params, tokens, tokens[:, -1], draws=draws, at_once=rows, sources=replacements)
+    little = functools.partial(ablated, components=last_alike(config, components))
+    compiled_too, _ = timed(little)
+    with apart() as spent:
+        compiled_before, _ = timed(little)
+    prefill_seconds = spent.clean
 
     gemm, gemm_operations = layer_products(config, prompts * draws)
     batch = max(1, rows // length)
-    whole = tokens[jnp.arange(batch) % prompts], jnp.array([0, 0]), clean.writes[jnp.arange(batch) % prompts, 0, 0]
-    kernel_seconds = gemm_seconds = forward_seconds = 0.0
-    gemms = kernel_operations = kernel_bytes = 0
-    _seconds(gemm), _seconds(lambda: forward_batch(params, *whole))
-    for component in components:
-        arguments = jax.block_until_ready(edits(component))
-        seconds = _seconds(functools.partial(kernel, *arguments))
-        kernel_seconds += seconds
-        kernel_operations += prompts * draws * intervention_flops(config, component, length)
-        kernel_bytes += intervention_bytes(config, component, length, prompts, draws)
-        # Bare products take about as long as the kernel, so that both see the same machine.
-        spent = 0.0
-        while spent < seconds:
-            spent += _seconds(gemm)
+    whole = jnp.asarray(tokens[np.arange(batch) % prompts]), jnp.array([0, 0]), jnp.ones((batch, config.width))
+    timed(gemm), timed(lambda: forward_batch(params, *whole))
+    gemm_seconds = forward_seconds = 0.0
+    gemms = 0
+
+    def catch_up() -> None:
+        """Make bare products until they have taken as long as the rows so far, so that both see the same machine."""
+        nonlocal gemm_seconds, gemms
+        while gemm_seconds < spent.kernel:
+            gemm_seconds += timed(gemm)[0]
             gemms += 1
-        gemm_seconds += spent
+
+    with apart() as spent:
+        ablated(components=components, turn=catch_up)
+    catch_up()
+    kernel_operations = prompts * draws * sum(intervention_flops(config, each, length) for each in components)
+    kernel_bytes = sum(intervention_bytes(config, each, length, prompts, draws) for each in components)
     turns = max(3, len(components) // 10)
     for _ in range(turns):
-        forward_seconds += _seconds(lambda: forward_batch(params, *whole))
-    interventions = prompts * draws * len(components) / kernel_seconds
+        forward_seconds += timed(lambda: forward_batch(params, *whole))[0]
+    interventions = prompts * draws * len(components) / spent.kernel
     forwards = batch * turns / forward_seconds
-    kernel_flops = kernel_operations / kernel_seconds
+    kernel_flops = kernel_operations / spent.kernel
     gemm_flops = gemm_operations * gemms / gemm_seconds
     return Measured(
         length=length,
@@ -176,13 +165,13 @@ def measure(params: Params, length: int, rows: int, draws: int, step: int, seed:
         kernel_flops=kernel_flops,
         gemm_flops=gemm_flops,
         kernel_to_gemm=kernel_flops / gemm_flops,
-        kernel_bytes=kernel_bytes / kernel_seconds,
+        kernel_bytes=kernel_bytes / spent.kernel,
         bandwidth=bandwidth(),
         forwards=forwards,
         speedup=interventions / forwards,
         prefill_prompts=prompts / prefill_seconds,
-        compile_seconds=compile_seconds,
-        peak_gb=_peak_gb(),
+        compile_seconds=max(0.0, compiled_too - compiled_before),
+        peak_gb=peak_gb(),
     )
 
 
@@ -208,13 +197,8 @@ def machine() -> dict[str, Any]:
     return {"backend": jax.default_backend(), "device": device.device_kind, "devices": jax.device_count()}
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
-def _peak_gb() -> float:
+def peak_gb() -> float:
+    """Return the most memory in use so far: the device's, or on a CPU this process's."""
     statistics = jax.devices()[0].memory_stats() or {}
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return statistics.get("peak_bytes_in_use", kilobytes * 1024) / 1e9

@@ -10,28 +10,25 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import itertools
-import statistics
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from hydra_jax.benchmarks.timing import timed
-from hydra_jax.core.edits import ATTN, SITES, Component, Kind, WriteStatistics, all_components
-from hydra_jax.core.prefill import MOST_LIKELY
-from hydra_jax.engine.batched import ablate_program, prefill_program
+from hydra_jax.benchmarks.timing import apart, timed
+from hydra_jax.benchmarks.walks import most_likely, others, random_tokens, walk
+from hydra_jax.core.edits import ATTN, SITES, Component, all_components
+from hydra_jax.core.prefill import LayerClean
 from hydra_jax.errors import UserError, reason
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Params
 from hydra_jax.weights import families
 
 ROUNDS = 3
-"""Times that each component is measured: the fastest counts, as other work disturbs it least."""
+"""Times that each side is measured: the fastest counts, as other work disturbs it least, and programs are compiled."""
 
 PAIRS = 3
 """The pairs of component and prompt that a peer is timed on in a round: its time depends on neither."""
@@ -69,7 +66,7 @@ class Compared:
       versions: its packages' versions.
       peer_interventions: the peer's rate in the fastest of all pairs; the time of clean runs does not count.
       peer_one_by_one: the same where each intervention is a forward pass of its own, as in the libraries' tutorials.
-      interventions: our rate over all components, each in its fastest round; the time of clean runs counts.
+      interventions: our rate in the fastest walk; the time of clean runs counts, shared by all components.
       ratio: the ratio of our rate to the peer's in batches.
       ratio_one_by_one: the ratio of our rate to the peer's one by one.
       difference: the largest difference of total effects, in logits.
@@ -278,59 +275,54 @@ from then on.
 def measure(
     params: Params, peers: Sequence[Peer], length: int, rows: int, draws: int, step: int, seed: int = 0
 ) -> list[Compared]:
-    """Measure our kernel and every peer in turns, at one prompt length.
+    """Measure our walk and every peer in turns, at one prompt length.
 
     Args:
       params: the model.
       peers: peers that have its weights.
       length: tokens of a prompt.
-      rows: edits that our kernel replays at once.
+      rows: in a block of our walk, about.
       draws: R, replacements of each prompt.
-      step: our kernel is timed on one in so many components, spread over all.
+      step: our walk ablates one in so many components, spread over all.
       seed: the seed of the tokens.
 
     Raises:
       UserError: if a peer's total effects differ from ours.
     """
     prompts = max(1, rows // draws)
-    tokens = jax.random.randint(jax.random.key(seed), (prompts, length), 0, params.config.vocab_size, jnp.int32)
-    lengths, targets = jnp.full(prompts, length), jnp.full(prompts, MOST_LIKELY)
-    prefill = functools.partial(prefill_program(params), params, tokens, lengths, targets)
-    clean = prefill()
-    # A prompt's replacements are other prompts' writes, as in a sweep.
-    sources = jnp.stack([jnp.roll(clean.writes, draw + 1, axis=0) for draw in range(draws)], axis=1)
-    nothing = WriteStatistics(jnp.zeros(params.config.width), jnp.zeros(params.config.width))
-    keys = jax.random.split(jax.random.key(seed), prompts)
-
-    def kernel(component: Component) -> jax.Array:
-        new = sources[:, :, component.layer, component.site]
-        run = ablate_program(params, Kind.RESAMPLE, edges=False)
-        return run(params, clean, component.arrays(), new, nothing, keys)[0].total_effect
-
+    tokens = random_tokens(params.config, prompts, length, seed)
+    targets = most_likely(params, tokens)
     every = all_components(params.config.layers)
     components = _spread(every, -(-len(every) // step))
     shared = _spread(components, PAIRS)
-    times: dict[Component | str, list[float]] = collections.defaultdict(list)
+    edits: dict[Component, tuple[np.ndarray, np.ndarray]] = {}  # clean writes [P, D] and replacements [P, R, D]
+
+    def sources(component: Component, clean: LayerClean) -> jax.Array:
+        new = others(component, clean, draws)
+        if component in shared:
+            edits[component] = np.asarray(clean.writes[:, 0, component.site]), np.asarray(new)
+        return new
+
+    times: dict[str, list[float]] = collections.defaultdict(list)
     differences, largest = dict.fromkeys((peer.name for peer in peers), 0.0), 0.0
-    for turn, component in itertools.product(range(ROUNDS), components):
-        spent, effects = timed(functools.partial(kernel, component))
-        times[component].append(spent)
-        if component not in shared:
-            continue
-        times["prefill"].append(timed(prefill)[0])
-        prompt = (turn * PAIRS + shared.index(component)) % prompts
-        layer, site = component.layer, component.site
-        ids, target = np.array(tokens[prompt], np.int64), int(clean.target[prompt])
-        old, new = np.array(clean.writes[prompt, layer, site]), np.array(sources[prompt, :, layer, site])
-        ours = np.asarray(effects[prompt])
-        largest = max(largest, float(np.abs(ours).max()))
-        for peer in peers:
-            alone, spent, theirs = _total_effects(peer, ids, target, component, old, new)
-            times[peer.name].append(spent)
-            times[f"{peer.name}, alone"].append(alone)
-            differences[peer.name] = max(differences[peer.name], _difference(peer, component, theirs, ours))
-    component_seconds = statistics.fmean(min(times[component]) for component in components)
-    interventions = prompts * draws / (component_seconds + min(times["prefill"]) / len(every))
+    for turn in range(ROUNDS):
+        with apart() as spent:
+            effects = walk(params, tokens, targets, components, draws, rows, sources)
+        times["clean"].append(spent.clean)
+        times["kernel"].append(spent.kernel)
+        for index, component in enumerate(shared):
+            prompt = (turn * PAIRS + index) % prompts
+            ids, target = np.array(tokens[prompt], np.int64), int(targets[prompt])
+            old, new = (values[prompt] for values in edits[component])
+            ours = np.asarray(effects.total_effect[prompt, components.index(component), 0])
+            largest = max(largest, float(np.abs(ours).max()))
+            for peer in peers:
+                alone, in_batch, theirs = _total_effects(peer, ids, target, component, old, new)
+                times[peer.name].append(in_batch)
+                times[f"{peer.name}, alone"].append(alone)
+                differences[peer.name] = max(differences[peer.name], _difference(peer, component, theirs, ours))
+    component_seconds = min(times["kernel"]) / len(components) + min(times["clean"]) / len(every)
+    interventions = prompts * draws / component_seconds
     return [
         Compared(
             length=length,

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 from tokenizers import Tokenizer, models
 
-from hydra_jax.benchmarks.kernels import layer_products
-from hydra_jax.benchmarks.timing import timed
+from hydra_jax.benchmarks.kernels import layer_products, peak_gb
+from hydra_jax.benchmarks.timing import apart, timed
 from hydra_jax.config import AblationConfig, SweepConfig
 from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.batching import evenly, round_up
+from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
-from hydra_jax.engine.memory import BatchSizer, free_bytes
+from hydra_jax.engine.layers import Streamed
+from hydra_jax.engine.memory import BatchSizer, left
 from hydra_jax.models.transformer import Params
 from hydra_jax.sweep.bank import Bank
-from hydra_jax.sweep.chunks import Batch, fill
+from hydra_jax.sweep.chunks import fill
 from hydra_jax.sweep.clean import CleanPass
-from hydra_jax.sweep.plan import Item, Plan
+from hydra_jax.sweep.plan import Item, Plan, asked
 from hydra_jax.sweep.roofline import intervention_flops
-from hydra_jax.sweep.sources import Sources
+from hydra_jax.text.padding import padded_length
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.weights.model import Model
 
@@ -35,14 +35,18 @@ class Swept:
       prompts: how many there are.
       length: T, tokens of each prompt.
       interventions: how many there are in all.
-      at_once: prompts in a batch.
+      at_once: prompts in a walk.
       clean_seconds: time of the clean pass.
       seconds: time of all ablations, as a sweep makes them.
-      kernel_seconds: time of the kernel in them, measured by itself with its replacements at hand.
-      prefill_seconds: time of the clean runs before each batch.
-      sources_seconds: time of bringing replacements to the device, which the kernel may hide.
-      flops: operations of the kernel's matrix products, per second of kernel_seconds.
+      apart_seconds: the same, where every step is waited for before the next: the steps are parts of it.
+      kernel_seconds: time of rows through layers in them, and of their effects.
+      prefill_seconds: time of clean runs in the same walks, and of handing layers over.
+      sources_seconds: time of bringing replacements to the device, which a sweep may hide behind the rest.
+      flops: operations of the rows' matrix products, per second of kernel_seconds.
       gemm_flops: rate of bare products of the same shapes, on one device by itself, times the number of devices.
+      waited_seconds: time of waiting for streamed layers, part of `seconds`; 0 where layers are on the devices.
+      read_bytes: of the layers that were streamed in that time.
+      peak_gb: the most memory in use so far: the device's, or on a CPU this process's.
     """
 
     prompts: int
@@ -51,48 +55,83 @@ class Swept:
     at_once: int
     clean_seconds: float
     seconds: float
+    apart_seconds: float
     kernel_seconds: float
     prefill_seconds: float
     sources_seconds: float
     flops: float
     gemm_flops: float
+    waited_seconds: float
+    read_bytes: int
+    peak_gb: float
 
     def __str__(self) -> str:
-        rest = self.seconds - self.kernel_seconds - self.prefill_seconds
         parts = {
-            "the kernel": self.kernel_seconds,
-            "clean runs before each batch": self.prefill_seconds,
-            "all else (replacements, reading results)": rest,
+            "the kernel: rows through layers": self.kernel_seconds,
+            "clean runs in the same walks": self.prefill_seconds,
+            "replacements": self.sources_seconds,
         }
+        parts["all else (reading results)"] = self.apart_seconds - sum(parts.values())
+        streamed = [
+            f"layers streamed: {self.read_bytes / 1e9:,.3g} GB read, {self.waited_seconds:.2f} s waited for them",
+        ]
         return "\n".join(
             [
                 f"{self.interventions:,} interventions in {self.prompts:,} prompts of {self.length} tokens,"
                 f" {self.at_once:,} at once",
-                f"clean pass {self.clean_seconds:.2f} s, ablations {self.seconds:.2f} s:",
-                *(f"  {seconds:8.2f} s  {seconds / self.seconds:4.0%}  {part}" for part, seconds in parts.items()),
-                f"  {self.sources_seconds:8.2f} s        replacements, brought by themselves",
+                f"clean pass {self.clean_seconds:.2f} s, ablations {self.seconds:.2f} s;"
+                f" {self.apart_seconds:.2f} s with every step waited for:",
+                *(
+                    f"  {seconds:8.2f} s  {seconds / self.apart_seconds:4.0%}  {part}"
+                    for part, seconds in parts.items()
+                ),
                 f"the kernel: {self.flops / 1e12:,.3g} TFLOP/s, {self.flops / self.gemm_flops:.0%} of bare products"
                 f" ({self.gemm_flops / 1e12:,.3g}); {self.interventions / self.kernel_seconds:,.0f} interventions/s",
+                *(streamed if self.read_bytes else []),
+                f"memory: {self.peak_gb:,.3g} GB in use at most",
             ]
         )
 
 
-def measure(params: Params, prompts: int, length: int, ablation: AblationConfig, rows: int, seed: int = 0) -> Swept:
-    """Sweep twice, and measure the second time.
+def cost_of_streaming(resident: Swept, streamed: Swept) -> str:
+    """Compare a sweep whose layers are streamed with one whose layers are on the devices, in a line."""
+    more = streamed.seconds / resident.seconds - 1
+    return (
+        f"streaming: ablations {streamed.seconds:.2f} s, resident {resident.seconds:.2f} ({more:+.1%}); the kernel"
+        f" {streamed.kernel_seconds:.2f} s, resident {resident.kernel_seconds:.2f};"
+        f" {streamed.waited_seconds / streamed.seconds:.1%} waited for layers"
+    )
+
+
+def measure(
+    params: Params,
+    prompts: int,
+    length: int,
+    ablation: AblationConfig,
+    rows: int,
+    seed: int = 0,
+    layers: Streamed | None = None,
+    limit: float = 0.0,
+) -> Swept:
+    """Sweep three times, and measure the second and, step by step, the third time.
 
     Args:
-      params: the model.
+      params: the model; where its layers are streamed, what is not in a layer.
       prompts: how many prompts of random tokens to sweep.
       length: T, tokens of each prompt.
       ablation: the ablations.
-      rows: edits at once on a device; 0 for its default.
+      rows: of a block on a device; 0 for its default.
       seed: the seed of the tokens.
+      layers: what streams them; None where they are among `params`.
+      limit: GB that a device may use in all; 0 for no limit.
     """
     mesh, c = meshes.mesh_of(params), params.config
-    model = Model("made up", params, Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), "")
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    model = Model("made up", params, tokenizer, "", streamed=layers)
     tokens = np.random.default_rng(seed).integers(0, c.vocab_size, (prompts, length))
     items = [Item(Prompt(f"{n:07}", "?"), tuple(row), None) for n, row in enumerate(tokens.tolist())]
-    sizer = BatchSizer(c, mesh, ablation.draws, ablation.edges, rows, free_bytes(mesh.local_devices[0]))
+    streamed = model.layers.streamed
+    sizer = BatchSizer(c, mesh, asked(ablation, c, rows, streamed), left(limit, c, mesh, streamed))
 
     def clean_pass() -> Bank:
         clean = CleanPass(model, ablation, sizer, Bank(c.dtype), Cluster(0, 1))
@@ -105,40 +144,38 @@ def measure(params: Params, prompts: int, length: int, ablation: AblationConfig,
     # Random weights lose precision: what is timed does not stop for it.
     config = SweepConfig(ablation=ablation, seed=seed, identity_tolerance=0.999, non_finite=1.0)
     plan = Plan.build(model, bank, sizer, config, items)
-    size = min(sizer.prompts(length), sizer.wanted)
-    chunks = evenly(prompts, size)
+    longest = padded_length(length, c.context)
+    chunks = evenly(prompts, sizer.chunk(longest))
 
     def sweep() -> None:
         fill(plan, chunks, lambda chunk, arrays: None, progress=False)
 
     sweep()
+    waited, read = (layers.waited, layers.read_bytes) if layers else (0.0, 0)
     seconds, _ = timed(sweep)
-    sources = Sources(plan)
-    parts: dict[str, float] = dict.fromkeys(("prefill", "sources", "kernel"), 0.0)
-    for chunk in chunks:
-        spent, batch = timed(
-            functools.partial(Batch, plan, chunk, round_up(chunks[0].stop, sizer.least), sources),
-            lambda made: made.clean,
-        )
-        parts["prefill"] += spent
-        for unit, component in enumerate(plan.components):
-            spent, new = timed(functools.partial(sources, batch.prompts, unit))
-            parts["sources"] += spent
-            parts["kernel"] += timed(functools.partial(batch.ablate, component, new))[0]
+    waited, read = (layers.waited - waited, layers.read_bytes - read) if layers else (0.0, 0)
+    with apart() as spent:
+        apart_seconds, _ = timed(sweep)
     draws = ablation.draws
+    at_once = min(chunks[0].stop, sizer.prompts(longest))
+    block = min(sizer.asked.texts, -(-at_once // sizer.least)) * draws
     flops = prompts * draws * sum(intervention_flops(c, component, length) for component in plan.components)
     return Swept(
         prompts=prompts,
         length=length,
         interventions=prompts * draws * len(plan.components),
-        at_once=chunks[0].stop,
+        at_once=at_once,
         clean_seconds=clean_seconds,
         seconds=seconds,
-        kernel_seconds=parts["kernel"],
-        prefill_seconds=parts["prefill"],
-        sources_seconds=parts["sources"],
-        flops=flops / parts["kernel"],
-        gemm_flops=mesh.size * _gemm_flops(params, chunks[0].stop * draws // sizer.least, parts["kernel"] / 4),
+        apart_seconds=apart_seconds,
+        kernel_seconds=spent.kernel,
+        prefill_seconds=spent.clean,
+        sources_seconds=spent.sources,
+        flops=flops / spent.kernel,
+        gemm_flops=mesh.size * _gemm_flops(params, block, spent.kernel / 4),
+        waited_seconds=waited,
+        read_bytes=read,
+        peak_gb=peak_gb(),
     )
 
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from hydra_jax.core.edits import SITES, all_components
-from hydra_jax.engine.memory import ACCELERATOR_ROWS, default_rows, needs
+from hydra_jax.engine.layers import AT_ONCE
+from hydra_jax.engine.memory import ACCELERATOR_ROWS, Asked, needs
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import layout
 from hydra_jax.store.variables import EFFECTS
@@ -28,8 +29,10 @@ class Cost:
       clean_operations: of matrix products, of the clean runs: one for the bank, one before the ablations.
       ablation_operations: of the ablations, and their direct edges.
       weight_bytes: of the parameters, on each device.
-      work_bytes: what a device computes at once takes, for `prompts_at_once` prompts.
-      prompts_at_once: prompts that a device computes at once.
+      streamed_bytes: the same where layers are streamed: of what is not in a layer, and of the layers there at once.
+      work_bytes: besides them, what a walk of `prompts_at_once` prompts takes, with the rows of all components.
+      least_work_bytes: the same with those of one component, where each is walked by itself.
+      prompts_at_once: prompts that fill a device.
       bank_bytes: of every prompt's writes, which replacements are taken from.
       store_bytes: of the results, before they are compressed.
     """
@@ -38,7 +41,9 @@ class Cost:
     clean_operations: int
     ablation_operations: int
     weight_bytes: int
+    streamed_bytes: int
     work_bytes: int
+    least_work_bytes: int
     prompts_at_once: int
     bank_bytes: int
     store_bytes: int
@@ -60,7 +65,7 @@ def cost(
       length: tokens of each.
       draws: replacements of each ablation.
       model: devices that share the model.
-      rows: edits at once on a device; 0 for what this machine's are given.
+      rows: in a block on a device; 0 for what this machine's are given.
       edges: whether direct edges are computed.
     """
     params = layout(config)
@@ -68,8 +73,13 @@ def cost(
     attention = 2 * config.layers * config.heads * config.head_dim * length
     unembedding = config.vocab_size * config.width
     clean = 2 * (length * (sum(math.prod(leaf.shape) for leaf in kernels) + attention) + unembedding)
-    together = min(prompts, max(1, (rows or default_rows()) // draws))
-    need = needs(config, padded_length(length, config.context), draws, model, edges)
+    each = 2 if edges else 1  # programs of a component
+    asked = Asked(each * config.components, draws, rows=rows, least=each)
+    together = min(prompts, asked.texts)
+    padded = padded_length(length, config.context)
+    need = needs(config, padded, asked, model)
+    streamed = needs(config, padded, dataclasses.replace(asked, streamed=True), model)
+    rest, row = need.fixed + together * need.text, together * draws * need.row
     item = jnp.dtype(config.dtype).itemsize
     effects = len(EFFECTS) * draws + config.components
     once = sum(intervention_flops(config, component, length) for component in all_components(config.layers))
@@ -78,7 +88,9 @@ def cost(
         clean_operations=2 * prompts * clean,
         ablation_operations=prompts * draws * once * (2 if edges else 1),
         weight_bytes=need.parameters,
-        work_bytes=need.fixed + together * need.prompt,
+        streamed_bytes=streamed.parameters,
+        work_bytes=rest + asked.programs * row,
+        least_work_bytes=rest + asked.least * row,
         prompts_at_once=together,
         bank_bytes=prompts * config.components * config.width * item,
         store_bytes=4 * prompts * config.components * effects,
@@ -131,7 +143,10 @@ def describe(
             f" {_amount(costs.ablation_operations / 1e12)}",
             f"memory      of each device: weights {costs.weight_bytes / 1e9:,.3g} GB in {c.dtype}"
             + (f", shared by {model}" if model > 1 else "")
-            + f"; ablations of {costs.prompts_at_once:,} prompts at once about {costs.work_bytes / 1e9:,.3g} GB",
+            + f"; ablations of {costs.prompts_at_once:,} prompts at once about {costs.work_bytes / 1e9:,.3g} GB in one walk,"
+            f" {costs.least_work_bytes / 1e9:,.3g} GB in one for each component",
+            f"streamed    {costs.streamed_bytes / 1e9:,.3g} GB of weights (what is not in a layer, and {AT_ONCE}"
+            " layers at a time)",
             f"disk        {costs.bank_bytes / 1e9:,.3g} GB while it runs; results at most"
             f" {costs.store_bytes / 1e9:,.3g} GB",
             *([_time(operations, devices, tflops, c.dtype)] if tflops else []),
