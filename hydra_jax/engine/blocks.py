@@ -146,9 +146,13 @@ def advance(
         def text(texts: Any, shift: Float[Array, "n D"]) -> Any:
             clean, places, readout = texts
 
-            def one(shift: Float[Array, " D"], at: Int[Array, ""], *flags: Bool[Array, " S"]) -> Any:
-                at = at if layout.readings > 1 else 0  # rows that share a reading share all that is computed of it
-                return one_row.move(layer, clean.at(at), places[at], readout[at], shift, *flags, sites, by_head)
+            def one(
+                shift: Float[Array, " D"], at: Int[Array, ""], moved: Bool[Array, " S"], recorded: Bool[Array, " S"]
+            ) -> Any:
+                # Rows that share a reading share all that is computed of it.
+                place: Any = at if layout.readings > 1 else 0
+                here = clean.at(place), places[place], readout[place]
+                return one_row.move(layer, *here, shift, moved, recorded, sites, by_head)
 
             return jax.vmap(one)(shift, of_rows(reading), of_rows(moved), of_rows(recorded))
 
@@ -270,8 +274,8 @@ def effects_of(
 
     def text(reading: Reading, rows: Row, of: Int[Array, " n"], *flags: Any) -> Effects:
         def one(at: Int[Array, ""], row: Row, frozen: Bool[Array, ""], probed: Bool[Array, "L 2"]) -> Effects:
-            at = at if layout.readings > 1 else 0
-            return effects(params, jax.tree.map(lambda leaf: leaf[at], reading), row, frozen, probed)
+            place: Any = at if layout.readings > 1 else 0
+            return effects(params, jax.tree.map(lambda leaf: leaf[place], reading), row, frozen, probed)
 
         return jax.vmap(one)(of, rows, *flags)
 

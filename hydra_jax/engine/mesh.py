@@ -227,6 +227,7 @@ def clean_layer(mesh: Mesh, config: ModelConfig) -> LayerClean:
     c, model = config, mesh.shape[MODEL]
     shapes = {"keys": (1, c.kv_heads, c.head_dim, 1), "values": (1, c.kv_heads, 1, c.head_dim)}
     lying = {name: split(shape, CACHE_SPLIT[name], model, DATA) for name, shape in shapes.items()}
-    return LayerClean(
-        **{f.name: NamedSharding(mesh, lying.get(f.name, Spec(DATA))) for f in dataclasses.fields(LayerClean)}
-    )
+    every: dict[str, Any] = {
+        f.name: NamedSharding(mesh, lying.get(f.name, Spec(DATA))) for f in dataclasses.fields(LayerClean)
+    }
+    return LayerClean(**every)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, ArrayLike, Float, Float32, Int, Key
 
@@ -310,8 +311,8 @@ class Contrast(flax.struct.PyTreeNode):
       weights: [K].
     """
 
-    tokens: jax.Array
-    weights: jax.Array
+    tokens: jax.Array | np.ndarray
+    weights: jax.Array | np.ndarray
 
     @classmethod
     def target(cls, token: Int[ArrayLike, "*P"], foil: Int[ArrayLike, "*P"] | None = None) -> Contrast:

@@ -16,7 +16,6 @@ from hydra_jax.core.programs import Program, Word, program, together
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly, fill_up
 from hydra_jax.engine.rows import Draws, Rows
-from hydra_jax.engine.summary import Summary
 from hydra_jax.engine.summary import summarise as summarise_effects
 from hydra_jax.engine.walk import Texts, forward
 from hydra_jax.engine.walk import program as device_program
@@ -167,17 +166,12 @@ def ablate(plan: Plan, part: slice, size: int, sources: Sources, progress: Progr
     count, every = part.stop - part.start, plan.components
     longest = padded_length(len(plan.items[part.stop - 1].tokens), plan.model.config.context)
     at_once = plan.sizer.programs(longest, size) // plan.sizer.asked.least
-    found = [
-        _ablate(
-            plan,
-            part,
-            size,
-            every[some],
-            sources,
-            lambda done, some=some: progress(done * count * (some.stop - some.start) * plan.ablation.draws),
-        )
-        for some in evenly(len(every), at_once)
-    ]
+
+    def ablated(components: Sequence[Component]) -> dict[str, np.ndarray]:
+        interventions = count * len(components) * plan.ablation.draws
+        return _ablate(plan, part, size, components, sources, lambda done: progress(done * interventions))
+
+    found = [ablated(every[some]) for some in evenly(len(every), at_once)]
     of_ablated = {name for name in found[0] if "ablated" in variables.VARIABLES[name].dims}
     return {
         name: np.concatenate([one[name] for one in found], axis=1) if name in of_ablated else values
@@ -196,11 +190,11 @@ def _ablate(
     walked = Walked(plan, prompts, programs, sources, progress)
     summarise = device_program(meshes.mesh_of(plan.model.params), summarise_effects, (), edges=edges)
     every = walked.each(lambda rows, reading: summarise(rows.effects(reading)))
-    summary: Summary = jax.tree.map(lambda array: array[:count], every)
+    summary: Any = jax.tree.map(lambda array: array[:count], every)
     _check_identity(plan, part, components, summary.residual)
-    reading = walked.reading
+    reading: Any = walked.reading
     own = walked.contributions if walked.of_heads is None else walked.of_heads
-    clean = {
+    clean: dict[str, Any] = {
         "clean_logit": reading.centred_logit[:, 0],
         "clean_probability": reading.probability[:, 0],
         "final_scale": reading.final_scale[:, 0],

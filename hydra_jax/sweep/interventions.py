@@ -178,7 +178,7 @@ def _read(
     effects: Effects = walked.each(Rows.effects)
     reading = walked.reading
     rows = ("prompt", "program", "reading", "replacement")
-    found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+    found: dict[str, tuple[tuple[str, ...], Any]] = {
         name: (rows, getattr(effects, name)) for name in (*variables.EFFECTS, "residual")
     }
     change = effects.compensation

@@ -133,12 +133,13 @@ def check_streamed(params: Params, layers: Layers, where: str) -> None:
         alone.through(layer)
         jax.block_until_ready(alone.stream)
     reading, short = (jax.device_get(texts.read(_top(texts))) for texts in (both, alone))
-    said = {
-        name: getattr(reading, name)[:2, 0]
-        for name in (f.name for f in dataclasses.fields(Read))
-        if name in vars(reading)
+    said: dict[str, Any] = {
+        field.name: getattr(reading, field.name)[:2, 0]
+        for field in dataclasses.fields(Read)
+        if field.name not in ("entering", "writes")
     }
-    compare(c, Read(entering=entering, writes=np.stack(writes, axis=1), **said), short.final[:1, 0], where)
+    said |= {"entering": entering, "writes": np.stack(writes, axis=1)}
+    compare(c, Read(**said), short.final[:1, 0], where)
 
 
 def _inputs(config: ModelConfig) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -151,7 +152,7 @@ def _inputs(config: ModelConfig) -> tuple[tuple[np.ndarray, np.ndarray], tuple[n
 def _texts(params: Params, tokens: np.ndarray, lengths: np.ndarray, devices: int) -> Texts:
     """Return the texts, and the last one as often again as divides them among devices."""
     count = round_up(len(tokens), devices)
-    return Texts(params, np.stack(fill_up(tokens, count)), np.stack(fill_up(lengths, count))[:, None] - 1)
+    return Texts(params, np.stack(fill_up(list(tokens), count)), np.stack(fill_up(list(lengths), count))[:, None] - 1)
 
 
 def _top(texts: Texts) -> Contrast:
@@ -159,14 +160,14 @@ def _top(texts: Texts) -> Contrast:
     return Contrast(np.full(shape, MOST_LIKELY, np.int32), np.ones(shape, np.float32))
 
 
-def compare(config: ModelConfig, both: Read, alone: np.ndarray, where: str) -> None:
+def compare(config: ModelConfig, both: Any, alone: np.ndarray, where: str) -> None:
     """Compare a long and a short input's runs, the short one padded and, its final stream [1, D], as it is.
 
     Differences are relative to the stream's norm, or to the logit that it has room for.
 
     Args:
       config: the model's.
-      both: the runs.
+      both: the runs, a `Read` on this host.
       alone: the final stream of the short one.
       where: what a fault is reported of.
 
@@ -174,7 +175,7 @@ def compare(config: ModelConfig, both: Read, alone: np.ndarray, where: str) -> N
       UserError: that says which check failed: that the writes sum to the stream, that what the lens says
         they contribute sums to the logit, or that padding changes nothing.
     """
-    c: ModelConfig = config
+    c = config
     room = np.linalg.norm(both.final, axis=1)
     room_of_logit = room * np.linalg.norm(both.readout, axis=1) / both.final_scale
 

@@ -71,7 +71,7 @@ class Shards:
         self._used += -(-(stop - start) // 64) * 64
         with path.open("rb", buffering=0) as file:
             file.seek(first + start)
-            rest = memoryview(into)
+            rest = memoryview(into.data)
             while rest:
                 count = file.readinto(rest)
                 if not count:
