@@ -32,7 +32,7 @@ GGUF_NAMES = {
 }
 
 
-def weights(tied=False, seed=0):
+def weights(tied=False, seed=0, layers=LAYERS):
     """Random weights by their Hugging Face names."""
     random = np.random.default_rng(seed)
     queries, keys = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -55,7 +55,7 @@ def weights(tied=False, seed=0):
     tensors = {"model.embed_tokens.weight": 4 * draw((len(VOCABULARY), WIDTH)), "model.norm.weight": draw((WIDTH,))}
     if not tied:
         tensors["lm_head.weight"] = draw((len(VOCABULARY), WIDTH))
-    for layer in range(LAYERS):
+    for layer in range(layers):
         tensors |= {f"model.layers.{layer}.{name}.weight": draw(shape) for name, shape in shapes.items()}
     return tensors
 
@@ -84,10 +84,11 @@ def add_tokenizer(writer, pre="smollm"):
 
 def gguf_file(path, tensors=None, architecture="llama", pre="smollm", stored=None, **fields):
     """Write a GGUF file of `tensors`, those of `stored`, {name: (bytes, type)}, as they are; `fields` are metadata."""
+    tensors = weights() if tensors is None else tensors
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(WIDTH)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(len([name for name in tensors if name.endswith("input_layernorm.weight")]))
     writer.add_feed_forward_length(MLP_WIDTH)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
@@ -96,7 +97,7 @@ def gguf_file(path, tensors=None, architecture="llama", pre="smollm", stored=Non
     add_tokenizer(writer, pre)
     for key, text in fields.items():
         writer.add_string(key.replace("__", "."), text)
-    for name, array in (weights() if tensors is None else tensors).items():
+    for name, array in tensors.items():
         heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
         if name in (stored or {}):
             writer.add_tensor(gguf_name(name), stored[name][0], raw_dtype=stored[name][1])
