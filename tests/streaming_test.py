@@ -60,9 +60,7 @@ KINDS = ["gguf", "gguf, halves", "directory", "directory, shards", "directory, b
 def limit(path, dtype="float32"):
     """Bytes that the weights do not fit into, but two layers do."""
     config = source.open(str(path)).config(dtype)
-    return (memory.layer_bytes(config, 1) * 4.5 + mesh.bytes_a_device(config, 1, 0)) * (
-        1 if dtype == "float32" else 1.6
-    )
+    return memory.layer_bytes(config, 1) * 4.5 + mesh.bytes_a_device(config, 1, 0)
 
 
 def streamed(path, dtype="float32"):

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+from hydra_jax.engine import mesh
 from hydra_jax.errors import UserError
 from hydra_jax.training import checkpoint, loop, workdir
 from hydra_jax.training.loop import Stopped, train
 from hydra_jax.training.step import initial
 from hydra_jax.weights import checkpoints as trained_weights
+from hydra_jax.weights import source
 from hydra_jax.weights.load import load
 from tests.helpers import checkpoints
 from tests.helpers import training as toy_training
@@ -76,6 +78,16 @@ class TestWorkdir:
         text = json.loads((done / workdir.PROMPTS).read_text().splitlines()[0])["prompt"]
         assert last.tokenizer.decode(last.tokenizer.encode(text).ids) == text
         assert load(str(done), dtype="bfloat16").params.weights["embedding"].dtype == "bfloat16"
+
+    def test_as_a_model_whose_layers_are_streamed(self, done):
+        whole, limit = load(str(done)), 1.1 * mesh.bytes_a_device(load(str(done)).config, 1)
+        streamed = source.open(str(done)).load(limit=limit, say=lambda line: None)
+        assert streamed.streamed
+        assert streamed.weights_hash == whole.weights_hash
+        for one, other in zip(whole.layers, streamed.layers, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, one, other)
+        rest = {name: leaf for name, leaf in whole.params.weights.items() if name != "layers"}
+        jax.tree.map(np.testing.assert_array_equal, rest, streamed.params.weights)
 
     def test_a_step_that_is_not_kept(self, done):
         with pytest.raises(UserError, match=r"no checkpoint of step 5; there are 0, 4, 6"):

@@ -54,7 +54,7 @@ class LayerClean(flax.struct.PyTreeNode):
 
 
 class Reading(flax.struct.PyTreeNode):
-    """What the clean run says after one token of a text.
+    """The clean run, read after one token of a text.
 
     Attributes:
       position: [] int, the token's place.

@@ -57,7 +57,7 @@ class Values(NamedTuple):
 
 
 class Followed(NamedTuple):
-    """What a component changes: [D]; and, of attention, what its heads mix: [H, head_dim], else None."""
+    """A component's change, [D], and, of attention, the values that its heads mix, [H, head_dim], else None."""
 
     change: jax.Array
     mixed: jax.Array | None

@@ -1,4 +1,4 @@
-"""What moves rows on one device, in blocks of one size.
+"""The programs that move rows on one device, in blocks of one size.
 
 A text's N rows stand program by program, in the order in which the programs' first clamps come, each program's
 M = Q * R together (readings, replacements). A block is n rows of each of several texts.

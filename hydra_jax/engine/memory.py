@@ -42,7 +42,7 @@ CGROUP = tuple(Path("/sys/fs/cgroup") / f"memory.{what}" for what in ("max", "cu
 CACHED = ("active_file", "inactive_file")
 
 REMEDY = "set --config.mesh.model to share the model among more devices, dtype=bfloat16, or fewer --config.rows"
-"""What helps where something does not fit beside the model."""
+"""The remedy where something does not fit beside the model."""
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ def default_rows() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What is made of every text of a sweep.
+    """The rows of every text of a sweep.
 
     Attributes:
       programs: G.

@@ -134,6 +134,7 @@ def split(shape: tuple[int, ...], axes: tuple[int, ...], model: int, first: str 
     return Spec(*names)
 
 
+@functools.cache
 def bytes_a_device(config: ModelConfig, model: int, layers: int | None = None) -> int:
     """Return the bytes of a model's parameters, or those beside and of some `layers`, on each of `model` devices."""
     parts = 0

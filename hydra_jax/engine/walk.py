@@ -36,7 +36,7 @@ UNEMBED_ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is computed at once of clean runs, where there is more: a matter of memory alone.
+    """The most that is computed at once of clean runs: a matter of memory alone.
 
     Attributes:
       tokens: that go through a layer.

@@ -302,7 +302,7 @@ def final_scale(params: Params, resid: Float[Array, " D"]) -> Float[Array, ""]:
 
 
 class Contrast(flax.struct.PyTreeNode):
-    """What is read of the logits: a linear combination of centred ones, sum over k of weight_k (logit_k - mean).
+    """A linear combination of centred logits that is read: the sum over k of weight_k (logit_k - mean).
 
     Of one token of weight 1 it is that token's centred logit; of weights 1 and -1 the difference of two logits.
 

@@ -41,7 +41,7 @@ LAYERS, HEADS = "layers", "heads"
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked of every prompt.
+    """A question that every prompt is asked.
 
     Attributes:
       programs: by name.
