@@ -34,8 +34,8 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
             edges=True,  # also what each component does when it alone sees the edit: doubles the work
         ),
         seed=0,  # of every draw: prompts under a limit, replacements, noise, bootstrap
-        rows=0,  # edits at once on each device, memory permitting; 0: 512 on a CPU, 16,384 on an accelerator
-        memory=0.0,  # GB of each device that may be used; 0: what is free
+        rows=0,  # rows of a block, moved at once on a device; 0: 512 on a CPU, 16,384 on an accelerator
+        memory=0.0,  # GB of each device that may be used; 0: what is free. Layers that do not fit are read as needed
         mesh=dict(
             data=0,  # devices that each take other prompts; 0: all there are
             model=1,  # devices that share a copy of the model, where one cannot hold it
