@@ -196,7 +196,8 @@ def test_a_model_that_one_device_cannot_hold_runs_on_eight(inputs, tmp_path):
     asked = [f"--config.model={tmp_path}/model", "--config.memory=0.004", "--config.rows=3"]
     (one,) = map(finish, sweeps.start(inputs, tmp_path / "run", *asked, devices=8, disturbed=FEW_TOKENS))
     assert one.returncode == 1
-    assert one.err.startswith("error: memory: the model's parameters take 0.00625 GB a device, 0.004 are there")
+    assert "memory: the model's parameters take 0.00625 GB a device, and 2 layers at a time 0.0041" in one.err
+    assert one.err.endswith("set --config.mesh.model to 2 or more, or dtype=bfloat16\n")
     assert not (tmp_path / "run").exists()
     sweeps.done(inputs, tmp_path / "run", *asked, "--config.mesh.model=8", devices=8, disturbed=FEW_TOKENS)
     assert store.open_effects(tmp_path / "run")["finished"].values.all()
