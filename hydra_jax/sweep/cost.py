@@ -143,9 +143,8 @@ def describe(
             f" {_amount(costs.ablation_operations / 1e12)}",
             f"memory      of each device: weights {costs.weight_bytes / 1e9:,.3g} GB in {c.dtype}"
             + (f", shared by {model}" if model > 1 else "")
-            + f"; ablations of {costs.prompts_at_once:,} prompts at once about {costs.work_bytes / 1e9:,.3g} GB"
-            " in one walk,"
-            f" {costs.least_work_bytes / 1e9:,.3g} GB in one for each component",
+            + f"; ablations of {costs.prompts_at_once:,} prompts at once about {costs.work_bytes / 1e9:,.3g} GB, or"
+            f" {costs.least_work_bytes / 1e9:,.3g} GB walking once for each component",
             f"streamed    {costs.streamed_bytes / 1e9:,.3g} GB of weights (what is not in a layer, and {AT_ONCE}"
             " layers at a time)",
             f"disk        {costs.bank_bytes / 1e9:,.3g} GB while it runs; results at most"

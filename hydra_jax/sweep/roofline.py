@@ -1,4 +1,4 @@
-"""The arithmetic and the memory traffic of a sweep's kernel, and which of the two bounds it on a machine."""
+"""The arithmetic and the memory traffic of a walk's rows, and which of the two bounds them on a machine."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def intervention_flops(config: ModelConfig, component: Component, length: int) -
 
 
 def intervention_bytes(config: ModelConfig, component: Component, length: int, prompts: int, draws: int) -> int:
-    """Return the bytes that a batch of edits moves at least: weights and caches once a batch, products' operands once.
+    """Return the bytes that a block of rows moves at least: weights and caches once a block, products' operands once.
 
     Args:
       config: the model's.
