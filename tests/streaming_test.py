@@ -42,6 +42,20 @@ def quantised():
     return tensors, {name: (whole, gguf.GGMLQuantizationType.F16)}
 
 
+def fused():
+    """Phi-3's tensors: queries, keys and values in one, and the gate with what it gates."""
+    tensors = stored()
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        for name, parts in (
+            ("self_attn.qkv_proj", [f"self_attn.{part}_proj" for part in "qkv"]),
+            ("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"]),
+        ):
+            rows = [tensors.pop(f"{prefix}.{part}.weight") for part in parts]
+            tensors[f"{prefix}.{name}.weight"] = np.concatenate(rows)
+    return tensors
+
+
 def written(path, kind):
     """A model of more layers than are streamed at a time."""
     if kind == "gguf":
@@ -49,12 +63,15 @@ def written(path, kind):
     if kind == "gguf, halves":
         tensors, kept = quantised()
         return checkpoints.gguf_file(path / "tiny.gguf", tensors, stored=kept)
+    if kind == "directory, fused":
+        stated = dict(model_type="phi3", num_hidden_layers=LAYERS)
+        return checkpoints.hugging_face_directory(path / "tiny", fused(), **stated)
     tensors = halves() if "bfloat16" in kind else stored()
     shards = 3 if "shards" in kind else 1
     return checkpoints.hugging_face_directory(path / "tiny", tensors, shards, num_hidden_layers=LAYERS)
 
 
-KINDS = ["gguf", "gguf, halves", "directory", "directory, shards", "directory, bfloat16"]
+KINDS = ["gguf", "gguf, halves", "directory", "directory, shards", "directory, bfloat16", "directory, fused"]
 
 
 def limit(path, dtype="float32"):

@@ -97,19 +97,16 @@ class Parameters:
         Raises:
           UserError: if it is not what it should be.
         """
-        # Parameters of one name are fused: each has the rows after those of the ones before it.
-        published, expected = self._published, self.expected
-        sizes = {p: expected[p].shape[-1] for p, name in published.items() if name == published[path]}
-        shape = expected[path].shape[1:] if path.startswith(LAYERS) else expected[path].shape
-        name = self._source.names[published[path].format(layer)]
-        array = _formed(shape, path, self._config, self._source, name, sizes)
-        if not checked and not np.isfinite(array).all():
-            raise UserError(f"{self._source.path}: tensor {name} holds NaN or infinity; fetch it again")
-        return array
+        return self._part(path, self._tensor(path, layer, checked))
 
     def layer(self, layer: int, checked: bool = False) -> dict[str, np.ndarray]:
         """Read a layer, by paths such as "attn/out/kernel"; for `checked` see `read`."""
-        return {path.removeprefix(LAYERS): self.read(path, layer, checked) for path in self._paths()}
+        tensors: dict[str, np.ndarray] = {}
+        for path in self._paths():
+            name = self._published[path]
+            if name not in tensors:  # those of fused parameters are read once
+                tensors[name] = self._tensor(path, layer, checked)
+        return {path.removeprefix(LAYERS): self._part(path, tensors[self._published[path]]) for path in self._paths()}
 
     def tensors(self, layer: int) -> list[str]:
         """Return the names of the tensors that a layer is made of."""
@@ -118,6 +115,37 @@ class Parameters:
 
     def _paths(self) -> list[str]:
         return [path for path in self.expected if path.startswith(LAYERS)]
+
+    def _tensor(self, path: str, layer: int, checked: bool) -> np.ndarray:
+        """Read the tensor that a layer's share of a parameter is, or is fused into with others, in the form [out, in]."""
+        source, name = self._source, self._source.names[self._published[path].format(layer)]
+        array = source.read(name)
+        with contextlib.suppress(ValueError):  # what cannot be reshaped has the wrong shape
+            array = source.form(path, array, self._config)
+        wanted = self.expected[path].shape[1:] if path.startswith(LAYERS) else self.expected[path].shape
+        wanted = wanted[::-1] if _flipped(path) else wanted
+        sizes = self._fused(path)
+        wanted = (sum(sizes.values()), *wanted[1:]) if len(sizes) > 1 else wanted
+        if array.shape != wanted:
+            raise UserError(
+                f"{source.path}: tensor {name} has shape {array.shape}, the config calls for {wanted}; fetch it again"
+            )
+        if not checked and not np.isfinite(array).all():
+            raise UserError(f"{source.path}: tensor {name} holds NaN or infinity; fetch it again")
+        return array
+
+    def _part(self, path: str, tensor: np.ndarray) -> np.ndarray:
+        """Return the part of a tensor that is a parameter, in our layout."""
+        sizes = self._fused(path)
+        if len(sizes) > 1:
+            starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+            tensor = tensor[starts[path] :][: sizes[path]]
+        return tensor.T if _flipped(path) else tensor
+
+    def _fused(self, path: str) -> dict[str, int]:
+        """Return the parameters of one published name, and their rows there: after those of the ones before them."""
+        same = (p for p, name in self._published.items() if name == self._published[path])
+        return {p: self.expected[p].shape[-1] for p in same}
 
 
 def assemble(
@@ -193,21 +221,6 @@ def _module(path: str) -> str:
     return path.rpartition("/")[0] or path
 
 
-def _formed(
-    shape: tuple[int, ...], path: str, config: ModelConfig, source: Tensors, name: str, sizes: Mapping[str, int]
-) -> np.ndarray:
-    """Read tensor `name`, or its part that is parameter `path` among those of `sizes`, as an array of `shape`."""
-    array = source.read(name)
-    with contextlib.suppress(ValueError):  # what cannot be reshaped has the wrong shape
-        array = source.form(path, array, config)
-    flipped = path.endswith("/kernel") or path == "unembedding"
-    wanted = shape[::-1] if flipped else shape
-    wanted = (sum(sizes.values()), *wanted[1:]) if len(sizes) > 1 else wanted
-    if array.shape != wanted:
-        raise UserError(
-            f"{source.path}: tensor {name} has shape {array.shape}, the config calls for {wanted}; fetch it again"
-        )
-    if len(sizes) > 1:
-        starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
-        array = array[starts[path] :][: sizes[path]]
-    return array.T if flipped else array
+def _flipped(path: str) -> bool:
+    """Return whether a parameter is published [out, in] where ours is [in, out]."""
+    return path.endswith("/kernel") or path == "unembedding"

@@ -13,11 +13,15 @@ from hydra_jax.core.edits import all_components
 from hydra_jax.core.effects import effects
 from hydra_jax.core.prefill import prefill
 from hydra_jax.core.replay import replay
+from hydra_jax.engine import mesh as meshes
 from hydra_jax.models.transformer import embed, forward
+from hydra_jax.weights import source
 from hydra_jax.weights.load import load
 
 pytest.importorskip("torch", reason="tests/parity/requirements.txt is not installed")
 pytest.importorskip("transformers", reason="tests/parity/requirements.txt is not installed")
+
+import torch
 
 from tests.helpers import families, gguf_files
 
@@ -30,7 +34,8 @@ jit_forward, jit_prefill, jit_replay = jax.jit(forward), jax.jit(prefill), jax.j
 def unchecked():
     """Loading without the checks of what was loaded: here they only cost time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hydra_jax.weights.source.Check", mock.MagicMock())
+        for check in ("Check", "check_streamed"):
+            patch.setattr(f"hydra_jax.weights.source.{check}", mock.MagicMock())
         yield
 
 
@@ -83,6 +88,31 @@ def test_a_gguf_file_gives_the_logits_of_transformers(name, tmp_path):
     expected = families.run(model, IDS)
     np.testing.assert_allclose(trace.resid_post, expected["resid_post"], atol=TOLERANCE)
     np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE)
+
+
+def assert_streamed_alike(path, dtype):
+    """A model's layers are the same one by one as together."""
+    whole, opened = load(str(path), dtype), source.open(str(path))
+    limit = meshes.bytes_a_device(whole.config, 1)
+    streamed = opened.load(dtype, limit=limit, say=lambda line: None)
+    assert streamed.streamed
+    for one, other in zip(whole.layers, streamed.layers, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    rest = {name: leaf for name, leaf in whole.params.weights.items() if name != "layers"}
+    jax.tree.map(np.testing.assert_array_equal, rest, streamed.params.weights)
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("name", families.CONFIGS)
+def test_layers_of_every_family_are_streamed_alike(name, stored, dtype, tmp_path):
+    model = families.made(name)
+    assert_streamed_alike(families.saved(model.to(getattr(torch, stored)), tmp_path), dtype)
+
+
+@pytest.mark.parametrize("name", gguf_files.NAMES)
+def test_layers_of_every_familys_gguf_file_are_streamed_alike(name, tmp_path):
+    model = families.made(name, **gguf_files.CHANGES.get(name, {}))
+    assert_streamed_alike(gguf_files.written(model, tmp_path / "tiny.gguf"), "float32")
 
 
 def renamed(directory, old, new):
