@@ -141,7 +141,7 @@ def test_biases_that_the_config_promises_and_are_not_there_are_named(directory, 
 def test_integers_are_not_weights(tmp_path):
     tensors = changed("model.layers.0.mlp.up_proj.weight", lambda array: (100 * array).astype(np.int8))
     message = refusal(checkpoints.hugging_face_directory(tmp_path / "quantised", tensors))
-    assert "up_proj.weight holds int8" in message
+    assert "up_proj.weight holds 'I8', not floats" in message
 
 
 @pytest.fixture(scope="module")

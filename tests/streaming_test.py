@@ -175,7 +175,7 @@ def test_a_file_that_changes_while_it_is_read_ends_the_walk(disturb, kind, tmp_p
     next(walk)
     disturb(file)
     with pytest.raises(
-        UserError, match=rf"^\S*{file.name}: (is gone|has changed) while its layers are being read; put"
+        UserError, match=rf"^\S*{file.name}: (is gone|has changed) while its weights are being read; put"
     ):
         list(walk)
     with pytest.raises(UserError):

@@ -117,7 +117,7 @@ class Parameters:
         return [path for path in self.expected if path.startswith(LAYERS)]
 
     def _tensor(self, path: str, layer: int, checked: bool) -> np.ndarray:
-        """Read the tensor that a layer's share of a parameter is, or is fused into with others, in the form [out, in]."""
+        """Read the tensor [out, in] that a layer's share of a parameter is, or is fused into with others."""
         source, name = self._source, self._source.names[self._published[path].format(layer)]
         array = source.read(name)
         with contextlib.suppress(ValueError):  # what cannot be reshaped has the wrong shape

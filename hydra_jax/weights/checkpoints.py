@@ -35,7 +35,7 @@ def weights(workdir: Path, like: Any, step: int = LAST_STEP) -> tuple[Any, str, 
 
     Args:
       workdir: of the run.
-      like: weights of the same shapes, abstract ones will do.
+      like: weights of the same shapes, abstract ones will do; of NumPy's for weights in this host's memory.
       step: which checkpoint.
 
     Raises:
@@ -94,8 +94,13 @@ def read(workdir: Path, step: int, like: dict[str, Any]) -> dict[str, Any]:
         raise _damaged(path, reason(error)) from error
 
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Return an array's shape with a device of this process: those that it was saved from may not be here."""
+def _placed(leaf: Any) -> Any:
+    """Return an array's shape with a device of this process: those that it was saved from may not be here.
+
+    An array of NumPy's stands for one in this host's memory.
+    """
+    if isinstance(leaf, np.ndarray):
+        return leaf
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
 

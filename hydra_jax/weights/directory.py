@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 from tokenizers import Tokenizer
 
 from hydra_jax.engine.layers import Streamed
@@ -132,19 +129,17 @@ class Directory:
         Raises:
           UserError: if they are not those that the config calls for.
         """
-        with self._opened() as tensors:
-            return assemble(Parameters(config, self._stated.family, tensors), config, mesh)
+        paths = _shards(self._path)
+        with Unchanged(paths).while_read():
+            return assemble(self._parameters(config, Shards(paths)), config, mesh)
 
     def streamed(self, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Params, Streamed]:
         """Read what is not in a layer, and return what reads layers; see `weights`."""
         paths = _shards(self._path)
-        unchanged, seen = Unchanged(paths), set()
-        with self._opened() as tensors:
-            rest = assemble(Parameters(config, self._stated.family, tensors), config, mesh, layers=False)
-            shards = Shards(paths)
-            parameters = Parameters(
-                config, self._stated.family, dataclasses.replace(tensors, read=_floats(shards.read))
-            )
+        unchanged, shards, seen = Unchanged(paths), Shards(paths), set()
+        parameters = self._parameters(config, shards)
+        with unchanged.while_read():
+            rest = assemble(parameters, config, mesh, layers=False)
 
         def read(layer: int) -> dict[str, np.ndarray]:
             with unchanged.while_read(), faults_of(self._path):
@@ -155,28 +150,13 @@ class Directory:
 
         return rest, Streamed(config, mesh, read)
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[Tensors]:
-        """Open the weight files, for as long as the block runs."""
-        path, family = self._path, self._stated.family
-        with contextlib.ExitStack() as stack:
-            files: dict[str, Any] = {}
-            names: dict[str, str] = {}
-            for file in _shards(path):
-                with faults_of(file):
-                    opened = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
-                    files |= dict.fromkeys(opened.keys(), opened)
-            for name in files:
-                old, new = next((pair for pair in family.renamed if name.startswith(pair[0])), ("", ""))
-                names[new + name.removeprefix(old)] = name
-
-            def read(name: str) -> np.ndarray:
-                array = files[name].get_tensor(name)
-                if not jnp.issubdtype(array.dtype, jnp.floating):
-                    raise UserError(f"{path}: tensor {name} holds {array.dtype}, not floats; use unquantised weights")
-                return array
-
-            yield Tensors(path, _floats(read), names, family.form, COLUMN, family.ignored)
+    def _parameters(self, config: ModelConfig, shards: Shards) -> Parameters:
+        family, names = self._stated.family, {}
+        for name in shards.names:
+            old, new = next((pair for pair in family.renamed if name.startswith(pair[0])), ("", ""))
+            names[new + name.removeprefix(old)] = name
+        tensors = Tensors(self._path, _floats(shards.read), names, family.form, COLUMN, family.ignored)
+        return Parameters(config, family, tensors)
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the files that the model is made of, as `digest`."""

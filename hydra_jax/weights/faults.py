@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
 
 from hydra_jax.errors import UserError, reason
 
@@ -63,9 +66,25 @@ class Unchanged:
                 how = "is gone"
             if how:
                 raise UserError(
-                    f"{path}: {how} while its layers are being read; put it back as it was and start again, which goes"
+                    f"{path}: {how} while its weights are being read; put it back as it was and start again, which goes"
                     " on from what is finished"
                 )
+
+
+def fill(array: np.ndarray, file: BinaryIO) -> None:
+    """Fill an array with the bytes that come next in a file.
+
+    Files of weights are not mapped: one that is cut while it is read would end the process.
+
+    Raises:
+      ValueError: if there are fewer.
+    """
+    rest = array.data.cast("B") if array.size else memoryview(b"")
+    while rest:
+        count = file.readinto(rest)  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError(f"it ends {len(rest):,} bytes early")
+        rest = rest[count:]
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from hydra_jax.store.files import sha256
 from hydra_jax.text import tokenizer
 from hydra_jax.weights import families, gguf_header
 from hydra_jax.weights.assemble import Parameters, Tensors, assemble
-from hydra_jax.weights.faults import Unchanged, faults_of
+from hydra_jax.weights.faults import Unchanged, faults_of, fill
 from hydra_jax.weights.gguf_header import Header, TensorInfo
 from hydra_jax.weights.settings import Settings, model_config, stored_as
 
@@ -40,12 +39,18 @@ class Tensor:
     Attributes:
       shape: in the file's order, the fastest axis first.
       kind: its `gguf.GGMLQuantizationType`.
-      blocks: [blocks, bytes of each], mapped.
+      path: of the file.
+      start: its first byte there.
+      count: the number of its blocks.
+      size: bytes of each.
     """
 
     shape: tuple[int, ...]
     kind: Any
-    blocks: np.ndarray
+    path: Path
+    start: int
+    count: int
+    size: int
 
     @property
     def dtype(self) -> str:
@@ -53,27 +58,32 @@ class Tensor:
         return self.kind.name.lower()
 
     def decoded(self) -> np.ndarray:
-        """Decode it: float32, the slowest axis first.
+        """Read and decode it: float32, the slowest axis first.
 
         Raises:
           UserError: if its quantisation has no decoder.
+          ValueError: if the file has been cut.
         """
         import gguf  # slow to import, and no other kind of file needs it
 
-        shape, count = self.shape[::-1], len(self.blocks)
-        if self.kind == gguf.GGMLQuantizationType.F32:
-            return self.blocks.view("<f4").reshape(shape).copy()  # the file may be gone when it is looked at
         block, _ = gguf.GGML_QUANT_SIZES[self.kind]
-        values = np.empty((count, block), np.float32)
+        values = np.empty((self.count, block), "<f4")
         step = DECODED // block
         try:
-            for start in range(0, count, step):
-                part = self.blocks[start : start + step]
-                # As one row: rows are decoded sixteen at a time, which takes far longer where they are short.
-                values[start : start + step] = gguf.dequantize(part.reshape(1, -1), self.kind).reshape(-1, block)
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.start)
+                if self.kind == gguf.GGMLQuantizationType.F32:
+                    fill(values, file)
+                    return values.reshape(self.shape[::-1])
+                for start in range(0, self.count, step):
+                    into = values[start : start + step]
+                    part = np.empty((1, len(into) * self.size), np.uint8)
+                    fill(part, file)
+                    # As one row: rows are decoded sixteen at a time, which takes far longer where they are short.
+                    into[...] = gguf.dequantize(part, self.kind).reshape(-1, block)
         except NotImplementedError:
             raise UserError(f"weights of type {self.kind.name} cannot be decoded; use another quantisation") from None
-        return values.reshape(shape)
+        return values.reshape(self.shape[::-1])
 
 
 class GgufFile:
@@ -95,6 +105,7 @@ class GgufFile:
           ValueError: if it is truncated or damaged.
         """
         self._path = path
+        self._unchanged = Unchanged([path])
         self._header = gguf_header.read(path)
         self._family = families.find(self._header.metadata.get("general.architecture"), str(path), by="gguf")
         self.architecture = self._family.gguf
@@ -102,7 +113,7 @@ class GgufFile:
     @functools.cached_property
     def _tensors(self) -> Mapping[str, Tensor]:
         """The tensors, all of whose bytes are in the file."""
-        return {name: _within(self._header, info) for name, info in self._header.tensors.items()}
+        return {name: _within(self._path, self._header, info) for name, info in self._header.tensors.items()}
 
     def config(self, dtype: str, precision: str) -> ModelConfig:
         """Read the settings; of the weights, which there are and how they are stored.
@@ -145,21 +156,21 @@ class GgufFile:
         Raises:
           UserError: if they are not those that the config calls for.
         """
-        return assemble(self._parameters(config), config, mesh)
+        with self._unchanged.while_read():
+            return assemble(self._parameters(config), config, mesh)
 
     def streamed(self, config: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[Params, Streamed]:
         """Read what is not in a layer, and return what reads layers; see `weights`."""
-        parameters, unchanged, seen = self._parameters(config), Unchanged([self._path]), set()
+        parameters, unchanged, seen = self._parameters(config), self._unchanged, set()
 
         def read(layer: int) -> dict[str, np.ndarray]:
             with unchanged.while_read(), faults_of(self._path):
                 weights = parameters.layer(layer, checked=layer in seen)
             seen.add(layer)
-            # What was read of a mapped file counts as this process' memory until it is let go of.
-            self._header.data.madvise(mmap.MADV_DONTNEED)
             return weights
 
-        rest = assemble(parameters, config, mesh, layers=False)
+        with unchanged.while_read():
+            rest = assemble(parameters, config, mesh, layers=False)
         return rest, Streamed(config, mesh, read)
 
     def _parameters(self, config: ModelConfig) -> Parameters:
@@ -178,7 +189,7 @@ class GgufFile:
         return sha256(self._path)
 
 
-def _within(header: Header, info: TensorInfo) -> Tensor:
+def _within(path: Path, header: Header, info: TensorInfo) -> Tensor:
     """Find a tensor's bytes, all of which have to be in the file."""
     import gguf
 
@@ -189,6 +200,4 @@ def _within(header: Header, info: TensorInfo) -> Tensor:
     count, last = math.prod(info.shape) // block, len(header.data)
     if info.start + count * size > last:
         raise ValueError(f"tensor {shown(info.name)} ends at byte {info.start + count * size:,} of {last:,}")
-    if not count:
-        return Tensor(info.shape, kind, np.empty((0, size), np.uint8))
-    return Tensor(info.shape, kind, np.frombuffer(header.data, np.uint8, count * size, info.start).reshape(-1, size))
+    return Tensor(info.shape, kind, path, info.start, count, size)

@@ -87,7 +87,7 @@ class TrainedRun:
         A checkpoint is restored whole, to this host's memory: models that are trained here are small.
         """
         layer = "layers"
-        stored: Any = jax.tree.map(np.asarray, self._read(jax.local_devices(backend="cpu")[0]))
+        stored: Any = self._read(on_host=True)
         rest = {name: part for name, part in stored.items() if name != layer}
         like = {name: part for name, part in transformer.layout(config).weights.items() if name != layer}
         typed = jax.tree.map(lambda array, like: array.astype(like.dtype), rest, like)
@@ -104,14 +104,13 @@ class TrainedRun:
             self._read()
         return self._digest
 
-    def _read(self, device: jax.Device | None = None) -> Any:
-        """Restore the weights to a device, the first one if it is not said to which."""
+    def _read(self, on_host: bool = False) -> Any:
+        """Restore the weights to the first device, or to this host's memory."""
         from hydra_jax.weights import checkpoints  # orbax is slow to import, and most runs never need it
 
-        like = transformer.layout(dataclasses.replace(self._config, dtype="float32")).weights
-        if device is not None:
-            here = jax.sharding.SingleDeviceSharding(device)
-            like = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=here), like)
+        like: Any = transformer.layout(dataclasses.replace(self._config, dtype="float32")).weights
+        if on_host:
+            like = jax.tree.map(lambda one: np.broadcast_to(np.zeros((), one.dtype), one.shape), like)
         weights, self._digest, _ = checkpoints.weights(self._path, like, self._step)
         return weights
 
