@@ -3,16 +3,17 @@
     python -m launch.benchmark
     python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16
     python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16 --sweep=1209 --sites=attn
-    python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16 --sweep=1209 --sites=attn --stream=8
+    python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16 --sweep=1209 --stream=8 --config.rows=4096
     python -m launch.benchmark --devices=1,2
     python -m launch.benchmark --peers
     python -m launch.benchmark --training=tiny
     python -m launch.benchmark --loading
 
 --sweep makes a whole sweep of so many prompts, of the first of config.lengths, and says where its time goes. --stream
-makes it with layers that come out of this host's memory one after another, too, on devices of so many GB;
-random weights are made layer by layer then. --devices measures how rates grow with devices, and counts what passes
-between them; config.mesh.model of them share the model.
+makes it with layers that come out of this host's memory one after another, too, on devices of so many GB; random
+weights are made layer by layer then. Blocks of fewer rows leave room for more prompts, for which layers are read once.
+--devices measures how rates grow with devices, and counts what passes between them; config.mesh.model of them share
+the model.
 --peers wants a machine that does nothing else: by default PyTorch's threads spin while they wait for one another, which
 made peers ten times slower on two busy cores. With OMP_WAIT_POLICY=PASSIVE in the environment they sleep instead.
 """
