@@ -30,11 +30,11 @@ ACCELERATOR_ROWS = 16_384
 SHARE = 0.8
 """The share of free memory that plans count on: a program's needs are estimates, and memory is in pieces."""
 
-CLEAN_TOKENS = 16
-"""Tokens of a short prompt, as which texts without rows are counted: that many of them fill a device as rows do."""
+SHORT = 16
+"""Tokens of a short prompt: as such, texts without rows are counted, of which as many fill a device as rows do."""
 
-CLEAN_SHARE = 0.5
-"""The share of free memory that is enough for what is computed at once of clean runs."""
+AT_ONCE_SHARE = 0.5
+"""The share of free memory that what is computed at once may take: tokens of clean runs, or rows of a block."""
 
 CGROUP = tuple(Path("/sys/fs/cgroup") / f"memory.{what}" for what in ("max", "current", "stat"))
 """Files with a container's limit of memory, its use, and the parts of that use."""
@@ -112,8 +112,8 @@ def sizes(config: ModelConfig, length: int, model: int, free: float) -> Sizes:
     """Return what is computed at once of clean runs: what is best, or what a share of `free` bytes takes."""
     token, logits = _token(config, length, model), 3 * 4 * config.vocab_size
     return Sizes(
-        tokens=int(min(PREFILL_TOKENS, max(length, CLEAN_SHARE * free / token))),
-        logits=int(min(UNEMBED_ROWS, max(1, CLEAN_SHARE * free / logits))),
+        tokens=int(min(PREFILL_TOKENS, max(length, AT_ONCE_SHARE * free / token))),
+        logits=int(min(UNEMBED_ROWS, max(1, AT_ONCE_SHARE * free / logits))),
     )
 
 
@@ -234,6 +234,9 @@ class BatchSizer:
           free: bytes on each device, besides the model.
         """
         self._config, self._model = config, mesh.shape[meshes.MODEL]
+        if not asked.rows:  # blocks that fill the device, or a share of its memory
+            most = int(min(MOST, AT_ONCE_SHARE * free // _token(config, SHORT, self._model)))
+            asked = dataclasses.replace(asked, rows=max(1, min(default_rows(), most)))
         self._needs = functools.cache(lambda length, asked: needs(config, length, asked, self._model, free))
         self.asked, self._free = asked, free
         self.least = mesh.shape[meshes.DATA]
@@ -299,7 +302,7 @@ class BatchSizer:
 
     def _wanted(self, clean: bool) -> int:
         """Return the number of texts that fill a device."""
-        return max(1, self.asked.at_once // CLEAN_TOKENS) if clean else self.asked.texts
+        return max(1, self.asked.at_once // SHORT) if clean else self.asked.texts
 
     def run(self, call: Callable[[int], T], size: int, say: Callable[[str], None]) -> T:
         """Return `call(size)`, halving the size as often as a device's memory is exhausted.
