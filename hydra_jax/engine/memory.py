@@ -33,8 +33,11 @@ SHARE = 0.8
 SHORT = 16
 """Tokens of a short prompt: as such, texts without rows are counted, of which as many fill a device as rows do."""
 
-AT_ONCE_SHARE = 0.5
-"""The share of free memory that what is computed at once may take: tokens of clean runs, or rows of a block."""
+CLEAN_SHARE = 0.5
+"""The share of free memory that what is computed at once of clean runs may take."""
+
+BLOCK_SHARE, LEAST_ROWS = 0.2, 512
+"""The same of a block, and its fewest rows: the less it takes, the more rows go through a layer that is read."""
 
 CGROUP = tuple(Path("/sys/fs/cgroup") / f"memory.{what}" for what in ("max", "current", "stat"))
 """Files with a container's limit of memory, its use, and the parts of that use."""
@@ -112,8 +115,8 @@ def sizes(config: ModelConfig, length: int, model: int, free: float) -> Sizes:
     """Return what is computed at once of clean runs: what is best, or what a share of `free` bytes takes."""
     token, logits = _token(config, length, model), 3 * 4 * config.vocab_size
     return Sizes(
-        tokens=int(min(PREFILL_TOKENS, max(length, AT_ONCE_SHARE * free / token))),
-        logits=int(min(UNEMBED_ROWS, max(1, AT_ONCE_SHARE * free / logits))),
+        tokens=int(min(PREFILL_TOKENS, max(length, CLEAN_SHARE * free / token))),
+        logits=int(min(UNEMBED_ROWS, max(1, CLEAN_SHARE * free / logits))),
     )
 
 
@@ -235,8 +238,8 @@ class BatchSizer:
         """
         self._config, self._model = config, mesh.shape[meshes.MODEL]
         if not asked.rows:  # blocks that fill the device, or a share of its memory
-            most = int(min(MOST, AT_ONCE_SHARE * free // _token(config, SHORT, self._model)))
-            asked = dataclasses.replace(asked, rows=max(1, min(default_rows(), most)))
+            most = int(min(MOST, BLOCK_SHARE * free // _token(config, SHORT, self._model)))
+            asked = dataclasses.replace(asked, rows=min(default_rows(), max(LEAST_ROWS, most)))
         self._needs = functools.cache(lambda length, asked: needs(config, length, asked, self._model, free))
         self.asked, self._free = asked, free
         self.least = mesh.shape[meshes.DATA]
