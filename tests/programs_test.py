@@ -212,7 +212,8 @@ def test_a_component_whose_downstream_is_held_has_its_direct_effect_alone(block)
         np.testing.assert_allclose(getattr(probed, name), getattr(frozen, name), atol=1e-6, rtol=1e-6)
     assert (np.abs(probed.attn_compensation) + np.abs(probed.mlp_compensation) < 1e-5).all()
     living = np.stack([one.living(toy_models.block(block).config.parallel) for one in every[1]])
-    assert ((np.abs(probed.compensation) > 1e-5).all(axis=0) == living).all()
+    np.testing.assert_array_equal((probed.compensation != 0).any(axis=0), living)
+    assert (np.abs(probed.compensation[:, living]) > 1e-4).mean() > 0.9
     assert (np.abs(followed.total_effect - frozen.total_effect)[:, :5] > 1e-3).any(axis=0).all()
 
 
@@ -230,7 +231,7 @@ def test_a_program_without_clamps_is_the_clean_run(block):
     for recorded in (found.direct_effect, found.compensation, of_heads):
         np.testing.assert_array_equal(recorded, 0)
     # Read of the same stream, but in another order of sums.
-    np.testing.assert_allclose([found.total_effect, found.norm_compensation, found.residual], 0, atol=1e-6)
+    np.testing.assert_allclose([found.total_effect, found.norm_compensation, found.residual], 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
