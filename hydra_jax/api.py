@@ -218,7 +218,8 @@ def intervene(
         token id, of a linear combination of logits. Always centred, less the mean over the vocabulary.
       foil: id of a token whose logit is subtracted.
       metrics: any of "log_probability", "divergence", "rank" and "top_changed", of the whole distribution.
-      responders: "layers", or "heads" to record what each head of attention changes, too.
+      responders: "layers", or "heads" to record what each head of attention changes, too; of a layer in which a
+        program clamps or freezes heads, nothing.
       seed: of every draw.
       rows: rows moved at once; 0 for the device's default.
       progress: whether to show bars.

@@ -10,10 +10,10 @@
     python -m launch.benchmark --loading
 
 --sweep makes a whole sweep of so many prompts, of the first of config.lengths, and says where its time goes. --stream
-makes it with layers that come out of this host's memory one after another, too, on devices of so many GB; random weights
-are made layer by layer then. Blocks of fewer rows leave room for more prompts, for all of which layers are read once.
---devices measures how rates grow with devices, and counts what passes between them; config.mesh.model of them share the
-model.
+makes it with layers that come out of this host's memory one after another, too, on devices of so many GB; random
+weights are made layer by layer then. Blocks of fewer rows leave room for more prompts, for which layers are read once.
+--devices measures how rates grow with devices, and counts what passes between them; config.mesh.model of them share
+the model.
 --peers wants a machine that does nothing else: by default PyTorch's threads spin while they wait for one another, which
 made peers ten times slower on two busy cores. With OMP_WAIT_POLICY=PASSIVE in the environment they sleep instead.
 """

@@ -93,7 +93,7 @@ def test_what_is_planned_with_is_what_the_compiled_programs_take(taken, config, 
 def test_a_chunk_is_what_fills_the_device_or_what_fits():
     assert sizer(1e12).prompts(64) == 4 * (512 // 3)
     assert sizer(1e12, rows=30).prompts(64) == 40
-    assert sizer(1e12).prompts(64, clean=True) == 4 * (512 // memory.CLEAN_TOKENS)  # those without rows
+    assert sizer(1e12).prompts(64, clean=True) == 4 * (512 // memory.SHORT)  # those without rows
     for free in (3e7, 4e7, 6e7):
         need = memory.needs(SHAPE, 64, ASKED, 1, free)
         prompts, text = sizer(free).prompts(64) // 4, need.text + 2 * 3 * need.row

@@ -19,7 +19,7 @@ import flax.struct
 import numpy as np
 from jaxtyping import Bool, Int
 
-from hydra_jax.core.edits import ATTN, SITES, WHOLE, Component
+from hydra_jax.core.edits import ATTN, SITES, WHOLE, Component, all_components
 from hydra_jax.errors import UserError, shown
 from hydra_jax.models.config import ModelConfig
 
@@ -34,6 +34,10 @@ class Word(enum.IntEnum):
     CLAMP = 1  # it writes a value, whatever it reads; recorded: minus its direct effect
     FREEZE = 2  # it writes w, whatever it reads
     PROBE = 3  # it writes w; recorded: the change that f(clean + s) would have been
+
+
+HEAD_WORDS = Word.FOLLOW, Word.CLAMP, Word.FREEZE
+NORM_WORDS = Word.FOLLOW, Word.FREEZE
 
 
 class Program(flax.struct.PyTreeNode):
@@ -96,25 +100,28 @@ def program(
     """
     writes = np.full((config.layers, len(SITES)), int(rest))
     heads = np.full((config.layers, config.heads), int(Word.FOLLOW))
-    norm, named = Word.FOLLOW, set()
+    norm, named = Word.FOLLOW, set[str | Component]()
     words = {Word.CLAMP: clamp, Word.FREEZE: freeze, Word.PROBE: probe, Word.FOLLOW: follow}
     for word, components in words.items():
         for name in [components] if isinstance(components, str | Component) else components:
-            if name == NORM and word is Word.FREEZE:
-                norm = Word.FREEZE
-                continue
-            component = known(config, name)
+            component = NORM if name == NORM else known(config, name)
             if component in named:
                 raise UserError(f"program: {component} is named twice; name it once")
             named.add(component)
-            if component.head == WHOLE:
+            if isinstance(component, str):
+                if word not in NORM_WORDS:
+                    raise UserError(f"program: the {NORM} can be frozen or follow, not {word.name}")
+                norm = word
+            elif component.head == WHOLE:
                 writes[component.layer, component.site] = word
-            elif word in (Word.CLAMP, Word.FREEZE):
+            elif word in HEAD_WORDS and word != Word.FOLLOW:
                 heads[component.layer, component.head] = word
-                if Component(component.layer, ATTN) not in named:
-                    writes[component.layer, ATTN] = Word.FOLLOW
             else:
                 raise UserError(f"program: {component} is a head, which can be clamped or frozen, not {word.name}")
+    for layer in np.flatnonzero((heads != Word.FOLLOW).any(axis=1)).tolist():
+        if Component(layer, ATTN) in named:
+            raise both_named(layer)
+        writes[layer, ATTN] = Word.FOLLOW
     return checked(config, Program(writes, heads, np.array(int(norm))))
 
 
@@ -124,13 +131,18 @@ def from_words(config: ModelConfig, words: Sequence[int]) -> Program:
     Raises:
       UserError: if they are not one for each component and one for the norm, or are no words.
     """
-    given = np.asarray(words)
     wanted = config.components + 1
-    if given.shape != (wanted,) or given.dtype.kind not in "iu":
+    if len(words) != wanted:
         raise UserError(
-            f"program: has {len(given) if given.ndim else 'no'} words, {config.layers} layers have {wanted}: one for"
-            " each attention and MLP in forward order, and one for the final norm"
+            f"program: has {len(words)} words, a model of {config.layers} layers has {wanted}: one for each attention"
+            " and MLP in forward order, and one for the final norm"
         )
+    places: list[str | Component] = [*all_components(config.layers), NORM]
+    for place, word in zip(places, words, strict=True):
+        whole = isinstance(word, int | np.integer) and not isinstance(word, bool)
+        if not whole or word not in tuple(Word):
+            raise unknown(place, int(word) if whole else word, NORM_WORDS if place == NORM else Word)
+    given = np.array([int(word) for word in words])
     heads = np.full((config.layers, config.heads), int(Word.FOLLOW))
     return checked(config, Program(given[:-1].reshape(config.layers, 2), heads, given[-1]))
 
@@ -142,11 +154,24 @@ def known(config: ModelConfig, name: str | Component) -> Component:
       UserError: if the model has none such.
     """
     component = Component.parse(name) if isinstance(name, str) else name
-    if component.layer >= config.layers or component.head >= config.heads:
+    heads = range(WHOLE, config.heads if component.site == ATTN else 0)
+    if component.layer not in range(config.layers) or component.head not in heads:
         raise UserError(
-            f"component {component}: the model has layers 0-{config.layers - 1} and heads 0-{config.heads - 1}"
+            f"component {component}: the model has layers 0-{config.layers - 1}, and heads 0-{config.heads - 1} of"
+            " attention; name one of these"
         )
     return component
+
+
+def unknown(place: str | Component, word: object, allowed: Iterable[Word]) -> UserError:
+    """Return the error of a place whose word is not among those that it may have."""
+    known_words = ", ".join(f"{int(one)} ({one.name})" for one in allowed)
+    return UserError(f"program: {place} has the word {shown(word)}; give one of {known_words}")
+
+
+def both_named(layer: int) -> UserError:
+    """Return the error of an attention that is named beside heads of it."""
+    return UserError(f"program: attn {layer} and some of its heads are named; name the whole write, or heads of it")
 
 
 def checked(config: ModelConfig, program: Program) -> Program:
@@ -158,19 +183,15 @@ def checked(config: ModelConfig, program: Program) -> Program:
     shapes = program.writes.shape, program.heads.shape, program.norm.shape
     if shapes != ((config.layers, 2), (config.layers, config.heads), ()):
         raise UserError(f"program: is of another shape than the model's {config.layers} layers; make it for this model")
-    for words, allowed in (
-        (program.writes, tuple(Word)),
-        (program.heads, (Word.FOLLOW, Word.CLAMP, Word.FREEZE)),
-        (program.norm, (Word.FOLLOW, Word.FREEZE)),
+    for words, allowed, named in (
+        (program.writes, Word, Component),
+        (program.heads, HEAD_WORDS, lambda layer, head: Component(layer, ATTN, head)),
+        (program.norm, NORM_WORDS, lambda: NORM),
     ):
-        wrong = np.setdiff1d(words, [int(word) for word in allowed])
-        if wrong.size:
-            raise UserError(f"program: {shown(int(wrong[0]))} is none of {', '.join(word.name for word in allowed)}")
-    both = np.flatnonzero(program.by_heads & (program.writes[:, ATTN] != Word.FOLLOW))
-    if both.size:
-        raise UserError(
-            f"program: attn {both[0]} and some of its heads are named; name the whole write, or heads of it"
-        )
+        for place in np.argwhere(~np.isin(words, [int(word) for word in allowed])).tolist():
+            raise unknown(named(*place), int(words[tuple(place)]), allowed)
+    for layer in np.flatnonzero(program.by_heads & (program.writes[:, ATTN] != Word.FOLLOW)).tolist():
+        raise both_named(layer)
     return program
 
 

@@ -30,11 +30,14 @@ ACCELERATOR_ROWS = 16_384
 SHARE = 0.8
 """The share of free memory that plans count on: a program's needs are estimates, and memory is in pieces."""
 
-CLEAN_TOKENS = 16
-"""Tokens of a short prompt, as which texts without rows are counted: that many of them fill a device as rows do."""
+SHORT = 16
+"""Tokens of a short prompt: as such, texts without rows are counted, of which as many fill a device as rows do."""
 
 CLEAN_SHARE = 0.5
-"""The share of free memory that is enough for what is computed at once of clean runs."""
+"""The share of free memory that what is computed at once of clean runs may take."""
+
+BLOCK_SHARE, LEAST_ROWS = 0.2, 512
+"""The same of a block, and its fewest rows: the less it takes, the more rows go through a layer that is read."""
 
 CGROUP = tuple(Path("/sys/fs/cgroup") / f"memory.{what}" for what in ("max", "current", "stat"))
 """Files with a container's limit of memory, its use, and the parts of that use."""
@@ -222,7 +225,13 @@ def streams(config: ModelConfig, model: int, limit: float) -> str:
 
 
 class BatchSizer:
-    """Chooses how many texts go at once on a worker's devices, by length; fewer where that turned out too many."""
+    """Chooses how many texts go at once on a worker's devices, by length; fewer where that turned out too many.
+
+    Attributes:
+      asked: the rows of every text.
+      free: bytes on each device, besides the model.
+      least: the number of texts that all others are a multiple of, one a device.
+    """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, asked: Asked, free: float):
         """Take what is known before any text.
@@ -234,8 +243,11 @@ class BatchSizer:
           free: bytes on each device, besides the model.
         """
         self._config, self._model = config, mesh.shape[meshes.MODEL]
+        if not asked.rows:  # blocks that fill the device, or a share of its memory
+            most = int(min(MOST, BLOCK_SHARE * free // _token(config, SHORT, self._model)))
+            asked = dataclasses.replace(asked, rows=min(default_rows(), max(LEAST_ROWS, most)))
         self._needs = functools.cache(lambda length, asked: needs(config, length, asked, self._model, free))
-        self.asked, self._free = asked, free
+        self.asked, self.free = asked, free
         self.least = mesh.shape[meshes.DATA]
         self._several = len({device.process_index for device in mesh.devices.flat}) > 1
         self._most = MOST
@@ -258,16 +270,16 @@ class BatchSizer:
         asked = dataclasses.replace(self.asked, programs=0, least=0) if clean else self.asked
         need: Needs = self._needs(length, asked)
         of_program = asked.draws * asked.readings
-        fitting = need.texts(self._free, asked.least * of_program)
+        fitting = need.texts(self.free, asked.least * of_program)
         if fitting < 1:
             wanted = need.fixed + need.text + asked.least * of_program * need.row
             raise UserError(
                 f"memory: a prompt of {length} tokens and its replacements want {wanted / 1e9:.2g} GB a device beside"
-                f" the model, {SHARE * self._free / 1e9:.2g} are free; {REMEDY}"
+                f" the model, {SHARE * self.free / 1e9:.2g} are free; {REMEDY}"
             )
         at_once = min(fitting, self._wanted(clean))
         if asked.streamed:  # layers are read once for all texts that go at once
-            at_once = max(at_once, need.texts(self._free, asked.programs * of_program))
+            at_once = max(at_once, need.texts(self.free, asked.programs * of_program))
         return min(at_once * self.least, self._most)
 
     def programs(self, length: int, texts: int) -> int:
@@ -276,7 +288,7 @@ class BatchSizer:
         Others are walked apart and not other texts, so that what is computed at once does not hang on memory.
         """
         need: Needs = self._needs(length, self.asked)
-        fitting = need.rows(self._free, -(-texts // self.least)) // (self.asked.draws * self.asked.readings)
+        fitting = need.rows(self.free, -(-texts // self.least)) // (self.asked.draws * self.asked.readings)
         least = self.asked.least
         return min(self.asked.programs, max(least, fitting // least * least))
 
@@ -286,7 +298,7 @@ class BatchSizer:
 
     def sizes(self, length: int) -> Sizes:
         """Return what is computed at once of the clean runs of texts of up to `length` tokens, padded."""
-        return sizes(self._config, length, self._model, self._free)
+        return sizes(self._config, length, self._model, self.free)
 
     def parts(self, texts: int, clean: bool = False) -> int:
         """Return the number of parts of one size that texts go through a layer in, one after another."""
@@ -299,7 +311,7 @@ class BatchSizer:
 
     def _wanted(self, clean: bool) -> int:
         """Return the number of texts that fill a device."""
-        return max(1, self.asked.at_once // CLEAN_TOKENS) if clean else self.asked.texts
+        return max(1, self.asked.at_once // SHORT) if clean else self.asked.texts
 
     def run(self, call: Callable[[int], T], size: int, say: Callable[[str], None]) -> T:
         """Return `call(size)`, halving the size as often as a device's memory is exhausted.

@@ -9,7 +9,6 @@ import numpy as np
 
 from hydra_jax.core.edits import Component
 from hydra_jax.engine import mesh as meshes
-from hydra_jax.engine.memory import free_bytes
 from hydra_jax.sweep.plan import Plan
 
 RESIDENT_SHARE = 0.1
@@ -40,7 +39,7 @@ class Sources:
         device = self._mesh.local_devices[0]
         taken = len(plan.pool) * size * np.dtype(plan.model.config.dtype).itemsize
         if resident is None:
-            resident = device.platform != "cpu" and taken < RESIDENT_SHARE * free_bytes(device)
+            resident = device.platform != "cpu" and taken < RESIDENT_SHARE * plan.sizer.free
         if resident:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # there was less room after all
                 everywhere = meshes.put(self._mesh, plan.bank.take(*self._where), meshes.Spec())

@@ -86,6 +86,8 @@ DECODERS = {"gpt2": "transformer", "gpt_neox": "gpt_neox", "opt": "model.decoder
 LAYER_LISTS = {"gpt2": "h"}
 FINAL_NORMS = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm", "opt": "final_layer_norm"}
 POST_NORMED = ("post_attention_layernorm", "post_feedforward_layernorm")
+PROJECTIONS = {"gpt2": "attn.c_proj", "gpt_neox": "attention.dense", "opt": "self_attn.out_proj"}
+"""The modules that read what heads mix, where they are not self_attn.o_proj."""
 WRITES = {
     "gpt2": ("attn", "mlp"),
     "gpt_neox": ("attention", "mlp"),
@@ -174,12 +176,21 @@ def run(model, ids, replace=None):
     )
 
 
-def contribution(model, write, final, target):
-    """What `write` [D] adds to the centred logit of `final` [D], the final norm's divisor held."""
+def centred(model, stream):
+    """`stream` [..., D], without its mean where the final norm takes that away."""
+    return stream - stream.mean(axis=-1, keepdims=True) if isinstance(final_norm(model), torch.nn.LayerNorm) else stream
+
+
+def divisor(model, final):
+    """The number that the final norm divides `final` [D] by."""
     norm = final_norm(model)
-    gain = norm.weight.detach().numpy() + (1 if "gemma" in model.config.model_type else 0)
-    layer_norm = isinstance(norm, torch.nn.LayerNorm)
-    centred = [stream - stream.mean() if layer_norm else stream for stream in (final, write)]
-    sigma = np.sqrt(np.square(centred[0]).mean() + (norm.eps if hasattr(norm, "eps") else norm.variance_epsilon))
+    return np.sqrt(
+        np.square(centred(model, final)).mean() + (norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
+    )
+
+
+def contribution(model, write, final, target):
+    """What `write` [..., D] adds to the centred logit of `final` [D], the final norm's divisor held."""
+    gain = final_norm(model).weight.detach().numpy() + (1 if "gemma" in model.config.model_type else 0)
     unembedding = model.get_output_embeddings().weight.detach().numpy()
-    return centred[1] / sigma * gain @ (unembedding[target] - unembedding.mean(axis=0))
+    return centred(model, write) / divisor(model, final) * gain @ (unembedding[target] - unembedding.mean(axis=0))
