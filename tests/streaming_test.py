@@ -1,7 +1,9 @@
 """Layers that are read as they are needed: the same as those that are there, and whatever can happen to their files."""
 
+import math
 import os
 import shutil
+import tracemalloc
 
 import gguf
 import jax
@@ -11,13 +13,16 @@ import pytest
 import safetensors.numpy
 
 from hydra_jax import api
+from hydra_jax.benchmarks import loading
 from hydra_jax.config import MeshConfig
 from hydra_jax.engine import memory, mesh
 from hydra_jax.engine.layers import Resident, Streamed
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import flat
-from hydra_jax.weights import source
+from hydra_jax.weights import assemble, source
+from hydra_jax.weights.gguf_file import GgufFile
 from hydra_jax.weights.load import load
+from hydra_jax.weights.shards import Shards
 from tests.helpers import checkpoints
 from tests.helpers import models as toy_models
 from tests.helpers.speed import few
@@ -180,6 +185,56 @@ def test_a_file_that_changes_while_it_is_read_ends_the_walk(disturb, kind, tmp_p
         list(walk)
     with pytest.raises(UserError):
         api.sweep(model, TEXTS, replacements=2)
+
+
+def test_a_file_that_is_cut_while_a_tensor_is_read_does_not_end_the_process(tmp_path):
+    """A mapped one would."""
+    path = written(tmp_path, "gguf")
+    tensors = GgufFile(path)._tensors
+    cut(path)
+    with pytest.raises(ValueError, match="bytes early"):
+        [tensor.decoded() for tensor in tensors.values()]
+    file = written(tmp_path, "directory") / "model.safetensors"
+    shards = Shards([file])
+    cut(file)
+    with pytest.raises(UserError, match=r"^\S*model.safetensors: truncated or damaged \(it ends .* bytes early\)"):
+        [shards.read(name) for name in shards.names]
+
+
+@pytest.mark.parametrize("how", ["whole", "streamed"])
+@pytest.mark.parametrize("kind", ["gguf", "directory, shards"])
+def test_a_file_that_changes_while_a_model_is_loaded_is_found(how, kind, tmp_path, monkeypatch):
+    path = written(tmp_path, kind)
+    opened, file = source.open(str(path)), shard_with(path, NORM)
+    most = limit(path) if how == "streamed" else math.inf
+    read = assemble.Parameters.read
+
+    def disturbed(self, name, *arguments):
+        touched(file)
+        return read(self, name, *arguments)
+
+    monkeypatch.setattr(assemble.Parameters, "read", disturbed)
+    with pytest.raises(UserError, match=rf"^\S*{file.name}: has changed while its weights are being read; put"):
+        opened.load(limit=most, say=lambda line: None)
+
+
+def test_this_hosts_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    peaks = []
+    for layers in (3, 12):
+        config = toy_models.config(width=256, mlp_width=1024, layers=layers, vocab_size=64, dtype="bfloat16")
+        path = tmp_path / str(layers)
+        path.mkdir()
+        loading.write_checkpoint(path, config)
+        stored = source.open(str(path))._stored
+        tracemalloc.start()  # which sees NumPy's memory, not JAX's
+        _, streamed = stored.streamed(config, mesh.make(MeshConfig(1)))
+        for _ in streamed:
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    layer = memory.layer_bytes(config, 1)
+    assert layer < peaks[0]
+    assert peaks[1] < peaks[0] + layer / 2
 
 
 @pytest.mark.parametrize("kind", ["gguf", "directory"])
