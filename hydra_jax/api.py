@@ -64,7 +64,7 @@ def sweep(
       correct_only: keep only prompts whose answer the model gives.
       limit: the most prompts to sweep; 0 for all.
       seed: of every draw.
-      rows: edits replayed at once; 0 for the device's default.
+      rows: rows of a block, moved at once; 0 for the device's default.
       progress: whether to show bars.
 
     Returns:
@@ -221,7 +221,7 @@ def intervene(
       responders: "layers", or "heads" to record what each head of attention changes, too; of a layer in which a
         program clamps or freezes heads, nothing.
       seed: of every draw.
-      rows: rows moved at once; 0 for the device's default.
+      rows: rows of a block, moved at once; 0 for the device's default.
       progress: whether to show bars.
 
     Returns:

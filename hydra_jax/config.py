@@ -158,7 +158,7 @@ class SweepConfig:
       prompts: the prompts.
       ablation: the ablations.
       seed: of every draw: prompts under a limit, replacement sources, noise, bootstrap.
-      rows: edits replayed at once on each device; 0 picks 512 on a CPU and 16,384 on an accelerator. Fewer where
+      rows: rows of a block, moved at once on each device; 0 picks 512 on a CPU and 16,384 on an accelerator. Fewer where
         its memory does not take them.
       memory: GB of each device that may be used; 0 for all that is free.
       mesh: the devices that share the prompts, and those that share the model.

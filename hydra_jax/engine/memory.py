@@ -22,7 +22,7 @@ from hydra_jax.limits import MOST
 from hydra_jax.models.config import ModelConfig
 
 ROWS = {"cpu": 512}
-"""Edits at once that fill a device's matrix units: on a CPU as measured, and larger ones leave its caches."""
+"""Rows of a block that fill a device's matrix units: on a CPU as measured, and larger ones leave its caches."""
 
 ACCELERATOR_ROWS = 16_384
 """The same on accelerators, where a small model's products are done before the next is launched."""
@@ -76,7 +76,7 @@ class Needs:
 
 
 def default_rows() -> int:
-    """Return the number of edits at once on a device, if its memory takes them."""
+    """Return the number of rows of a block that fill a device, if its memory takes them."""
     return ROWS.get(jax.default_backend(), ACCELERATOR_ROWS)
 
 
