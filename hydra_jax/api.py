@@ -175,9 +175,10 @@ def program(
       model: from `load`.
       clamp: components that are set to a value: "attn 23", "mlp 29", or for a head "attn 23.4".
       freeze: components that write what they write in the clean run; "norm" for the final norm's divisor.
-      probe: attention or MLPs that do, and of which is recorded what they would have changed.
-      follow: attention or MLPs that compute on, where `rest` is another word.
-      rest: "follow", "freeze" or "probe", the word of all that is not named.
+      probe: attention or MLPs that write this, too, and of which is recorded what they would have changed.
+      follow: attention or MLPs that go on computing, where `rest` is another word.
+      rest: "follow", "freeze" or "probe", the word of every attention and MLP that is not named. The final norm follows
+        unless it is frozen by name.
 
     Raises:
       UserError: if a name is not one of the model's components, or is named twice.
@@ -196,7 +197,7 @@ def intervene(
     sources: Iterable[str | Prompt] | None = None,
     positions: str | Sequence[Sequence[int]] = "last",
     target: str | int | Mapping[int, float] = "top",
-    foil: int | None = None,
+    foil: str | int | None = None,
     metrics: Sequence[str] = (),
     responders: str = "layers",
     seed: int = 0,
@@ -213,29 +214,35 @@ def intervene(
       replacements: R, drawn for each program where the kind is random: the same in all of them.
       sources: other prompts that values are drawn from; None for the prompts themselves or, where they are too few,
         for built-in facts.
-      positions: the tokens after which a text is read: "last", "all", or a list of places for each prompt.
-      target: what is read: "top", the logit of the clean run's most likely next token; a token's id; or weights by
-        token id, of a linear combination of logits. Always centred, less the mean over the vocabulary.
-      foil: id of a token whose logit is subtracted.
-      metrics: any of "log_probability", "divergence", "rank" and "top_changed", of the whole distribution.
-      responders: "layers", or "heads" to record what each head of attention changes, too; of a layer in which a
-        program clamps or freezes heads, nothing.
+      positions: the tokens after which a text is read: "last", "all", or for each prompt a list of places, from 0.
+      target: what is read: "top", the logit of the most likely next token of each reading's clean run; another token,
+        by its text (" Paris") or id; or weights by id, of a linear combination of logits. Always centred, less the
+        mean over the vocabulary.
+      foil: a token, by its text or id, whose logit is subtracted.
+      metrics: any of "log_probability" of the (first) target, "divergence", "rank", which is 0 where the target is the
+        most likely token, and "top_changed": all of the intervened run.
+      responders: "layers", or "heads" to record what each head of attention changes, too. Where a program clamps or
+        freezes heads of a layer, that layer's heads are left at 0.
       seed: of every draw.
       rows: rows of a block, moved at once; 0 for the device's default.
       progress: whether to show bars.
 
     Returns:
-      A dataset over (prompt, program, reading, replacement): the effects, and `change` of each component.
+      A dataset over (prompt, program, reading, replacement): the effects, and `change`, what each component that
+      follows or is probed adds to what is read (0 for those that are clamped, whose part is `direct_effect`).
 
     Raises:
       UserError: if an argument is out of range or a prompt cannot be read.
     """
-    asked_kind = Kind(one_of("kind", kind, tuple(Kind)))
+    asked_kind = Kind(one_of("kind", kind, tuple(known.value for known in Kind)))
     config = AblationConfig(asked_kind, replacements)
     chosen = [prompts] if isinstance(prompts, str) else list(prompts)
     items = itemise(model, prompt_sets.as_prompts(chosen))
+    if not isinstance(programs, Mapping):
+        raise UserError('programs: have no names; give them as in {"cut": hj.program(model, clamp=["attn 23"])}')
     if not items or not programs:
         raise UserError(f"{'programs' if items else 'prompts'}: there are none; give one or more")
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     for name in metrics:
         one_of("metrics", name, METRICS)
     if sources is not None:
@@ -258,15 +265,15 @@ def intervene(
     return interventions.intervene(model, question, items, itemise(model, others), places, progress)
 
 
-def _contrast(model: Model, target: str | int | Mapping[int, float], foil: int | None) -> dict[str, np.ndarray]:
+def _contrast(model: Model, target: str | int | Mapping[int, float], foil: str | int | None) -> dict[str, np.ndarray]:
     """Return the tokens and weights of what is read."""
-    if isinstance(target, str):
-        one_of("target", target, (TOP,))
-        weights: dict[int, float] = {MOST_LIKELY: 1.0}
+    if isinstance(target, Mapping):
+        weights: dict[int, float] = dict(target)
     else:
-        weights = {int(target): 1.0} if not isinstance(target, Mapping) else dict(target)
+        weights = {MOST_LIKELY if target == TOP else _token(model, "target", target): 1.0}
     if foil is not None:
-        weights[foil] = weights.get(foil, 0.0) - 1.0
+        other = _token(model, "foil", foil)
+        weights[other] = weights.get(other, 0.0) - 1.0
     wrong = [token for token in weights if token != MOST_LIKELY and not 0 <= token < model.config.vocab_size]
     if wrong or not weights:
         raise UserError(
@@ -276,11 +283,25 @@ def _contrast(model: Model, target: str | int | Mapping[int, float], foil: int |
     return {"tokens": np.array(list(weights)), "weights": np.array(list(weights.values()))}
 
 
+def _token(model: Model, argument: str, token: str | int) -> int:
+    """Return the id of a token that is given by its text or id."""
+    if not isinstance(token, str):
+        return int(token)
+    ids = model.tokenizer.encode(token, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise UserError(
+            f"{argument}: {shown(token)} is {len(ids)} tokens of {model.name}, not one; give one, as ' Paris', or an id"
+        )
+    return ids[0]
+
+
 def _places(items: Sequence[Item], positions: str | Sequence[Sequence[int]]) -> list[list[int]]:
     """Return the tokens after which each prompt is read."""
     if isinstance(positions, str):
         everywhere = one_of("positions", positions, ("last", "all")) == "all"
         return [list(range(len(item.tokens)))[0 if everywhere else -1 :] for item in items]
+    if not all(isinstance(places, Sequence) for places in positions):
+        raise UserError("positions: are not lists; give a list of places for each prompt, as in [[0, 3], [2]]")
     if len(positions) != len(items):
         raise UserError(f"positions: are given for {len(positions)} prompts of {len(items)}; give a list for each")
     for item, places in zip(items, positions, strict=True):

@@ -66,7 +66,7 @@ class AblationConfig:
 
     def __post_init__(self) -> None:
         # Python callers give kinds by name, as the commands do.
-        object.__setattr__(self, "kind", Kind(one_of("ablation.kind", self.kind, tuple(Kind))))
+        object.__setattr__(self, "kind", Kind(one_of("ablation.kind", self.kind, tuple(kind.value for kind in Kind))))
 
     @property
     def draws(self) -> int:
@@ -158,8 +158,8 @@ class SweepConfig:
       prompts: the prompts.
       ablation: the ablations.
       seed: of every draw: prompts under a limit, replacement sources, noise, bootstrap.
-      rows: rows of a block, moved at once on each device; 0 picks 512 on a CPU and 16,384 on an accelerator. Fewer where
-        its memory does not take them.
+      rows: rows of a block, moved at once on each device; 0 picks 512 on a CPU and 16,384 on an accelerator.
+        Fewer where its memory does not take them.
       memory: GB of each device that may be used; 0 for all that is free.
       mesh: the devices that share the prompts, and those that share the model.
       non_finite: the share of interventions whose values may be no numbers; past it the run stops.

@@ -52,7 +52,7 @@ def zeroed(model, text):
 
 def test_a_contrast_is_the_combination_of_logits_that_is_asked_for(model):
     """Of whole forward passes, in which both writes are zero."""
-    combinations = [({"target": 3}, [(3, 1)]), ({"target": 3, "foil": 7}, [(3, 1), (7, -1)])]
+    combinations = [({"target": 3}, [(3, 1)]), ({"target": "w3", "foil": 7}, [(3, 1), (7, -1)])]
     combinations += [({"target": {3: 0.5, 4: 0.5, 7: -1.0}}, [(3, 0.5), (4, 0.5), (7, -1)])]
     for asked, weights in combinations:
         effects = found(model, **asked)["total_effect"].squeeze(["program", "reading", "replacement"])
@@ -150,7 +150,9 @@ REFUSED = {
     "positions unknown": (dict(positions="first"), "positions"),
     "a token": (dict(target=99), "target: 99 is no token of tiny; give ids from 0 to"),
     "a foil": (dict(target=1, foil=-5), "target: -5 is no token"),
-    "a target": (dict(target="bottom"), "target"),
+    "a target": (dict(target="w1 w2"), "target: 'w1 w2' is 2 tokens of tiny, not one; give one, as ' Paris', or an id"),
+    "a foil of none": (dict(foil=""), "foil: '' is 0 tokens"),
+    "positions without lists": (dict(positions=[3, 1, 0, 2]), "give a list of places for each prompt"),
     "a metric": (dict(metrics=["entropy"]), "metrics"),
     "responders": (dict(responders="neurons"), "responders"),
     "a kind": (dict(kind="random"), "kind"),
@@ -175,3 +177,6 @@ def test_programs_of_another_model_are_refused(llama):
         from_words(llama.config, [0] * 8)
     with pytest.raises(UserError, match="programs: there are none"):
         hj.intervene(llama, TEXTS, {})
+    for unnamed in (hj.program(llama, clamp="attn 1"), [hj.program(llama, clamp="attn 1")]):
+        with pytest.raises(UserError, match="programs: have no names; give them as in"):
+            hj.intervene(llama, TEXTS, unnamed)

@@ -219,7 +219,7 @@ def streams(config: ModelConfig, model: int, limit: float) -> str:
         raise UserError(
             f"memory: the model's parameters take {whole / 1e9:.3g} GB a device, and {AT_ONCE} layers at a time"
             f" {least / 1e9:.3g}; {limit / 1e9:.3g} are there: raise --config.memory, or set --config.mesh.model to"
-            f" {model * math.ceil(least / limit)} or more, or dtype=bfloat16"
+            f" {model * math.ceil(least / limit)} or more" + (", or dtype=bfloat16" if item == 4 else "")
         )
     return f"weights {whole / 1e9:.3g} GB do not fit into {limit / 1e9:.3g} GB: streaming layers, {AT_ONCE} at a time"
 
