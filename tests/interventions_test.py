@@ -173,7 +173,7 @@ def test_programs_of_another_model_are_refused(llama):
     other = hj.Model("other", toy_models.params(layers=2), llama.tokenizer, "")
     with pytest.raises(UserError, match="is of another shape than the model's 4 layers"):
         hj.intervene(llama, TEXTS, {"cut": hj.program(other, clamp=["attn 1"])})
-    with pytest.raises(UserError, match="has 8 words, 4 layers have 9"):
+    with pytest.raises(UserError, match="has 8 words, a model of 4 layers has 9"):
         from_words(llama.config, [0] * 8)
     with pytest.raises(UserError, match="programs: there are none"):
         hj.intervene(llama, TEXTS, {})
