@@ -4,7 +4,7 @@
 
 After the colon stands the model: a name that `python -m launch.fetch --list` shows, a .gguf file, a
 Hugging Face directory, or a Hub id. Any setting below is changed with --config.NAME=VALUE. On two CPU
-cores ROME's 1,209 known_1000.json prompts, 279 of them answered right and swept, take about six minutes, half
+cores ROME's 1,209 known_1000.json prompts, 279 of them answered right and swept, take about three minutes, half
 of them for direct edges.
 """
 
