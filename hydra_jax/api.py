@@ -10,9 +10,9 @@ import xarray as xr
 
 from hydra_jax.config import HEADS, TOP, AblationConfig, sweep_config
 from hydra_jax.core import programs
-from hydra_jax.core.edits import ATTN, SITES, WHOLE, Component, Kind
+from hydra_jax.core.edits import SITES, WHOLE, Component, Kind
 from hydra_jax.core.prefill import MOST_LIKELY
-from hydra_jax.core.programs import Program, Word, checked
+from hydra_jax.core.programs import Program, Word, checked, known
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
@@ -26,7 +26,6 @@ from hydra_jax.sweep.ablations import ablate_each
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.sweep.chunks import fill, frame
 from hydra_jax.sweep.clean import CleanPass, choose
-from hydra_jax.sweep.interventions import HEADS as HEADS_TOO
 from hydra_jax.sweep.interventions import LAYERS, METRICS, Question
 from hydra_jax.sweep.plan import Item, Plan, asked, facts_beside, itemise
 from hydra_jax.sweep.protocol import protocol
@@ -257,7 +256,7 @@ def intervene(
         draws=config.draws,
         **_contrast(model, target, foil),
         metrics=tuple(metrics),
-        responders=one_of("responders", responders, (LAYERS, HEADS_TOO)),
+        responders=one_of("responders", responders, (LAYERS, HEADS)),
         seed=seed,
         rows=rows,
     )
@@ -318,7 +317,7 @@ def _clean_pass(model: Model, ablation: AblationConfig, rows: int = 0, progress:
     """Return a clean pass in memory, by this process alone, on the devices that the model is on."""
     mesh = meshes.mesh_of(model.params)
     wanted = asked(ablation, model.config, rows, model.layers.streamed)
-    sizer = BatchSizer(model.config, mesh, wanted, left(0, model.config, mesh, model.layers.streamed))
+    sizer = BatchSizer(model.config, mesh, wanted, left(model.memory, model.config, mesh, model.layers.streamed))
     return CleanPass(model, ablation, sizer, Bank(model.config.dtype), Cluster(0, 1), progress)
 
 
@@ -336,11 +335,4 @@ def _component(model: Model, site: str, layer: int | None, head: int | None) -> 
         )
     if head is not None:
         component = dataclasses.replace(component, head=head)
-    c = model.config
-    whole = head is None and component.head == WHOLE
-    if not (0 <= component.layer < c.layers and (whole or (component.site == ATTN and 0 <= component.head < c.heads))):
-        raise UserError(
-            f"{component}: is not a component of {model.name}; it has layers 0-{c.layers - 1} of {', '.join(SITES)},"
-            f" and attention has heads 0-{c.heads - 1}"
-        )
-    return component
+    return known(model.config, component)

@@ -261,6 +261,17 @@ def test_a_limit_that_two_layers_do_not_fit_into_is_refused(tmp_path):
     assert source.open(str(path)).load(limit=least, say=lambda line: None).streamed
 
 
+def test_the_limit_holds_for_what_is_done_with_the_model(tmp_path, capsys):
+    path = written(tmp_path, "directory")
+    model = load(str(path), memory=limit(path) / 1e9)
+    assert model.streamed
+    assert "streaming layers, 2 at a time" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"^memory: a prompt of .* are free"
+    ):  # beside the weights there is nothing left
+        api.sweep(model, TEXTS, replacements=2)
+
+
 def test_weights_that_fit_are_not_streamed(tmp_path):
     path = written(tmp_path, "directory")
     whole = mesh.bytes_a_device(source.open(str(path)).config(), 1)

@@ -158,7 +158,7 @@ def known(config: ModelConfig, name: str | Component) -> Component:
     if component.layer not in range(config.layers) or component.head not in heads:
         raise UserError(
             f"component {component}: the model has layers 0-{config.layers - 1}, and heads 0-{config.heads - 1} of"
-            " attention; name one of these"
+            " attention, this is not among them; name one of these"
         )
     return component
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -105,6 +105,19 @@ def program(
 ) -> jax.stages.Wrapped:
     """Return the jitted `run` with its `switches` set, as `mesh.spread` does: for equal arguments the same."""
     return meshes.spread(mesh, functools.partial(run, **switches), replicated, donated=donated)
+
+
+def clean_runs(layers: Layers, every: Sequence[Texts]) -> Iterator[tuple[int, int, LayerClean]]:
+    """Take texts that have no rows through all layers.
+
+    Yields:
+      The layer's number, the index in `every`, and the clean runs [P, Q, ...] of those texts in that layer.
+    """
+    for number, layer in enumerate(forward(every[0].params.config, layers)):
+        for index, texts in enumerate(every):
+            yield number, index, texts.through(layer)
+            if layers.streamed:  # room has to be made for the next layer
+                jax.block_until_ready(texts.stream)
 
 
 def embed_program(params: Params) -> jax.stages.Wrapped:

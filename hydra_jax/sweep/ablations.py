@@ -44,17 +44,13 @@ class Part:
         prompts: np.ndarray,
         programs: Program,
         sources: Sources,
-        places: np.ndarray | None,
-        contrasts: Contrast | None,
+        places: np.ndarray,
+        contrasts: Contrast,
         responding_heads: bool,
     ) -> None:
         """Begin; for arguments see `Walked`."""
         items = [plan.items[index] for index in prompts]
-        tokens, lengths = batch_of(items, len(prompts), plan.model.config.context)
-        if places is None:
-            places = lengths[:, None] - 1
-        if contrasts is None:
-            contrasts = Contrast.target(plan.targets[prompts].astype(np.int32)[:, None])
+        tokens, _ = batch_of(items, len(prompts), plan.model.config.context)
         self._contrasts, self._by_head = contrasts, bool(programs.by_heads.any())
         self.texts = Texts(plan.model.params, tokens, places, plan.sizer.sizes(tokens.shape[1]))
         draws, at_once = plan.ablation.draws, plan.sizer.asked.at_once
@@ -117,33 +113,33 @@ class Walked:
           responding_heads: whether is recorded what each head changes.
         """
         model, c = plan.model, plan.model.config
+        if places is None:
+            places = np.array([[len(plan.items[index].tokens) - 1] for index in prompts], np.int32)
+        if contrasts is None:
+            contrasts = Contrast.target(plan.targets[prompts].astype(np.int32)[:, None])
+
+        def part(some: np.ndarray) -> Part:
+            asked = jax.tree.map(lambda leaf: leaf[some], contrasts)
+            return Part(plan, prompts[some], programs, sources, places[some], asked, responding_heads)
+
         # Of one size, whatever the number of prompts: what is computed at once does not hang on memory.
         slices = np.split(np.arange(len(prompts)), plan.sizer.parts(len(prompts)))
-        self._parts = [
-            Part(
-                *(plan, prompts[some], programs, sources, None if places is None else places[some]),
-                *(
-                    None if contrasts is None else jax.tree.map(lambda leaf, some=some: leaf[some], contrasts),
-                    responding_heads,
-                ),
-            )
-            for some in slices
-        ]
+        self._parts = [part(some) for some in slices]
         every = max(1, sum(self._parts[0].rows.work(number) for number in range(c.layers)))
         for number, layer in enumerate(forward(c, model.layers)):
-            for part in self._parts:
-                part.through(number, layer)
+            for one in self._parts:
+                one.through(number, layer)
                 # One layer is computed while the next is handed over; a streamed one has to make room for that.
-                part.rows.wait(number if model.layers.streamed else number - 1)
-                progress(part.rows.work(number) / every / len(self._parts))
-        self._readings, added, of_heads = zip(*(part.read() for part in self._parts), strict=True)
+                one.rows.wait(number if model.layers.streamed else number - 1)
+                progress(one.rows.work(number) / every / len(self._parts))
+        self._readings, added, of_heads = zip(*(one.read() for one in self._parts), strict=True)
         self.reading: Reading = _joined(self._readings)
         self.contributions = np.concatenate(added)
         self.of_heads = None if of_heads[0] is None else np.concatenate(of_heads)
 
     def each(self, of: Callable[[Rows, Reading], Any]) -> Any:
         """Return what `of` makes of each part's rows and reading, on this host, along one axis of prompts."""
-        return _joined([of(part.rows, reading) for part, reading in zip(self._parts, self._readings, strict=True)])
+        return _joined([of(one.rows, reading) for one, reading in zip(self._parts, self._readings, strict=True)])
 
 
 def _joined(parts: Sequence[Any]) -> Any:

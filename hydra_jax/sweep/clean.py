@@ -21,7 +21,7 @@ from hydra_jax.engine.batching import evenly, fill_up
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.engine.mesh import Worker
-from hydra_jax.engine.walk import PREFILL_TOKENS, Texts, forward
+from hydra_jax.engine.walk import PREFILL_TOKENS, Texts, clean_runs
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import Contrast
 from hydra_jax.sweep.bank import COLUMNS, Bank
@@ -112,18 +112,14 @@ class CleanPass:
         parts = np.split(np.arange(size), self.sizer.parts(size, clean=True))
         sizes = self.sizer.sizes(tokens.shape[1])
         every = [Texts(model.params, tokens[some], lengths[some, None] - 1, sizes) for some in parts]
-        for number, layer in enumerate(forward(c, model.layers)):
+        for number, index, clean in clean_runs(model.layers, every):
             here = [component for component in kept if component.layer == number]
-            for texts, some in zip(every, parts, strict=True):
-                clean = texts.through(layer)
-                rows = some[some < len(items)]
-                if here:
-                    writes, mixed = jax.device_get((clean.writes[:, 0], clean.mixed[:, 0]))
-                elif model.layers.streamed:
-                    jax.block_until_ready(texts.stream)
-                for component in here:
-                    of = writes[:, component.site] if component.head == WHOLE else mixed[:, component.head]
-                    values[rows, where[component]] = of[: len(rows)]
+            rows = parts[index][parts[index] < len(items)]
+            if here:
+                writes, mixed = jax.device_get((clean.writes[:, 0], clean.mixed[:, 0]))
+            for component in here:
+                of = writes[:, component.site] if component.head == WHOLE else mixed[:, component.head]
+                values[rows, where[component]] = of[: len(rows)]
         readings = [texts.read(Contrast.target(asked[some])) for texts, some in zip(every, parts, strict=True)]
         said = jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(readings))
         return {name: getattr(said, name)[: len(items), 0].astype(dtype) for name, dtype in COLUMNS.items()}, values

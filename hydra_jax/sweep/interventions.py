@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax.config import AblationConfig, SweepConfig
+from hydra_jax.config import HEADS, AblationConfig, SweepConfig
 from hydra_jax.core.edits import ATTN, Component, Kind, all_components
 from hydra_jax.core.effects import Effects
 from hydra_jax.core.metrics import Metrics
@@ -23,7 +24,7 @@ from hydra_jax.engine.batching import evenly, fill_up
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import Asked, BatchSizer, left
 from hydra_jax.engine.rows import Rows
-from hydra_jax.engine.walk import Texts, forward
+from hydra_jax.engine.walk import Texts, clean_runs
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.transformer import Contrast
 from hydra_jax.store import variables
@@ -36,7 +37,7 @@ from hydra_jax.text.padding import padded_length
 from hydra_jax.weights.model import Model
 
 METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
-LAYERS, HEADS = "layers", "heads"
+LAYERS = "layers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Question:
       kind: of the values that clamps take.
       draws: R.
       tokens: [K] what is read: a linear combination of the centred logits of these tokens (MOST_LIKELY for the clean
-        run's most likely next one); or [P, Q, K].
-      weights: [K] or [P, Q, K].
+        run's most likely next one).
+      weights: [K].
       metrics: those of METRICS that are wanted.
       responders: LAYERS, or HEADS to record what each head changes, too.
       seed: of the draws.
@@ -99,7 +100,7 @@ def intervene(
     c, mesh, streamed = model.config, meshes.mesh_of(model.params), model.layers.streamed
     readings = max(len(each) for each in places)
     asked = Asked(len(question.programs), question.draws, readings, question.rows, streamed)
-    sizer = BatchSizer(c, mesh, asked, left(0, c, mesh, streamed))
+    sizer = BatchSizer(c, mesh, asked, left(model.memory, c, mesh, streamed))
     ablation, clamped = AblationConfig(question.kind, question.draws, edges=False), question.clamped(c)
     clean = CleanPass(model, ablation, sizer, Bank(c.dtype), Cluster(0, 1), progress, clamped)
     if clamped and (question.kind.needs_sources or question.kind.needs_statistics):
@@ -141,11 +142,7 @@ def _walked(
     readings = max(len(each) for each in places)
     at = np.array([fill_up(list(places[index]), readings) for index in prompts], np.int32)
     there = np.array([[number < len(places[index]) for number in range(readings)] for index in prompts])
-    shape = (*at.shape, question.tokens.shape[-1])
-    tokens, weights = (
-        np.ascontiguousarray(np.broadcast_to(given[prompts] if given.ndim == 3 else given, shape))
-        for given in (question.tokens, question.weights)
-    )
+    tokens, weights = (np.tile(given, (*at.shape, 1)) for given in (question.tokens, question.weights))
     if (tokens == MOST_LIKELY).any():
         tokens = np.where(tokens == MOST_LIKELY, _most_likely(plan, prompts, at)[..., None], tokens)
     contrasts = Contrast(tokens.astype(np.int32), weights.astype(np.float32))
@@ -203,15 +200,13 @@ def _read(
 
 def _most_likely(plan: Plan, prompts: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Find the most likely next token after each of the tokens `at` [P, Q] of prompts."""
-    model, c = plan.model, plan.model.config
-    tokens, _ = batch_of([plan.items[index] for index in prompts], len(prompts), c.context)
-    texts = Texts(model.params, tokens, at, plan.sizer.sizes(tokens.shape[1]))
-    for layer in forward(c, model.layers):
-        texts.through(layer)
-        if model.layers.streamed:
-            jax.block_until_ready(texts.stream)
-    nothing = Contrast(np.zeros((*at.shape, 1), np.int32), np.ones((*at.shape, 1), np.float32))
-    return jax.device_get(texts.read(nothing).top)
+    model = plan.model
+    tokens, _ = batch_of([plan.items[index] for index in prompts], len(prompts), model.config.context)
+    sizes, parts = plan.sizer.sizes(tokens.shape[1]), np.split(np.arange(len(prompts)), plan.sizer.parts(len(prompts)))
+    every = [Texts(model.params, tokens[some], at[some], sizes) for some in parts]
+    collections.deque(clean_runs(model.layers, every), maxlen=0)
+    tops = [texts.read(Contrast.target(np.zeros(texts.positions.shape, np.int32))).top for texts in every]
+    return np.concatenate(jax.device_get(tops))
 
 
 def _coordinates(plan: Plan, question: Question, places: Sequence[Sequence[int]]) -> dict[str, Any]:

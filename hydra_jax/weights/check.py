@@ -16,7 +16,7 @@ from hydra_jax.core.prefill import MOST_LIKELY, prefill
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import fill_up, round_up
 from hydra_jax.engine.layers import Layers
-from hydra_jax.engine.walk import Texts, forward
+from hydra_jax.engine.walk import Texts, clean_runs
 from hydra_jax.errors import UserError
 from hydra_jax.models import transformer
 from hydra_jax.models.config import ModelConfig
@@ -127,11 +127,8 @@ def check_streamed(params: Params, layers: Layers, where: str) -> None:
     c, devices = params.config, meshes.mesh_of(params).shape[meshes.DATA]
     both, alone = (_texts(params, *inputs, devices) for inputs in _inputs(c))
     entering = jax.device_get(both.stream)[range(2), jax.device_get(both.positions)[:2, 0]]
-    writes = []
-    for layer in forward(c, layers):
-        writes.append(jax.device_get(both.through(layer).writes)[:2, 0])
-        alone.through(layer)
-        jax.block_until_ready(alone.stream)
+    runs = clean_runs(layers, (both, alone))
+    writes = [jax.device_get(clean.writes)[:2, 0] for _, index, clean in runs if index == 0]
     reading, short = (jax.device_get(texts.read(_top(texts))) for texts in (both, alone))
     said: dict[str, Any] = {
         field.name: getattr(reading, field.name)[:2, 0]

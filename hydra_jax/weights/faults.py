@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class Unchanged:
                 )
 
 
-def fill(array: np.ndarray, file: BinaryIO) -> None:
+def fill(array: np.ndarray, file: io.RawIOBase) -> None:
     """Fill an array with the bytes that come next in a file.
 
     Files of weights are not mapped: one that is cut while it is read would end the process.
@@ -81,7 +81,7 @@ def fill(array: np.ndarray, file: BinaryIO) -> None:
     """
     rest = array.data.cast("B") if array.size else memoryview(b"")
     while rest:
-        count = file.readinto(rest)  # type: ignore[attr-defined]
+        count = file.readinto(rest)
         if not count:
             raise ValueError(f"it ends {len(rest):,} bytes early")
         rest = rest[count:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
 from hydra_jax.config import LAST_STEP
@@ -32,12 +34,13 @@ def load(
       step: of a model that was trained here, which checkpoint; LAST_STEP for the last.
       mesh: from `mesh.make`, the devices that the parameters are laid on, layer by layer as they are read; None
         for one device.
-      memory: GB of each device that may be used; 0 for what is free. Of weights that do not fit, layers are read as
-        they are needed.
+      memory: GB of each device that may be used, with all that is done with the model; 0 for what is free. Of weights
+        that do not fit, layers are read as they are needed.
 
     Raises:
       UserError: if it cannot be found, fetched or read, is damaged, is of an unknown architecture, or
         fails `check`.
     """
     device = jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
-    return source.open(name, step).load(dtype, precision, mesh, memory * 1e9 or free_bytes(device))
+    model = source.open(name, step).load(dtype, precision, mesh, memory * 1e9 or free_bytes(device))
+    return dataclasses.replace(model, memory=memory)

@@ -24,6 +24,7 @@ class Model:
       weights_hash: SHA-256 of the file, of the directory's files in order of name, or of a checkpoint's arrays.
       dropout: the highest rate of any kind that it was trained with; None where that is not known.
       streamed: what reads layers as they are needed, where they are not all on the devices.
+      memory: GB of each device that may be used with it in all; 0 for what is free.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Model:
     weights_hash: str
     dropout: float | None = None
     streamed: Streamed | None = None
+    memory: float = 0.0
 
     @property
     def layers(self) -> Layers:
