@@ -24,7 +24,7 @@ from hydra_jax.store import variables
 from hydra_jax.sweep import interventions
 from hydra_jax.sweep.ablations import ablate_each
 from hydra_jax.sweep.bank import Bank
-from hydra_jax.sweep.chunks import fill, frame
+from hydra_jax.sweep.chunks import fill, frame, variable_sizes
 from hydra_jax.sweep.clean import CleanPass, choose
 from hydra_jax.sweep.interventions import LAYERS, METRICS, Question
 from hydra_jax.sweep.plan import Item, Plan, asked, facts_beside, itemise
@@ -93,7 +93,7 @@ def sweep(
     clean = _clean_pass(model, config.ablation, rows, progress)
     kept, _ = choose(clean, itemise(model, chosen), config.prompts, seed)
     plan = Plan.build(model, clean.bank, clean.sizer, config, kept)
-    dataset = variables.in_memory(frame(plan), edges)
+    dataset = variables.in_memory(frame(plan), variable_sizes(plan, len(kept)), config.ablation.options)
     dataset.attrs = store.protocol_attributes(protocol(config, model, chosen))
 
     def write(chunk: slice, arrays: dict[str, np.ndarray]) -> None:

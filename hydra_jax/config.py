@@ -74,6 +74,11 @@ class AblationConfig:
         return self.replacements if self.kind.draws else 1
 
     @property
+    def options(self) -> frozenset[str]:
+        """The options of `store.variables.shapes` that are asked for."""
+        return frozenset({"edges"} if self.edges else ())
+
+    @property
     def by_head(self) -> bool:
         """Whether single heads are ablated, not whole writes."""
         return self.sites == HEADS

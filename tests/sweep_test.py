@@ -118,7 +118,7 @@ def test_values_that_are_no_numbers_are_recorded_and_left_out(model, tmp_path, c
     assert 0 < len(spoilt) < len(TEXTS)
     items = sorted(plan.itemise(broken, [Prompt(text, text) for text in TEXTS]), key=plan.by_length)
     made = planned(broken, items, AblationConfig(replacements=2), non_finite=1.0)
-    dataset = variables.in_memory(chunks.frame(made), edges=True)
+    dataset = variables.in_memory(chunks.frame(made), chunks.variable_sizes(made, len(made.items)), {variables.EDGES})
 
     def write(chunk, arrays):
         for name, array in arrays.items():

@@ -22,8 +22,15 @@ ATTN, MLP = range(2)
 WHOLE = -1
 """The head that stands for all of the layer's write."""
 
-NAME = re.compile(r"\s*(?P<site>attn|mlp)\s+(?P<layer>[0-9]{1,9})(\.(?P<head>[0-9]{1,9}))?\s*")
-"""A component as text: "attn 23", "mlp 29", or for a head "attn 23.4"."""
+LAYER = "layer"
+"""The word for both writes of a layer, as in "layer 5"."""
+
+SET = "set"
+"""The site, as results say it, of components that are ablated together."""
+
+NAME = re.compile(r"\s*(?P<site>attn|mlp|layer)\s+(?P<layer>-?[0-9]{1,9})(\.(?P<head>[0-9]{1,9}))?\s*")
+"""Components as text: "attn 23", "mlp 29", for a head "attn 23.4", and "layer 5" for both writes; negative layers count
+from the end."""
 
 
 class Kind(enum.StrEnum):
@@ -65,14 +72,10 @@ class Component:
         Raises:
           UserError: if it is not a component's name.
         """
-        match = NAME.fullmatch(text)
-        if match is None or (match["head"] and match["site"] != SITES[ATTN]):
-            raise UserError(
-                f"component {shown(text)}: is not a component; give e.g. 'attn 23', 'mlp 29' or 'attn 23.4'"
-            )
-        return cls(
-            int(match["layer"]), SITES.index(match["site"]), WHOLE if match["head"] is None else int(match["head"])
-        )
+        components = parse(text)
+        if len(components) != 1:
+            raise UserError(f"component {shown(text)}: is both writes of a layer; name one, as in 'attn 23'")
+        return components[0]
 
     @classmethod
     def named(cls, layer: Any, site: Any, head: Any = WHOLE) -> Component:
@@ -94,6 +97,57 @@ class Component:
 
     def __str__(self) -> str:
         return f"{SITES[self.site]} {self.layer}" + ("" if self.head == WHOLE else f".{self.head}")
+
+
+def parse(text: str) -> list[Component]:
+    """Return the components of a name such as "attn 23", "mlp 29", "attn 23.4" or, for two, "layer 5".
+
+    Raises:
+      UserError: if it is not a name of components.
+    """
+    match = NAME.fullmatch(text) if isinstance(text, str) else None
+    if match is None or (match["head"] and match["site"] != SITES[ATTN]):
+        raise UserError(
+            f"component {shown(text)}: is not a component; give e.g. 'attn 23', 'mlp 29', 'attn 23.4' (a head) or"
+            " 'layer 5' (both writes)"
+        )
+    layer, head = int(match["layer"]), WHOLE if match["head"] is None else int(match["head"])
+    sites = range(len(SITES)) if match["site"] == LAYER else [SITES.index(match["site"])]
+    return [Component(layer, site, head) for site in sites]
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Ablation:
+    """Components that are ablated together: most often one.
+
+    Attributes:
+      components: in forward order, each once.
+    """
+
+    components: tuple[Component, ...]
+
+    @classmethod
+    def of(cls, *components: Component) -> Ablation:
+        """Return the ablation of some components, in whatever order they are given."""
+        return cls(tuple(sorted(components)))
+
+    @property
+    def single(self) -> Component | None:
+        """Its component where it is one."""
+        return self.components[0] if len(self.components) == 1 else None
+
+    def __str__(self) -> str:
+        """Return its name, as in "attn 23", "layer 5" or "attn 23 + mlp 29"."""
+        names, left = [], list(self.components)
+        while left:
+            first, *left = left
+            twin = Component(first.layer, MLP)
+            if first == Component(first.layer, ATTN) and twin in left:
+                left.remove(twin)
+                names.append(f"{LAYER} {first.layer}")
+            else:
+                names.append(str(first))
+        return " + ".join(names)
 
 
 def all_components(layers: int) -> list[Component]:

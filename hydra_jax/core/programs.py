@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ import flax.struct
 import numpy as np
 from jaxtyping import Bool, Int
 
-from hydra_jax.core.edits import ATTN, SITES, WHOLE, Component, all_components
+from hydra_jax.core.edits import ATTN, SITES, WHOLE, Component, all_components, parse
 from hydra_jax.errors import UserError, shown
 from hydra_jax.models.config import ModelConfig
 
@@ -89,7 +90,8 @@ def program(
 
     Args:
       config: the model's.
-      clamp: components that are set to values: "attn 23", "mlp 29", or for a head "attn 23.4".
+      clamp: components that are set to values: "attn 23", "mlp 29", for a head "attn 23.4", or "layer 5" for both
+        writes; negative layers count from the end.
       freeze: components that stay as they are in the clean run; "norm" for the final norm's divisor.
       probe: whole writes that stay so, and of which is recorded what they would have changed.
       follow: whole writes that compute on, where `rest` is not FOLLOW.
@@ -104,20 +106,20 @@ def program(
     words = {Word.CLAMP: clamp, Word.FREEZE: freeze, Word.PROBE: probe, Word.FOLLOW: follow}
     for word, components in words.items():
         for name in [components] if isinstance(components, str | Component) else components:
-            component = NORM if name == NORM else known(config, name)
-            if component in named:
-                raise UserError(f"program: {component} is named twice; name it once")
-            named.add(component)
-            if isinstance(component, str):
-                if word not in NORM_WORDS:
-                    raise UserError(f"program: the {NORM} can be frozen or follow, not {word.name}")
-                norm = word
-            elif component.head == WHOLE:
-                writes[component.layer, component.site] = word
-            elif word in HEAD_WORDS and word != Word.FOLLOW:
-                heads[component.layer, component.head] = word
-            else:
-                raise UserError(f"program: {component} is a head, which can be clamped or frozen, not {word.name}")
+            for component in [NORM] if name == NORM else components_of(config, name):
+                if component in named:
+                    raise UserError(f"program: {component} is named twice; name it once")
+                named.add(component)
+                if isinstance(component, str):
+                    if word not in NORM_WORDS:
+                        raise UserError(f"program: the {NORM} can be frozen or follow, not {word.name}")
+                    norm = word
+                elif component.head == WHOLE:
+                    writes[component.layer, component.site] = word
+                elif word in HEAD_WORDS and word != Word.FOLLOW:
+                    heads[component.layer, component.head] = word
+                else:
+                    raise UserError(f"program: {component} is a head, which can be clamped or frozen, not {word.name}")
     for layer in np.flatnonzero((heads != Word.FOLLOW).any(axis=1)).tolist():
         if Component(layer, ATTN) in named:
             raise both_named(layer)
@@ -153,7 +155,22 @@ def known(config: ModelConfig, name: str | Component) -> Component:
     Raises:
       UserError: if the model has none such.
     """
-    component = Component.parse(name) if isinstance(name, str) else name
+    return _checked(config, Component.parse(name) if isinstance(name, str) else name)
+
+
+def components_of(config: ModelConfig, name: str | Component) -> list[Component]:
+    """Return the components of a name: "layer 5" has two; negative layers count from the end.
+
+    Raises:
+      UserError: if the model has none such.
+    """
+    return [_checked(config, component) for component in (parse(name) if isinstance(name, str) else [name])]
+
+
+def _checked(config: ModelConfig, component: Component) -> Component:
+    """Return the component with its layer counted from the first, if it is one of the model's."""
+    if -config.layers <= component.layer < 0:
+        component = dataclasses.replace(component, layer=component.layer + config.layers)
     heads = range(WHOLE, config.heads if component.site == ATTN else 0)
     if component.layer not in range(config.layers) or component.head not in heads:
         raise UserError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from hydra_jax.errors import UserError
 from hydra_jax.parsing import differences
 from hydra_jax.store import digests, files, metadata
 from hydra_jax.store.variables import (
+    CASCADE,
     FILLED,
     NON_FINITE,
+    NOTHING,
     VARIABLES,
     shapes,
 )
@@ -47,7 +49,8 @@ def create(
     workdir: Path,
     dataset: xr.Dataset,
     chunk: int,
-    edges: bool,
+    sizes: Mapping[Hashable, int],
+    options: Collection[str],
     beside: Mapping[str, Callable[[Path], object]] | None = None,
 ) -> None:
     """Write a frame as a new store in which nothing is finished, or nothing at all.
@@ -56,16 +59,16 @@ def create(
       workdir: the directory that holds the store.
       dataset: from `frame`, its attributes set.
       chunk: prompts a chunk, the unit in which effects will be written.
-      edges: whether there will be direct edges.
+      sizes: by dimension, of all variables.
+      options: of `variables.shapes`.
       beside: functions that write other files of `workdir`, by name, so that the store is never there without them.
     """
-    sizes = dict(dataset.sizes)
     encoding = {name: {"chunks": tuple(v.sizes.values())} | CHECKED for name, v in dataset.variables.items()}
     encoding["finished"]["chunks"] = (chunk,)  # or processes would write to one file
     with files.signals_deferred(), files.whole(workdir / NAME) as part:
         dataset.to_zarr(part, mode="w-", encoding=encoding, zarr_format=metadata.ZARR_FORMAT, consolidated=False)
         group = zarr.open_group(str(part), mode="r+", zarr_format=metadata.ZARR_FORMAT)
-        for name, shape in shapes(sizes, edges).items():
+        for name, shape in shapes(sizes, options).items():
             # Only described: whatever the number of prompts, chunks alone write values.
             variable = VARIABLES[name]
             group.create_array(
@@ -154,11 +157,14 @@ def holes(effects: xr.Dataset) -> list[str]:
     lost = effects[NON_FINITE]
     missing = [NON_FINITE] if (lost < 0).any() else []
     for name in VARIABLES.keys() & set(effects.data_vars) - {NON_FINITE}:
+        if VARIABLES[name].option == CASCADE:  # what comes after the last cut of a prompt is empty
+            missing += [name] if (effects[name] == NOTHING).any() else []
+            continue
         empty = effects[name].isnull()
         if "replacement" in empty.dims:
             wrong = empty.sum("replacement") != lost
         elif "ablated" in empty.dims and not VARIABLES[name].clean:
-            wrong = empty.any("component") & (lost == 0)
+            wrong = empty.any(empty.dims[2:]) & (lost == 0)
         else:
             wrong = empty & (lost.sum("ablated") == 0)
         missing += [name] if wrong.any() else []
@@ -225,7 +231,7 @@ def load_effects(workdir: str | Path) -> xr.Dataset:
     """
     path = Path(workdir) / NAME
     effects = open_effects(workdir)
-    missing = [name for name, variable in VARIABLES.items() if name not in effects and not variable.optional]
+    missing = [name for name, variable in VARIABLES.items() if name not in effects and not variable.option]
     try:
         finished = np.flatnonzero(effects["finished"].values)
         if finished.size and not missing:

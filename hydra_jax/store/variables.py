@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from hydra_jax.core.edits import SITES, Component, all_components
+from hydra_jax.core.edits import SET, SITES, WHOLE, Ablation, Component, all_components
 
 LOGITS = "logits"
+NATS = "nats"
 
 NON_FINITE = "non_finite"
 """The variable that counts replacements whose values are not finite; NaN stands in their place."""
+
+EDGES, FREE, HEADS, CASCADE = "edges", "free", "heads", "cascade"
+"""The options under which a store has more variables; each metric (see METRICS) is one, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Variable:
       units: "" where it has none.
       dtype: of its values.
       clean: whether it describes the clean run, not an ablation.
-      optional: whether it is there only where direct edges were asked for.
+      option: the option under which it is there; "" for always.
     """
 
     meaning: str
@@ -35,7 +39,7 @@ class Variable:
     units: str = LOGITS
     dtype: str = "float32"
     clean: bool = False
-    optional: bool = False
+    option: str = ""
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -45,13 +49,28 @@ class Variable:
     @property
     def missing(self) -> float | int:
         """The value that stands where nothing was written yet."""
-        return -1 if self.dtype == "int16" else np.nan
+        return NOTHING if self.dtype == "int16" else np.nan
 
+
+NOTHING = -2
+"""The integer that stands where nothing was written yet."""
+
+NO_CUT = -1
+"""The component of a cut that was not made, as nothing repaired any more."""
 
 _REPLACED = ("prompt", "ablated", "replacement")
 _ANSWERED = ("prompt", "ablated", "component")
+_CUT = ("prompt", "cut", "replacement")
+METRICS = {
+    "log_probability": ("log_probability_drop", "drop of the target's log-probability", NATS),
+    "kl": ("kl", "KL(clean run || ablated run) of the next token", NATS),
+    "rank": ("target_rank", "number of tokens that are more likely than the target in the ablated run", ""),
+    "top_changed": ("top_changed", "whether another token is the most likely one: 1, else 0", ""),
+}
+"""The readings of the whole distribution: of each the variable, its meaning and its units."""
+
 VARIABLES = {
-    "clean_logit": Variable("centred logit of the target", ("prompt",), clean=True),
+    "clean_logit": Variable("centred logit of the target, with a foil less the foil's", ("prompt",), clean=True),
     "clean_probability": Variable("probability of the target", ("prompt",), units="", clean=True),
     "final_scale": Variable("the final norm's divisor", ("prompt",), units="", clean=True),
     "delta_unembed": Variable("direct contribution to the target's centred logit", ("prompt", "component"), clean=True),
@@ -63,22 +82,57 @@ VARIABLES = {
     "attn_compensation": Variable("repair by downstream attention", _REPLACED),
     "mlp_compensation": Variable("repair by downstream MLPs", _REPLACED),
     "norm_compensation": Variable("repair by the final norm's rescaling", _REPLACED),
+    "free_total_effect": Variable("the total effect with nothing frozen", _REPLACED, option=FREE),
+    **{name: Variable(meaning, _REPLACED, units, option=key) for key, (name, meaning, units) in METRICS.items()},
     "compensation": Variable("change of a component's contribution, mean over replacements", _ANSWERED),
-    "direct_edge": Variable("the same where it alone sees the edit, all between frozen", _ANSWERED, optional=True),
+    "direct_edge": Variable("the same where it alone sees the edit, all between frozen", _ANSWERED, option=EDGES),
+    "head_compensation": Variable(
+        "change of a head's contribution, mean over replacements",
+        ("prompt", "ablated", "attn_layer", "head"),
+        option=HEADS,
+    ),
+    "cut": Variable(
+        "the component that is ablated at a step beside those before it; -1: nothing repaired any more",
+        ("prompt", "cut"),
+        units="",
+        dtype="int16",
+        option=CASCADE,
+    ),
+    "cut_logit": Variable("centred logit of the target after a cut", _CUT, option=CASCADE),
+    "cut_probability": Variable("probability of the target after a cut", _CUT, units="", option=CASCADE),
+    "cut_rank": Variable("number of tokens that are more likely than it", _CUT, units="", option=CASCADE),
+    "cut_compensation": Variable(
+        "change of a component's contribution after a cut, mean over replacements",
+        ("prompt", "cut", "component"),
+        option=CASCADE,
+    ),
     NON_FINITE: Variable(
         "replacements whose values are not finite, and left out", ("prompt", "ablated"), units="", dtype="int16"
     ),
 }
 """Everything that chunks write, in the order of the store."""
 
-EFFECTS = tuple(name for name, variable in VARIABLES.items() if variable.dims == _REPLACED)
-"""The variables with a value for each replacement."""
+EFFECTS = tuple(name for name, variable in VARIABLES.items() if variable.dims == _REPLACED and not variable.option)
+"""The effects that every store has, with a value for each replacement."""
 
 CLEAN = tuple(name for name, variable in VARIABLES.items() if variable.clean)
 """The variables of the clean run."""
 
 FILLED = (*VARIABLES, "finished")
 """The variables that are written chunk by chunk."""
+
+TEXT = {
+    "prompt_id",
+    "text",
+    "relation",
+    "answer_text",
+    "target_text",
+    "foil_text",
+    "token_text",
+    "text_id",
+    "source_text",
+}
+"""The columns of prompts that are text."""
 
 
 def labels(dim: str, components: Sequence[Component], prefix: str = "") -> dict[str, Any]:
@@ -88,28 +142,38 @@ def labels(dim: str, components: Sequence[Component], prefix: str = "") -> dict[
     return {f"{prefix}layer": (dim, np.array([c.layer for c in components])), f"{prefix}site": (dim, sites)}
 
 
+def ablated_labels(ablations: Sequence[Ablation]) -> dict[str, Any]:
+    """Return the coordinates along `ablated`: names and, of a single component, its layer, site and head.
+
+    Several components have the site SET, and the layer of the first of them.
+    """
+    singles = [ablation.single for ablation in ablations]
+    sites = [SET if one is None else SITES[one.site] for one in singles]
+    return {
+        "ablated_name": ("ablated", np.array([str(ablation) for ablation in ablations], dtype=object)),
+        "ablated_layer": ("ablated", np.array([ablation.components[0].layer for ablation in ablations], int)),
+        "ablated_site": ("ablated", np.array(sites, dtype=object)),
+        "ablated_head": ("ablated", np.array([WHOLE if one is None else one.head for one in singles], int)),
+    }
+
+
 def frame(
-    prompts: Mapping[str, Sequence[Any]], ablated: Sequence[Component], layers: int, source: np.ndarray
+    prompts: Mapping[str, Sequence[Any]], ablations: Sequence[Ablation], layers: int, source: np.ndarray
 ) -> xr.Dataset:
     """Return a dataset with every coordinate, and what is known before anything is computed.
 
     Args:
-      prompts: columns of P values: `prompt_id`, `text`, `relation`, `answer_text`, `target_id`,
-        `target_text`, `length`.
-      ablated: the components to be ablated.
+      prompts: columns of P values: `prompt_id`, `text`, `relation`, `answer_text`, `target_id`, `target_text`,
+        `length`, and where there are any `foil_id`, `foil_text`, `position`, `token_text`, `text_id`, `source_text`.
+      ablations: those to be made.
       layers: L; the components that respond are all 2L.
       source: [P, R], the position in this dataset of each replacement's prompt; -1 where there is none.
     """
-    text = {"prompt_id", "text", "relation", "answer_text", "target_text"}
     coordinates = {
-        name: ("prompt", np.asarray(values, dtype=object if name in text else np.int64))
+        name: ("prompt", np.asarray(values, dtype=object if name in TEXT else np.int64))
         for name, values in prompts.items()
     }
-    coordinates |= {
-        **labels("ablated", ablated, "ablated_"),
-        "ablated_head": ("ablated", np.array([c.head for c in ablated])),
-        **labels("component", all_components(layers)),
-    }
+    coordinates |= {**ablated_labels(ablations), **labels("component", all_components(layers))}
     variables = {
         "source": (("prompt", "replacement"), source, {"long_name": "position of the replacement's prompt; -1: none"}),
         "finished": (
@@ -121,26 +185,31 @@ def frame(
     return xr.Dataset(variables, coordinates)
 
 
-def shapes(sizes: Mapping[Hashable, int], edges: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every variable that chunks write, from `sizes` by dimension."""
+def shapes(sizes: Mapping[Hashable, int], options: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every variable that chunks write.
+
+    Args:
+      sizes: by dimension.
+      options: EDGES, FREE, HEADS, CASCADE and keys of METRICS, as they are asked for.
+    """
     return {
         name: tuple(sizes[dim] for dim in variable.dims)
         for name, variable in VARIABLES.items()
-        if edges or not variable.optional
+        if not variable.option or variable.option in options
     }
 
 
-def empty(sizes: Mapping[Hashable, int], edges: bool) -> dict[str, np.ndarray]:
-    """Return arrays for what a chunk writes, of `sizes` by dimension, nothing in them yet."""
+def empty(sizes: Mapping[Hashable, int], options: Collection[str]) -> dict[str, np.ndarray]:
+    """Return arrays for what a chunk writes, nothing in them yet; for arguments see `shapes`."""
     return {
-        name: np.zeros(shape, np.int16) if name == NON_FINITE else np.full(shape, np.nan, np.float32)
-        for name, shape in shapes(sizes, edges).items()
+        name: np.full(shape, VARIABLES[name].missing, VARIABLES[name].dtype)
+        for name, shape in shapes(sizes, options).items()
     }
 
 
-def in_memory(frame: xr.Dataset, edges: bool) -> xr.Dataset:
-    """Return a frame with arrays for what chunks write."""
-    arrays = empty(frame.sizes, edges)
+def in_memory(frame: xr.Dataset, sizes: Mapping[Hashable, int], options: Collection[str]) -> xr.Dataset:
+    """Return a frame with arrays for what chunks write; for arguments see `shapes`."""
+    arrays = empty(sizes, options)
     return frame.assign(
         {name: (VARIABLES[name].dims, array, VARIABLES[name].attributes) for name, array in arrays.items()}
     )

@@ -197,7 +197,7 @@ def _ablate(
         "delta_unembed": walked.contributions[:, 0],
         "ablated_delta_unembed": own[:, 0, [component.unit(c.heads) for component in components]],
     }
-    made = {name: getattr(summary, name) for name in variables.VARIABLES if name not in clean}
+    made = {name: getattr(summary, name) for name in variables.VARIABLES if hasattr(summary, name)}
     return {name: values[:count] for name, values in (clean | made).items() if values is not None}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
+from hydra_jax.core.edits import Ablation
 from hydra_jax.engine.batching import evenly
 from hydra_jax.errors import UserError
 from hydra_jax.store import variables
@@ -43,19 +44,13 @@ def ablate_chunk(
     Raises:
       UserError: if the identity of `core.effects` fails in a prompt.
     """
-    components, draws = plan.components, plan.ablation.draws
-    sizes: dict[Hashable, int] = {
-        "prompt": chunk.stop - chunk.start,
-        "ablated": len(components),
-        "replacement": draws,
-        "component": plan.model.config.components,
-    }
-    columns = variables.empty(sizes, plan.ablation.edges)
+    sizes = variable_sizes(plan, chunk.stop - chunk.start)
+    columns = variables.empty(sizes, plan.ablation.options)
     for part in evenly(sizes["prompt"], size):
         prompts = slice(chunk.start + part.start, chunk.start + part.stop)
         for name, values in ablate(plan, prompts, size, sources, progress).items():
             columns[name][part] = values
-    _leave_out(columns, draws)
+    _leave_out(columns, plan.ablation.draws)
     return columns
 
 
@@ -162,6 +157,16 @@ def _report_lost(plan: Plan, chunk: slice, counts: np.ndarray, say: Callable[[st
     return int(counts.sum())
 
 
+def variable_sizes(plan: Plan, prompts: int) -> dict[Hashable, int]:
+    """Return the sizes, by dimension, of the variables of some prompts."""
+    return {
+        "prompt": prompts,
+        "ablated": len(plan.components),
+        "replacement": plan.ablation.draws,
+        "component": plan.model.config.components,
+    }
+
+
 def frame(plan: Plan) -> xr.Dataset:
     """Return the result's coordinates and sources."""
     prompts: dict[str, Any] = {
@@ -175,4 +180,4 @@ def frame(plan: Plan) -> xr.Dataset:
     }
     # An index in the pool is one in the store only where the two are the same prompts.
     source = plan.sources if list(plan.pool) == plan.ids else np.full_like(plan.sources, -1)
-    return variables.frame(prompts, plan.components, plan.model.config.layers, source)
+    return variables.frame(prompts, [Ablation.of(one) for one in plan.components], plan.model.config.layers, source)

@@ -26,7 +26,7 @@ from hydra_jax.errors import UserError, shown
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
 from hydra_jax.sweep.bank import DIRECTORY, Bank
-from hydra_jax.sweep.chunks import fill, frame
+from hydra_jax.sweep.chunks import fill, frame, variable_sizes
 from hydra_jax.sweep.clean import CleanPass, choose
 from hydra_jax.sweep.examples import examples
 from hydra_jax.sweep.plan import Item, Plan, asked, facts_beside, itemise
@@ -239,7 +239,9 @@ class _Sweep:
         longest = padded_length(len(plan.items[-1].tokens), plan.model.config.context)
         most = min(self.sizer.chunk(longest), -(-len(plan.items) // self.worker.count))
         chunk = evenly(len(plan.items), most)[0].stop
-        store.create(self.workdir, dataset, chunk, self.config.ablation.edges, beside)
+        store.create(
+            self.workdir, dataset, chunk, variable_sizes(plan, len(plan.items)), self.config.ablation.options, beside
+        )
 
 
 def _load(config: SweepConfig, mesh: Mesh, say: Callable[[str], object]) -> Model:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hydra_jax.core.edits import all_components
+from hydra_jax.core.edits import Ablation, all_components
 from hydra_jax.store import effects as store
 from hydra_jax.store import variables
 
@@ -19,7 +19,10 @@ def effects(direct, compensation, norm=0.0, texts=None, kind="resample", model="
     clean["ablated_delta_unembed"] = clean["delta_unembed"]
     source = np.zeros((prompts, draws), int)
     components = all_components(ablated // 2)
-    dataset = variables.in_memory(variables.frame(columns, components, ablated // 2, source), edges=True)
+    frame = variables.frame(columns, [Ablation.of(one) for one in components], ablated // 2, source)
+    sizes = {"prompt": prompts, "ablated": ablated, "replacement": draws, "component": ablated}
+    dataset = variables.in_memory(frame, sizes, {variables.EDGES})
+    dataset["non_finite"][:] = 0
     for name, array in clean.items():
         dataset[name][:] = array
     dataset["direct_effect"][:] = direct
@@ -44,6 +47,7 @@ def effects(direct, compensation, norm=0.0, texts=None, kind="resample", model="
 
 def stored(workdir, effects, chunk):
     """Such a sweep as a result store."""
-    store.create(workdir, effects.drop_vars(list(variables.VARIABLES)), chunk, edges=True)
+    names = [name for name in variables.VARIABLES if name in effects]
+    store.create(workdir, effects.drop_vars(names), chunk, effects.sizes, {variables.EDGES})
     for part in store.chunks(workdir):
-        store.write(workdir, part, {name: effects[name].values[part] for name in variables.VARIABLES})
+        store.write(workdir, part, {name: effects[name].values[part] for name in names})
