@@ -56,7 +56,6 @@ def test_names_of_components():
         "attn 1.",
         "attn .1",
         "attn 1.2.3",
-        "attn -1",
         "mlp 1.2",
         "resid 3",
         "attn x",

@@ -297,7 +297,7 @@ def test_a_name_of_no_component_of_the_model_is_refused_in_one_line(model, compo
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("component", [("attn", 2), ("resid", 0), ("mlp", 0, 1), ("attn", 0, 4), ("attn", -1)])
+@pytest.mark.parametrize("component", [("attn", 2), ("resid", 0), ("mlp", 0, 1), ("attn", 0, 4), ("attn", -3)])
 def test_a_component_that_is_not_there_is_refused(model, component):
     with pytest.raises(UserError, match="is not a"):
         hydra_jax.ablate(model, TEXTS[0], *component, kind="zero")
