@@ -39,21 +39,23 @@ class Tensors:
     """Published tensors, to be read by name.
 
     Attributes:
-      path: of the file or directory.
+      path: of the file or directory; or a model in memory, in words.
       read: a published name -> the array, of any float type, but float32 where it has one axis; called by several
         threads.
       names: names as a family's table has them -> as published.
       form: of the arrays.
       column: of the table's names.
       ignored: patterns of the names that are not needed.
+      remedy: of tensors that are not what they should be.
     """
 
-    path: Path
+    path: Path | str
     read: Callable[[str], np.ndarray]
     names: Mapping[str, str]
     form: Form
     column: int
     ignored: tuple[str, ...]
+    remedy: str = "fetch it again"
 
 
 class Parameters:
@@ -128,10 +130,10 @@ class Parameters:
         wanted = (sum(sizes.values()), *wanted[1:]) if len(sizes) > 1 else wanted
         if array.shape != wanted:
             raise UserError(
-                f"{source.path}: tensor {name} has shape {array.shape}, the config calls for {wanted}; fetch it again"
+                f"{source.path}: tensor {name} has shape {array.shape}, the config calls for {wanted}; {source.remedy}"
             )
         if not checked and not np.isfinite(array).all():
-            raise UserError(f"{source.path}: tensor {name} holds NaN or infinity; fetch it again")
+            raise UserError(f"{source.path}: tensor {name} holds NaN or infinity; {source.remedy}")
         return array
 
     def _part(self, path: str, tensor: np.ndarray) -> np.ndarray:
@@ -197,10 +199,10 @@ def assemble(
 def _check_names(source: Tensors, needed: Set[str], ignored: Sequence[str]) -> None:
     """Refuse a source without a tensor that is needed, or with one that is neither needed nor among those ignored."""
     for name in sorted(needed - source.names.keys()):
-        raise UserError(f"{source.path}: tensor {name} is missing; fetch the model again")
+        raise UserError(f"{source.path}: tensor {name} is missing; {source.remedy}")
     for ours, name in source.names.items():
         if ours not in needed and not any(re.fullmatch(pattern, ours) for pattern in ignored):
-            raise UserError(f"{source.path}: tensor {name} is more than this architecture has; fetch the model again")
+            raise UserError(f"{source.path}: tensor {name} is more than this architecture has; {source.remedy}")
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

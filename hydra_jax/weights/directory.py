@@ -38,12 +38,12 @@ class Stated:
     """A `config.json`, parsed.
 
     Attributes:
-      path: of the file.
+      path: of the file; or a model in memory, in words.
       values: all of it.
       family: of the architecture that it states.
     """
 
-    path: Path
+    path: Path | str
     values: Mapping[str, Any]
     family: Family
 
@@ -151,11 +151,9 @@ class Directory:
         return rest, Streamed(config, mesh, read)
 
     def _parameters(self, config: ModelConfig, shards: Shards) -> Parameters:
-        family, names = self._stated.family, {}
-        for name in shards.names:
-            old, new = next((pair for pair in family.renamed if name.startswith(pair[0])), ("", ""))
-            names[new + name.removeprefix(old)] = name
-        tensors = Tensors(self._path, _floats(shards.read), names, family.form, COLUMN, family.ignored)
+        family = self._stated.family
+        names = family.names_in(shards.names)
+        tensors = Tensors(self._path, floats(shards.read), names, family.form, COLUMN, family.ignored)
         return Parameters(config, family, tensors)
 
     def digest(self) -> str:
@@ -163,7 +161,7 @@ class Directory:
         return digest(self._path)
 
 
-def _floats(read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+def floats(read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
     """Return `read` with arrays of one axis in float32, as norms and biases are in every model."""
 
     def one(name: str) -> np.ndarray:

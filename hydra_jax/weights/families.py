@@ -8,7 +8,7 @@ are [in, out].
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -178,6 +178,14 @@ class Family:
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     nested: str = ""
     gguf: str = ""
+
+    def names_in(self, published: Iterable[str]) -> dict[str, str]:
+        """Return Hugging Face's names of tensors by those that the table has for them."""
+        names = {}
+        for name in published:
+            old, new = next((pair for pair in self.renamed if name.startswith(pair[0])), ("", ""))
+            names[new + name.removeprefix(old)] = name
+        return names
 
     def fields(self, s: Settings) -> Fields:
         """Read the fields of a ModelConfig from `config.json`."""

@@ -16,11 +16,11 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @contextlib.contextmanager
-def faults_of(path: Path) -> Iterator[None]:
+def faults_of(path: Path | str) -> Iterator[None]:
     """Turn whatever a parser raises on a damaged file into a fault of that file.
 
     Args:
-      path: of the file.
+      path: of the file; or a model in memory, in words.
 
     Raises:
       UserError: instead of any other exception.

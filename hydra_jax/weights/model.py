@@ -18,10 +18,11 @@ class Model:
     """A language model, ready to be ablated.
 
     Attributes:
-      name: as it was asked for.
+      name: as it was asked for; of a model given in memory, what that was loaded from, or its class.
       params: weights and config; where layers are streamed, the weights of what is not in a layer.
       tokenizer: text to tokens and back.
-      weights_hash: SHA-256 of the file, of the directory's files in order of name, or of a checkpoint's arrays.
+      weights_hash: SHA-256 of the file, of the directory's files in order of name, of a checkpoint's arrays, or of
+        the settings, tokenizer and tensors of a model given in memory.
       dropout: the highest rate of any kind that it was trained with; None where that is not known.
       streamed: what reads layers as they are needed, where they are not all on the devices.
       memory: GB of each device that may be used with it in all; 0 for what is free.

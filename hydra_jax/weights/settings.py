@@ -89,7 +89,9 @@ class Settings:
         """
         unread = {key for key, value in self._values.items() if value is not None} - self._read - HARMLESS
         if unread:
-            raise UserError(f"{', '.join(sorted(unread))}: may change the computation and is not supported")
+            raise UserError(
+                f"{', '.join(sorted(unread))}: may change the computation and is not supported; use a model without"
+            )
 
 
 def activation(name: object) -> str:

@@ -27,12 +27,13 @@ from hydra_jax.weights.check import Check, check_streamed
 from hydra_jax.weights.directory import Directory
 from hydra_jax.weights.faults import faults_of, refuse_pickled
 from hydra_jax.weights.gguf_file import GgufFile
+from hydra_jax.weights.in_memory import InMemory, PretrainedModel
 from hydra_jax.weights.model import Model
 from hydra_jax.weights.trained import TrainedRun, is_trained
 
 
 class Stored(typing.Protocol):
-    """One kind of file or directory that a model is stored in, opened."""
+    """One kind of thing that a model is stored in, such as a file or a directory, opened."""
 
     @property
     def architecture(self) -> str:
@@ -59,7 +60,7 @@ class Stored(typing.Protocol):
 
     @property
     def digest_is_apart(self) -> bool:
-        """Whether `digest` reads files of its own accord, and so can run beside `weights`, not after it."""
+        """Whether `digest` reads of its own accord, and so can run beside `weights`, not after it."""
 
 
 class Source:
@@ -67,10 +68,10 @@ class Source:
 
     Attributes:
       name: as it was asked for.
-      path: of its file or directory.
+      path: of its file or directory; or a model in memory, in words.
     """
 
-    def __init__(self, name: str, path: Path, stored: Stored, known: hub.PackagedFile | None = None) -> None:
+    def __init__(self, name: str, path: Path | str, stored: Stored, known: hub.PackagedFile | None = None) -> None:
         """Take what is `stored` at `path`; `known` is the named model whose verified file it is, if it is one."""
         self.name = name
         self.path = path
@@ -187,3 +188,17 @@ def open(name: str, step: int = LAST_STEP) -> Source:
         stored: Stored = Directory(path) if path.is_dir() else GgufFile(path)
     # A named model's file has the hash that it was verified by.
     return Source(name, path, stored, hub.MODELS.get(name))
+
+
+def in_memory(model: PretrainedModel, tokenizer: object) -> Source:
+    """Open a `transformers` model that is in memory.
+
+    Args:
+      model: as of `load.load`.
+      tokenizer: as of `load.load`.
+
+    Raises:
+      UserError: if it is of an unknown architecture, or not a plain model with values, or without a tokenizer.
+    """
+    stored = InMemory(model, tokenizer)
+    return Source(stored.name, stored.where, stored)
