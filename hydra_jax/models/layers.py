@@ -210,13 +210,24 @@ class Attention(nn.Module):
         """Attend within a sequence: the sum of heads, the values as each head mixed them, keys and values."""
         positions = jnp.arange(x.shape[0])
         query, key, value = self.heads(x, positions, at.frequencies)
-        distance = positions[:, None] - positions[None]
-        seen = ((distance >= 0) & (distance < at.window))[None, None]
-        scores = softcap(product(self.config, "qkgd,tkd->kgqt", query, key), self.config.attn_softcap)
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-        mixed = product(self.config, "kgqt,tkd->qkgd", weights, value)
+        mixed = product(self.config, "kgqt,tkd->qkgd", self.weights(query, key, at.window), value)
         mixed = mixed.reshape(len(positions), self.config.heads, -1)
         return self.out(mixed.reshape(len(positions), -1)), mixed, key, value
+
+    def weights(
+        self, query: Float[Array, "T K group head_dim"], key: Float[Array, "T K head_dim"], window: Int[Array, ""]
+    ) -> Float32[Array, "K group T T"]:
+        """Return the share of its attention that each token, of each query head, gives to each token: query, key."""
+        positions = jnp.arange(key.shape[0])
+        distance = positions[:, None] - positions[None]
+        seen = ((distance >= 0) & (distance < window))[None, None]
+        scores = softcap(product(self.config, "qkgd,tkd->kgqt", query, key), self.config.attn_softcap)
+        return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+
+    def pattern(self, x: Float[Array, "T D"], at: Positions) -> Float32[Array, "H T T"]:
+        """Return those weights of a sequence that is read, by head."""
+        query, key, _ = self.heads(x, jnp.arange(x.shape[0]), at.frequencies)
+        return self.weights(query, key, at.window).reshape(self.config.heads, len(x), len(x))
 
     def decode(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,6 +68,20 @@ def attend(
     return _apply(layer, resid_pre, position, layer.at, keys, values, method="attend")
 
 
+def attn_pattern(layer: LayerParams, resid_pre: Float[Array, "T D"]) -> Float[Array, "H T T"]:
+    """Return the share of its attention that each token gives to each other, by head: [head, query, key].
+
+    Args:
+      layer: the layer.
+      resid_pre: the stream that it reads.
+    """
+
+    def pattern(module: Layer) -> Float[Array, "H T T"]:
+        return module.attn.pattern(module.attn_norm(resid_pre), layer.at)
+
+    return _apply(layer, method=pattern)
+
+
 def attn_write(layer: LayerParams, mixed: Float[Array, "H head_dim"]) -> Float[Array, " D"]:
     """Return the write of attention for one token whose heads mix `mixed`."""
     return _apply(layer, mixed, method="attn_write")
@@ -85,6 +100,23 @@ def head_shares(layer: LayerParams, mixed: Float[Array, "H head_dim"]) -> Float[
     c = layer.config
     kernel = layer.weights["attn"]["out"]["kernel"].reshape(c.heads, c.head_dim, -1)
     return product(c, "hi,hid->hd", mixed, kernel)
+
+
+def head_writes(
+    layer: LayerParams, mixed: Float[Array, "H head_dim"]
+) -> tuple[Float[Array, "H D"], Float[Array, " D"]]:
+    """Return the summands of attention's write, as it is added to the stream: each head's, and the output bias'.
+
+    Where a post-norm follows, each is divided by the norm's divisor of their sum. Without an output bias its summand
+    is 0.
+    """
+    shares, bias = head_shares(layer, mixed), jnp.zeros(layer.config.width)
+    if layer.config.out_bias:
+        bias += layer.weights["attn"]["out"]["bias"]
+    if not layer.config.post_norm:
+        return shares, bias
+    scale = layer.weights["attn_post_norm"]["scale"] / Norm(layer.config).divisor(shares.sum(axis=0) + bias)
+    return shares * scale[None], bias * scale
 
 
 def heads_delta(
@@ -130,5 +162,5 @@ def head_readouts(
     return readouts.reshape(c.heads, c.head_dim) / Norm(c).divisor(heads)
 
 
-def _apply(layer: LayerParams, *arguments: Any, method: str | None = None) -> Any:
+def _apply(layer: LayerParams, *arguments: Any, method: str | Callable[[Layer], Any] | None = None) -> Any:
     return Layer(layer.config).apply({"params": layer.weights}, *arguments, method=method)
