@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hydra_jax.core.edits import ATTN, SITES, Component, Kind
+from hydra_jax.core.edits import ATTN, SITES, Ablation, Component, Kind
+from hydra_jax.core.programs import NORM, components_of
 from hydra_jax.errors import UserError, shown
-from hydra_jax.limits import MOST, MOST_BOOTSTRAP, MOST_REPLACEMENTS, MOST_SEED
+from hydra_jax.limits import MOST, MOST_BOOTSTRAP, MOST_CUTS, MOST_REPLACEMENTS, MOST_SEED
 from hydra_jax.models.config import AS_STORED, DTYPES, PRECISIONS, ModelConfig
 from hydra_jax.parsing import one_of, parse
 from hydra_jax.text import prompts as prompt_sets
 
+SITES_DEFAULT = "attn,mlp"
+"""All writes."""
+
 LAST_STEP = -1
 """The step that stands for the last checkpoint that there is."""
 
-HEADS = "heads"
-TARGETS = TOP, ANSWER = "top", "answer"
+HEADS, LAYERS = "heads", "layers"
+METRICS = "log_probability", "kl", "rank", "top_changed"
+EDGES, FREE, CASCADE = "edges", "free", "cascade"
+"""Options of a result store beside HEADS and METRICS: more variables where they are asked for."""
+
+RESPONDERS = LAYERS, HEADS
+AUTO, TOP, ANSWER, FOIL = "auto", "top", "answer", "foil"
+"""Words for tokens that are read: see `ReadoutConfig`."""
+TARGETS = TOP, ANSWER
+MATCHES = RELATION, LENGTH = "relation", "length"
+LAST, ALL = "last", "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +45,9 @@ class PromptsConfig:
       text: one prompt, swept by itself, whatever the rest says; replacements come from the built-in facts.
       correct_only: of records, keep those whose most likely next token begins the answer, as the paper does.
       limit: at most this many, picked by seed and id; 0 for all (of text, for 512).
-      target: the token whose logit is read: "top", the clean run's most likely next token, or "answer".
+      target: as `ReadoutConfig.target`, of which it is the older name: "top" or "answer".
+      positions: the tokens after which prompts are read and ablated: "last", "all", places such as "3, -1" (negative
+        ones from the end), or a substring of every text, whose last token is meant.
     """
 
     kind: str = "records"
@@ -39,11 +56,39 @@ class PromptsConfig:
     correct_only: bool = True
     limit: int = 0
     target: str = TOP
+    positions: str = LAST
 
     @property
     def filtered(self) -> bool:
         """Whether prompts that are answered wrong are left out; text has nothing to be right about."""
-        return self.correct_only and self.kind != "text" and not self.text
+        return self.correct_only and self.kind != "text" and not self.text and self.positions == LAST
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadoutConfig:
+    """The reading of a sweep.
+
+    Attributes:
+      target: the token whose logit is read: "top", the clean run's most likely next one; "answer", the prompt's own
+        answer's first; the text of a token, such as " Paris"; or "auto", the answer of prompts that have a foil and
+        an answer, else "top".
+      foil: the token whose logit is subtracted: "foil", the prompt's own foil's first; the text of a token; "" for
+        none; or "auto", the foil of prompts that have one.
+      metrics: readings of the whole distribution besides: any of "log_probability, kl, rank, top_changed".
+      responders: "layers", or "heads" to record what each attention head changes, too.
+    """
+
+    target: str = AUTO
+    foil: str = AUTO
+    metrics: str = ""
+    responders: str = LAYERS
+
+    @property
+    def asked_metrics(self) -> tuple[str, ...]:
+        """The metrics that are asked for, in the order of the store."""
+        names = [name.strip() for name in self.metrics.split(",") if name.strip()]
+        chosen = [one_of("readout.metrics", name, METRICS) for name in names]
+        return tuple(name for name in METRICS if name in chosen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,39 +101,106 @@ class AblationConfig:
       sites: "attn", "mlp", "attn,mlp", or "heads" for each attention head by itself.
       layers: "all", or numbers and ranges, as in "0,5,10-14".
       edges: also compute direct edges, at about the cost of the rest.
+      components: names of what is ablated, in place of sites and layers, as in "attn 23, mlp 29, attn 23.4, layer 5";
+        those joined by "+" are ablated together.
+      freeze: names of components that write what they write in the clean run, in every ablation; "norm" for the final
+        norm's divisor.
+      paired: each prompt's replacement is its own counterfactual, its `source`.
+      match: "relation" or "length" to draw replacements only from prompts alike; "" for all.
+      interactions: also every pair of what is ablated, together.
+      cascade: cuts, one after another: what contributes most, then what repaired most, and so on; 0 for none.
     """
 
     kind: Kind = Kind.RESAMPLE
     replacements: int = 15
-    sites: str = "attn,mlp"
-    layers: str = "all"
+    sites: str = SITES_DEFAULT
+    layers: str = ALL
     edges: bool = True
+    components: str = ""
+    freeze: str = ""
+    paired: bool = False
+    match: str = ""
+    interactions: bool = False
+    cascade: int = 0
 
     def __post_init__(self) -> None:
         # Python callers give kinds by name, as the commands do.
         object.__setattr__(self, "kind", Kind(one_of("ablation.kind", self.kind, tuple(kind.value for kind in Kind))))
+        if self.match:
+            one_of("ablation.match", self.match, MATCHES)
+        if (self.paired or self.match) and not self.kind.needs_sources:
+            raise UserError(
+                f"config.ablation.{'paired' if self.paired else 'match'}: says whose writes are taken, a {self.kind}"
+                f" ablation takes nobody's; set kind={Kind.RESAMPLE}"
+            )
+        if self.paired and self.match:
+            raise UserError("config.ablation.match: nothing is drawn where prompts are paired; give one of the two")
+        if self.components and (self.sites != SITES_DEFAULT or self.layers != ALL):
+            raise UserError(
+                "config.ablation.components: says what is ablated, and so do sites and layers; give one of the two"
+            )
 
     @property
     def draws(self) -> int:
         """R, the replacements that are computed: one where all of them would be the same."""
-        return self.replacements if self.kind.draws else 1
+        return self.replacements if self.kind.draws and not self.paired else 1
 
     @property
-    def options(self) -> frozenset[str]:
-        """The options of `store.variables.shapes` that are asked for."""
-        return frozenset({"edges"} if self.edges else ())
+    def variants(self) -> tuple[str, ...]:
+        """The programs of each ablation: "" for itself, and options of the store that have one of their own."""
+        return ("", *([EDGES] if self.edges else []), *([FREE] if self.freeze else []))
 
     @property
     def by_head(self) -> bool:
         """Whether single heads are ablated, not whole writes."""
         return self.sites == HEADS
 
-    def components(self, model: ModelConfig) -> list[Component]:
-        """Return the ablated components of a model, in forward order.
+    def ablations(self, model: ModelConfig) -> list[Ablation]:
+        """Return what is ablated in a model: in forward order, or as `components` names it.
 
         Raises:
-          UserError: if a layer or site is not one of the model's.
+          UserError: if a component is not one of the model's, or is named twice, or both ablated and frozen.
         """
+        frozen = self.frozen(model)
+        if self.components:
+            found = [_together(model, name) for name in self.components.split(",")]
+            for ablation in found:
+                if clash := [one for one in ablation.components if any(map(one.overlaps, frozen))]:
+                    raise UserError(
+                        f"config.ablation.freeze: {clash[0]} is both ablated and frozen; leave it out of one of them"
+                    )
+        else:
+            found = [Ablation.of(c) for c in self._everywhere(model) if not any(map(c.overlaps, frozen))]
+        if self.interactions:
+            found += _pairs(found)
+        twice = [str(one) for one, count in collections.Counter(found).items() if count > 1]
+        if twice:
+            raise UserError(f"config.ablation.components: {twice[0]} is named twice; name it once")
+        if not found:
+            raise UserError("config.ablation.freeze: freezes all that would be ablated; leave something free")
+        return found
+
+    def frozen(self, model: ModelConfig) -> set[Component]:
+        """Return the components of a model that are frozen, but for the final norm.
+
+        Raises:
+          UserError: if one is not the model's, or is named twice.
+        """
+        found: list[Component] = []
+        for name in _names(self.freeze):
+            found += [] if name == NORM else components_of(model, name)
+        twice = [str(one) for one, count in collections.Counter(found).items() if count > 1]
+        if twice:
+            raise UserError(f"config.ablation.freeze: {twice[0]} is named twice; name it once")
+        return set(found)
+
+    @property
+    def frozen_names(self) -> list[str]:
+        """The names that `freeze` gives."""
+        return _names(self.freeze)
+
+    def _everywhere(self, model: ModelConfig) -> list[Component]:
+        """Return the components of all `sites` of all `layers`."""
         for name in ("sites", "layers"):
             if not isinstance(getattr(self, name), str):
                 raise UserError(
@@ -162,6 +274,7 @@ class SweepConfig:
       precision: "highest", "high" or "default", of float32 matrix products.
       prompts: the prompts.
       ablation: the ablations.
+      readout: what is read.
       seed: of every draw: prompts under a limit, replacement sources, noise, bootstrap.
       rows: rows of a block, moved at once on each device; 0 picks 512 on a CPU and 16,384 on an accelerator.
         Fewer where its memory does not take them.
@@ -179,6 +292,7 @@ class SweepConfig:
     precision: str = "highest"
     prompts: PromptsConfig = PromptsConfig()
     ablation: AblationConfig = AblationConfig()
+    readout: ReadoutConfig = ReadoutConfig()
     seed: int = 0
     rows: int = 0
     memory: float = 0.0
@@ -191,12 +305,19 @@ class SweepConfig:
     def __post_init__(self) -> None:
         one_of("prompts.kind", self.prompts.kind, prompt_sets.KINDS)
         one_of("prompts.target", self.prompts.target, TARGETS)
+        one_of("readout.responders", self.readout.responders, RESPONDERS)
+        _ = self.readout.asked_metrics
+        if self.prompts.target == ANSWER:
+            if self.readout.target not in (AUTO, ANSWER):
+                raise UserError("config.readout.target: prompts.target asks for another; give one of the two")
+            object.__setattr__(self, "readout", dataclasses.replace(self.readout, target=ANSWER))
         if self.prompts.kind == "text" and not self.prompts.path:
             raise UserError("config.prompts.path: is empty; give a UTF-8 text file to cut prompts from")
         one_of("dtype", self.dtype, (*DTYPES, AS_STORED))
         one_of("precision", self.precision, PRECISIONS)
         ranges = {
             "ablation.replacements": (self.ablation.replacements, 1, MOST_REPLACEMENTS),
+            "ablation.cascade": (self.ablation.cascade, 0, MOST_CUTS),
             "prompts.limit": (self.prompts.limit, 0, MOST),
             "seed": (self.seed, 0, MOST_SEED),
             "model_step": (self.model_step, LAST_STEP, MOST),
@@ -214,6 +335,13 @@ class SweepConfig:
         if not 0 < self.identity_tolerance < 1:
             raise UserError(f"config.identity_tolerance: is {self.identity_tolerance}; give one between 0 and 1")
 
+    @property
+    def options(self) -> frozenset[str]:
+        """The options of `store.variables.shapes` that are asked for."""
+        heads = [HEADS] if self.readout.responders == HEADS else []
+        cascade = [CASCADE] if self.ablation.cascade else []
+        return frozenset({*self.ablation.variants[1:], *self.readout.asked_metrics, *heads, *cascade})
+
 
 def sweep_config(config: Mapping[str, Any]) -> SweepConfig:
     """Return the SweepConfig of a ConfigDict or any mapping of the same shape.
@@ -222,6 +350,32 @@ def sweep_config(config: Mapping[str, Any]) -> SweepConfig:
       UserError: if a key is unknown, or a value is of the wrong type or out of range.
     """
     return parse(SweepConfig, config, "config")
+
+
+def _names(text: str) -> list[str]:
+    """Return names that are separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _together(model: ModelConfig, names: str) -> Ablation:
+    """Return the ablation of components that are named together, as in "attn 23 + mlp 29"."""
+    found = [component for name in names.split("+") for component in components_of(model, name)]
+    for one, other in itertools.combinations(found, 2):
+        if one.overlaps(other):
+            raise UserError(f"config.ablation.components: {other} is named twice in {shown(names)}; name it once")
+    return Ablation.of(*found)
+
+
+def _pairs(ablations: Sequence[Ablation]) -> list[Ablation]:
+    """Return all pairs of ablations, each made together."""
+    pairs = []
+    for first, second in itertools.combinations(ablations, 2):
+        if any(one.overlaps(other) for one, other in itertools.product(first.components, second.components)):
+            raise UserError(
+                f"config.ablation.interactions: {first} and {second} have a component in common; name others"
+            )
+        pairs.append(Ablation.of(*first.components, *second.components))
+    return pairs
 
 
 def _layers(text: str, layers: int) -> set[int]:

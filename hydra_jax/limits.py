@@ -2,6 +2,7 @@
 
 MOST = 2**31 - 1
 MOST_REPLACEMENTS = 10_000
+MOST_CUTS = 1000
 MOST_BOOTSTRAP = 100_000
 """More resamples would take memory and change nothing."""
 MOST_SEED = 2**32 - 1

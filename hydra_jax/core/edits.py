@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -94,6 +95,11 @@ class Component:
     def arrays(self) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""] | None]:
         """Return it as the kernels take it: layer, site and head, None where it is a whole write."""
         return jnp.int32(self.layer), jnp.int32(self.site), None if self.head == WHOLE else jnp.int32(self.head)
+
+    def overlaps(self, other: Component) -> bool:
+        """Return whether it is the same, or one of the two is a head of the other."""
+        same = self.head == other.head or WHOLE in (self.head, other.head)
+        return (self.layer, self.site) == (other.layer, other.site) and same
 
     def __str__(self) -> str:
         return f"{SITES[self.site]} {self.layer}" + ("" if self.head == WHOLE else f".{self.head}")
@@ -207,29 +213,19 @@ def check_enough(prompts: int, replacements: int) -> None:
         )
 
 
-def draw_sources(
-    keys: Key[Array, " P"], prompt_ids: Sequence[str], replacements: int
+def draw_ranks(
+    keys: Key[Array, " P"], counts: Int[np.ndarray, " P"], replacements: int
 ) -> Int[np.ndarray, "P {replacements}"]:
-    """Return, for each prompt, the indices of `replacements` different other prompts.
-
-    The draw is over prompts in order of id, so that the order they come in changes nothing.
+    """Draw, for each prompt, `replacements` different ranks below its count.
 
     Args:
       keys: from `prompt_keys`.
-      prompt_ids: P different ids.
+      counts: of the prompts that each may draw from, R or more.
       replacements: R.
-
-    Raises:
-      UserError: if there are not more than R prompts.
     """
-    prompts = len(prompt_ids)
-    check_enough(prompts, replacements)
-    by_id = np.argsort(np.asarray(prompt_ids))
-    rank = np.argsort(by_id)
-
-    def one(key: Key[Array, ""], rank: Int[Array, ""]) -> Int[Array, " R"]:
-        others = jax.random.choice(key, prompts - 1, (replacements,), replace=False)
-        return jnp.where(others >= rank, others + 1, others)
-
-    ranks = jax.lax.map(lambda prompt: one(*prompt), (keys, jnp.asarray(rank)), batch_size=256)
-    return by_id[np.asarray(ranks)]
+    ranks = np.empty((len(counts), replacements), np.int64)
+    for count in np.unique(counts):
+        rows = np.flatnonzero(counts == count)
+        one = functools.partial(jax.random.choice, a=int(count), shape=(replacements,), replace=False)
+        ranks[rows] = jax.lax.map(one, keys[rows], batch_size=256)
+    return ranks

@@ -17,15 +17,15 @@ class Metrics(flax.struct.PyTreeNode):
     """A row's next-token distribution in four numbers.
 
     Attributes:
-      log_probability: [], of the target, in nats.
-      divergence: [], KL(clean || row), in nats.
-      rank: [] int, the number of tokens that are more likely than the target.
+      log_probability_drop: [], the fall of the target's log-probability from the clean run's, in nats.
+      kl: [], KL(clean || row), in nats.
+      target_rank: [] int, the number of tokens that are more likely than the target.
       top_changed: [] bool, whether the most likely token is another than in the clean run.
     """
 
-    log_probability: jax.Array
-    divergence: jax.Array
-    rank: jax.Array
+    log_probability_drop: jax.Array
+    kl: jax.Array
+    target_rank: jax.Array
     top_changed: jax.Array
 
 
@@ -50,8 +50,8 @@ def metrics(
     scale = jnp.where(frozen_norm, clean.final_scale, transformer.final_scale(params, resid))
     says = log_probabilities(params, resid, scale)
     return Metrics(
-        log_probability=says[clean.target],
-        divergence=(jnp.exp(said) * (said - says)).sum(),
-        rank=(says > says[clean.target]).sum(),
+        log_probability_drop=said[clean.target] - says[clean.target],
+        kl=(jnp.exp(said) * (said - says)).sum(),
+        target_rank=(says > says[clean.target]).sum(),
         top_changed=says.argmax() != said.argmax(),
     )

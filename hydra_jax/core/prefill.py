@@ -65,7 +65,7 @@ class Reading(flax.struct.PyTreeNode):
       final: [D], the stream after the last layer.
       final_scale: [], sigma.
       centred_logit: [], the contrast: of one token its logit minus the mean over the vocabulary, before any soft-cap.
-      probability: [], the target's.
+      probabilities: [K], those of the contrast's tokens.
     """
 
     position: jax.Array
@@ -76,7 +76,12 @@ class Reading(flax.struct.PyTreeNode):
     final: jax.Array
     final_scale: jax.Array
     centred_logit: jax.Array
-    probability: jax.Array
+    probabilities: jax.Array
+
+    @property
+    def probability(self) -> Float[Array, "*Q"]:
+        """The target's probability."""
+        return self.probabilities[..., 0]
 
     def lens(self, vector: Float[Array, " D"]) -> Float[Array, ""]:
         """Return u(w) = <w, r> / sigma: the contrast's share that is due to `vector` in the final stream."""
@@ -116,17 +121,16 @@ def read(params: Params, final: Float[Array, " D"], position: Int[Array, ""], co
     top = jnp.argmax(logits)
     contrast = contrast.replace(tokens=jnp.where(contrast.tokens == MOST_LIKELY, top, contrast.tokens))
     readout, constant = transformer.readout(params, contrast)
-    target = contrast.tokens[0]
     return Reading(
         position=position,
         top=top,
-        target=target,
+        target=contrast.tokens[0],
         readout=readout,
         constant=constant,
         final=final,
         final_scale=transformer.final_scale(params, final),
         centred_logit=contrast.of(logits),
-        probability=jax.nn.softmax(softcap(logits, params.config.final_softcap))[target],
+        probabilities=jax.nn.softmax(softcap(logits, params.config.final_softcap))[contrast.tokens],
     )
 
 

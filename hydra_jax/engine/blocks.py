@@ -246,7 +246,7 @@ def values(
     every = layout.readings * layout.draws
     rows = np.arange(layout.of_program) % every  # those that fill a block are like the first
 
-    def text(sources: Float[Array, "R E"], key: Key[Array, ""]) -> Float[Array, "M E"]:
+    def text(sources: Float[Array, "R E"], statistics: WriteStatistics, key: Key[Array, ""]) -> Float[Array, "M E"]:
         own = jax.random.fold_in(key, component)
         own = jax.lax.select(head == WHOLE, own, jax.random.fold_in(own, head))
         draws = jax.random.split(own, every)
@@ -255,7 +255,7 @@ def values(
             sources[rows % layout.draws], draws[rows]
         )
 
-    return jax.vmap(text)(sources, keys)
+    return jax.vmap(text)(sources, statistics, keys)
 
 
 def effects_of(
@@ -293,11 +293,15 @@ def effects_of(
 
 
 def head_effects(
-    reading: Reading, changes: list[Float[Array, "P N H"]], of: Int[Array, " N"], layout: Layout
+    reading: Reading,
+    changes: list[Float[Array, "P N H"]],
+    of: Int[Array, " N"],
+    chosen: Int[Array, " G"],
+    layout: Layout,
 ) -> Float[Array, "P G Q R L H"]:
-    """Return what each head changes, from what is recorded in each layer."""
+    """Return what each head changes in the rows of `chosen` programs, from what is recorded in each layer."""
     scaled = jnp.stack(changes, axis=2) / reading.final_scale[:, of][..., None, None]
-    return layout.by_program(scaled)
+    return layout.by_program(scaled)[:, chosen]
 
 
 def metrics_of(
@@ -306,10 +310,13 @@ def metrics_of(
     shift: Float[Array, "P N D"],
     frozen: Bool[Array, " N"],
     of: Int[Array, " N"],
+    chosen: Int[Array, " G"],
     layout: Layout,
     at_once: int,
 ) -> Metrics:
-    """Return the metrics of all rows, [P, G, Q, R], with the logits of `at_once` in memory."""
+    """Return the metrics of the rows of `chosen` programs, [P, G, Q, R], with the logits of `at_once` in memory."""
+    rows = chosen[:, None] * layout.of_program + jnp.arange(layout.readings * layout.draws)
+    shift, frozen, of = shift[:, rows.reshape(-1)], frozen[rows.reshape(-1)], of[rows.reshape(-1)]
 
     def text(text: tuple[Reading, Float[Array, "N D"]]) -> Metrics:
         reading, shift = text
@@ -322,4 +329,6 @@ def metrics_of(
 
         return jax.lax.map(row, (of, shift, frozen), batch_size=at_once)
 
-    return jax.tree.map(layout.by_program, jax.lax.map(text, (reading, shift)))
+    found = jax.lax.map(text, (reading, shift))
+    shape = len(chosen), layout.readings, layout.draws
+    return jax.tree.map(lambda leaf: leaf.reshape(len(leaf), *shape), found)

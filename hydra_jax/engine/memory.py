@@ -91,6 +91,7 @@ class Asked:
       rows: in a block; 0 for the device's default.
       streamed: whether layers are read as they are needed.
       least: programs that are not walked apart.
+      by_head: whether is recorded what each head of attention changes.
     """
 
     programs: int
@@ -99,6 +100,7 @@ class Asked:
     rows: int = 0
     streamed: bool = False
     least: int = 1
+    by_head: bool = False
 
     @property
     def at_once(self) -> int:
@@ -147,7 +149,7 @@ def needs(config: ModelConfig, length: int, asked: Asked, model: int = 1, free: 
         + asked.readings * reading
         + 4 * asked.draws * asked.readings * c.width,
         # Its shift; what is recorded of it, as it is, joined, scaled by blocks, and in their order.
-        row=4 * c.width + 4 * 4 * c.components,
+        row=4 * c.width + 4 * 4 * c.components + (4 * 3 * c.layers * c.heads if asked.by_head else 0),
     )
 
 

@@ -109,16 +109,25 @@ class Rows:
         run = self._program(blocks.effects_of, (0, 5, 6, 7), layout=self.layout)
         return run(params, reading, self.shift, self.direct, self._changes, frozen, probed, self._reading)
 
-    def metrics(self, reading: Reading, at_once: int = UNEMBED_ROWS) -> Metrics:
-        """Return the rows' metrics, [P, G, Q, R], after the last layer; `at_once` rows are unembedded together."""
-        params, frozen = self._texts.params, self.layout.per_row(self.programs.norm == Word.FREEZE)
-        run = self._program(blocks.metrics_of, (0, 3, 4), layout=self.layout, at_once=at_once)
-        return run(params, reading, self.shift, frozen, self._reading)
+    def metrics(self, reading: Reading, at_once: int = UNEMBED_ROWS, every: int = 1) -> Metrics:
+        """Return the metrics of rows, [P, G, Q, R], after the last layer.
 
-    def head_changes(self, reading: Reading) -> Float[Array, "P G Q R L H"]:
-        """Return what each head of attention changes, [P, G, Q, R, L, H], where that was asked for."""
-        run = self._program(blocks.head_effects, (2,), layout=self.layout)
-        return run(reading, self._of_heads, self._reading)
+        Args:
+          reading: what the texts say, [P, Q].
+          at_once: rows that are unembedded together.
+          every: only those of the first of as many programs.
+        """
+        params, frozen = self._texts.params, self.layout.per_row(self.programs.norm == Word.FREEZE)
+        run = self._program(blocks.metrics_of, (0, 3, 4, 5), layout=self.layout, at_once=at_once)
+        return run(params, reading, self.shift, frozen, self._reading, self._chosen(every))
+
+    def head_changes(self, reading: Reading, every: int = 1) -> Float[Array, "P G Q R L H"]:
+        """Return what each head of attention changes, [P, G, Q, R, L, H], where that was asked for; see `metrics`."""
+        run = self._program(blocks.head_effects, (2, 3), layout=self.layout)
+        return run(reading, self._of_heads, self._reading, self._chosen(every))
+
+    def _chosen(self, every: int) -> Int[np.ndarray, " G"]:
+        return np.arange(0, len(self.programs.norm), every, dtype=np.int32)
 
     def _advance(self, number: int, layer: LayerParams, clean: LayerClean, sites: tuple[int, ...]) -> None:
         """Move the rows of those blocks in which any is moved or recorded at a stage."""
@@ -209,9 +218,9 @@ class Draws:
           kind: of the ablations.
           keys: each text's.
           sources: returns a component's values in the replacements' prompts.
-          statistics: returns a component's over the prompt set.
+          statistics: returns a component's over the prompt set, [P, E], on the devices of the texts.
         """
-        self._run = program(mesh, blocks.values, (1, 3, 4), kind=kind, layout=layout)
+        self._run = program(mesh, blocks.values, (3, 4), kind=kind, layout=layout)
         self._keys, self._sources, self._statistics = keys, sources, statistics
         self._last: tuple[Component | None, Any] = None, None
 

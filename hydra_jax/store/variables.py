@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from hydra_jax.config import CASCADE, EDGES, FREE, HEADS
 from hydra_jax.core.edits import SET, SITES, WHOLE, Ablation, Component, all_components
 
 LOGITS = "logits"
@@ -16,9 +17,6 @@ NATS = "nats"
 
 NON_FINITE = "non_finite"
 """The variable that counts replacements whose values are not finite; NaN stands in their place."""
-
-EDGES, FREE, HEADS, CASCADE = "edges", "free", "heads", "cascade"
-"""The options under which a store has more variables; each metric (see METRICS) is one, too."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import xarray as xr
 
-from hydra_jax.core.edits import SITES, Component, all_components
+from hydra_jax.config import EDGES, FREE, HEADS
+from hydra_jax.core.edits import WHOLE, Ablation, Component, all_components
 from hydra_jax.core.effects import Effects
 from hydra_jax.core.prefill import Reading
 from hydra_jax.core.programs import Program, Word, program, together
@@ -23,7 +24,9 @@ from hydra_jax.errors import UserError
 from hydra_jax.models.pieces import LayerParams
 from hydra_jax.models.transformer import Contrast
 from hydra_jax.store import variables
-from hydra_jax.sweep.plan import Plan, batch_of
+from hydra_jax.sweep.items import batch_of
+from hydra_jax.sweep.plan import Plan
+from hydra_jax.sweep.readout import NONE
 from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.padding import padded_length
 
@@ -58,7 +61,7 @@ class Part:
         self._values = Draws(
             *(self.texts.mesh, self.rows.layout, plan.ablation.kind, self.texts.put(plan.keys[prompts])),
             lambda component: sources(prompts, component),
-            plan.statistics_of,
+            lambda component: jax.tree.map(self.texts.put, plan.statistics_of(component, prompts)),
         )
         self._added: list[tuple[Any, Any]] = []
 
@@ -87,6 +90,7 @@ class Walked:
       reading: [P, Q, ...], on this host.
       contributions: [P, Q, 2L], what each write adds to what is read.
       of_heads: [P, Q, L * H], what each head adds; None where no head is clamped.
+      logits_at_once: rows that memory lets be unembedded together.
     """
 
     def __init__(
@@ -109,14 +113,15 @@ class Walked:
           sources: of replacements.
           progress: told of how much more is done, all of it 1.
           places: [P, Q], the tokens after which they are read; None for the last ones.
-          contrasts: [P, Q, K], what is read; None for the plan's targets.
+          contrasts: [P, Q, K], what is read; None for the plan's.
           responding_heads: whether is recorded what each head changes.
         """
         model, c = plan.model, plan.model.config
+        self._heads = c.heads
         if places is None:
             places = np.array([[len(plan.items[index].tokens) - 1] for index in prompts], np.int32)
         if contrasts is None:
-            contrasts = Contrast.target(plan.targets[prompts].astype(np.int32)[:, None])
+            contrasts = jax.tree.map(lambda leaf: leaf[prompts][:, None], plan.contrasts)
 
         def part(some: np.ndarray) -> Part:
             asked = jax.tree.map(lambda leaf: leaf[some], contrasts)
@@ -125,6 +130,7 @@ class Walked:
         # Of one size, whatever the number of prompts: what is computed at once does not hang on memory.
         slices = np.split(np.arange(len(prompts)), plan.sizer.parts(len(prompts)))
         self._parts = [part(some) for some in slices]
+        self.logits_at_once = plan.sizer.sizes(int(places.max()) + 1).logits
         every = max(1, sum(self._parts[0].rows.work(number) for number in range(c.layers)))
         for number, layer in enumerate(forward(c, model.layers)):
             for one in self._parts:
@@ -137,6 +143,17 @@ class Walked:
         self.contributions = np.concatenate(added)
         self.of_heads = None if of_heads[0] is None else np.concatenate(of_heads)
 
+    def of_ablations(self, ablations: Sequence[Ablation]) -> np.ndarray:
+        """Return the sum of what an ablation's components contribute, [P, Q, A]."""
+        heads = self._heads
+
+        def one(component: Component) -> np.ndarray:
+            if component.head == WHOLE or self.of_heads is None:
+                return self.contributions[..., component.index]
+            return self.of_heads[..., component.unit(heads)]
+
+        return np.stack([np.sum([one(part) for part in each.components], axis=0) for each in ablations], axis=-1)
+
     def each(self, of: Callable[[Rows, Reading], Any]) -> Any:
         """Return what `of` makes of each part's rows and reading, on this host, along one axis of prompts."""
         return _joined([of(one.rows, reading) for one, reading in zip(self._parts, self._readings, strict=True)])
@@ -146,8 +163,19 @@ def _joined(parts: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(list(parts)))
 
 
+def programs_of(plan: Plan, ablations: Sequence[Ablation]) -> list[Program]:
+    """Return the programs of ablations, for each those of `AblationConfig.variants`, one after another."""
+    c, frozen = plan.model.config, plan.ablation.frozen_names
+    made = {
+        "": lambda clamp: program(c, clamp, frozen),
+        EDGES: lambda clamp: program(c, clamp, rest=Word.PROBE),
+        FREE: lambda clamp: program(c, clamp),
+    }
+    return [made[variant](ablation.components) for ablation in ablations for variant in plan.ablation.variants]
+
+
 def ablate(plan: Plan, part: slice, size: int, sources: Sources, progress: Progress) -> dict[str, np.ndarray]:
-    """Ablate all of a plan's components in some of its prompts, and return the variables of a result store.
+    """Make all of a plan's ablations in some of its prompts, and return the variables of a result store.
 
     Args:
       plan: the sweep.
@@ -159,113 +187,147 @@ def ablate(plan: Plan, part: slice, size: int, sources: Sources, progress: Progr
     Raises:
       UserError: if the identity of `core.effects` fails in a prompt.
     """
-    count, every = part.stop - part.start, plan.components
+    count, every = part.stop - part.start, plan.ablations
     longest = padded_length(len(plan.items[part.stop - 1].tokens), plan.model.config.context)
     at_once = plan.sizer.programs(longest, size) // plan.sizer.asked.least
+    order = sorted(range(len(every)), key=lambda index: every[index].components[0].index)  # as walks begin them
 
-    def ablated(components: Sequence[Component]) -> dict[str, np.ndarray]:
-        interventions = count * len(components) * plan.ablation.draws
-        return _ablate(plan, part, size, components, sources, lambda done: progress(done * interventions))
+    def ablated(some: slice) -> dict[str, np.ndarray]:
+        chosen = [every[index] for index in order[some]]
+        interventions = count * len(chosen) * plan.ablation.draws
+        return _ablate(plan, part, size, chosen, sources, lambda done: progress(done * interventions))
 
-    found = [ablated(every[some]) for some in evenly(len(every), at_once)]
+    found = [ablated(some) for some in evenly(len(every), at_once)]
+    back = np.argsort(order)
     of_ablated = {name for name in found[0] if "ablated" in variables.VARIABLES[name].dims}
     return {
-        name: np.concatenate([one[name] for one in found], axis=1) if name in of_ablated else values
+        name: np.concatenate([one[name] for one in found], axis=1)[:, back] if name in of_ablated else values
         for name, values in found[0].items()
     }
 
 
 def _ablate(
-    plan: Plan, part: slice, size: int, components: Sequence[Component], sources: Sources, progress: Progress
+    plan: Plan, part: slice, size: int, ablations: Sequence[Ablation], sources: Sources, progress: Progress
 ) -> dict[str, np.ndarray]:
-    """Ablate some components by one walk; see `ablate`. All that is done of it is 1."""
-    c, edges, count = plan.model.config, plan.ablation.edges, part.stop - part.start
+    """Make some ablations by one walk; see `ablate`. All that is done of it is 1."""
+    variants, count = plan.ablation.variants, part.stop - part.start
     prompts = np.array(fill_up(range(part.start, part.stop), size))
-    rests = (Word.FOLLOW, Word.PROBE) if edges else (Word.FOLLOW,)
-    programs = together([program(c, clamp=[one], rest=rest) for one in components for rest in rests])
-    walked = Walked(plan, prompts, programs, sources, progress)
-    summarise = device_program(meshes.mesh_of(plan.model.params), summarise_effects, (), edges=edges)
-    every = walked.each(lambda rows, reading: summarise(rows.effects(reading)))
-    summary: Any = jax.tree.map(lambda array: array[:count], every)
-    _check_identity(plan, part, components, summary.residual)
+    programs = together(programs_of(plan, ablations))
+    by_head = HEADS in plan.options
+    walked = Walked(plan, prompts, programs, sources, progress, responding_heads=by_head)
+    summarise = device_program(meshes.mesh_of(plan.model.params), summarise_effects, (), variants=variants)
+
+    def summary(rows: Rows, reading: Reading) -> Any:
+        metrics = rows.metrics(reading, walked.logits_at_once, len(variants)) if _asked_metrics(plan) else None
+        heads = rows.head_changes(reading, len(variants)) if by_head else None
+        return summarise(rows.effects(reading), metrics, heads)
+
+    found: Any = jax.tree.map(lambda array: array[:count], walked.each(summary))
+    _check_identity(plan, part, ablations, found.residual)
     reading: Any = walked.reading
-    own = walked.contributions if walked.of_heads is None else walked.of_heads
     clean: dict[str, Any] = {
         "clean_logit": reading.centred_logit[:, 0],
         "clean_probability": reading.probability[:, 0],
         "final_scale": reading.final_scale[:, 0],
         "delta_unembed": walked.contributions[:, 0],
-        "ablated_delta_unembed": own[:, 0, [component.unit(c.heads) for component in components]],
+        "ablated_delta_unembed": walked.of_ablations(ablations)[:, 0],
     }
-    made = {name: getattr(summary, name) for name in variables.VARIABLES if hasattr(summary, name)}
-    return {name: values[:count] for name, values in (clean | made).items() if values is not None}
+    made = found.variables(plan.options)
+    return {name: values[:count] for name, values in (clean | made).items()}
 
 
-def ablate_each(plan: Plan, ablations: Sequence[tuple[int, Component]]) -> list[xr.Dataset]:
+def _asked_metrics(plan: Plan) -> list[str]:
+    return [name for name in variables.METRICS if name in plan.options]
+
+
+def ablate_each(plan: Plan, ablations: Sequence[tuple[int, Ablation]]) -> list[xr.Dataset]:
     """Make single ablations in single prompts, by one walk.
 
     Args:
       plan: the sweep.
-      ablations: each the index of a prompt, and the component that is ablated in it.
+      ablations: each the index of a prompt, and what is ablated in it.
 
     Returns:
       Everything about each, a dataset of (replacement, component).
     """
-    components = sorted({component for _, component in ablations})
+    every = sorted({ablation for _, ablation in ablations}, key=lambda one: one.components[0].index)
     indices = list(dict.fromkeys(index for index, _ in ablations))
     prompts = np.array(fill_up(indices, plan.sizer.fill_up(len(indices))))
-    sources = Sources(plan, resident=False)
-    programs = together([program(plan.model.config, clamp=[component]) for component in components])
-    walked = Walked(plan, prompts, programs, sources, lambda done: None)
+    by_head, variants = HEADS in plan.options, len(plan.ablation.variants)
+    programs = together(programs_of(plan, every))
+    walked = Walked(plan, prompts, programs, Sources(plan, False), lambda done: None, responding_heads=by_head)
     effects: Effects = walked.each(Rows.effects)
+    more: dict[str, tuple[tuple[str, ...], Any]] = {}
+    if names := _asked_metrics(plan):
+        metrics = walked.each(lambda rows, reading: rows.metrics(reading, walked.logits_at_once, variants))
+        kept = [variables.METRICS[name][0] for name in names]
+        more |= {name: (("replacement",), getattr(metrics, name)[:, :, 0]) for name in kept}
+    if by_head:
+        heads = walked.each(lambda rows, reading: rows.head_changes(reading, variants))
+        more["head_compensation"] = ("replacement", "attn_layer", "head"), heads[:, :, 0]
+    if FREE in plan.options:
+        more["free_total_effect"] = ("replacement",), effects.total_effect[:, variants - 1 :: variants, 0]
     return [
-        _everything(plan, walked, effects, indices.index(index), index, component, components.index(component))
-        for index, component in ablations
+        _everything(plan, walked, effects, more, indices.index(index), index, every.index(ablation), ablation)
+        for index, ablation in ablations
     ]
 
 
 def _everything(
-    plan: Plan, walked: Walked, every: Effects, place: int, index: int, component: Component, unit: int
+    plan: Plan,
+    walked: Walked,
+    every: Effects,
+    more: dict[str, tuple[tuple[str, ...], Any]],
+    place: int,
+    index: int,
+    unit: int,
+    ablation: Ablation,
 ) -> xr.Dataset:
     """Return one ablation's dataset: that of the prompt at `place` in the walk, `index` in the plan."""
-    effects: Effects = jax.tree.map(lambda array: array[place, unit, 0], every)
+    effects: Effects = jax.tree.map(lambda array: array[place, unit * len(plan.ablation.variants), 0], every)
     reading: Reading = jax.tree.map(lambda array: array[place, 0], walked.reading)
     contributions = walked.contributions[place, 0]
     compensation = effects.compensation.reshape(len(effects.compensation), -1)
-    # The ablated component's own change is its direct effect: it is not among the compensations.
+    # What is ablated is not among the compensations: its own change is its direct effect, alone or with the others'.
     ablated = contributions + compensation
-    ablated[:, component.index] -= effects.direct_effect
+    ablated[:, [one.index for one in ablation.components]] = np.nan
+    single = ablation.single
+    if single is not None:
+        ablated[:, single.index] = contributions[single.index] + compensation[:, single.index] - effects.direct_effect
     prompt = plan.items[index].prompt
+    target, foil = plan.tokens[index].tolist()
+    labels = {name: values.item() for name, (_, values) in variables.ablated_labels([ablation]).items()}
+    foils = {} if foil == NONE else {"foil_text": plan.model.tokenizer.decode([foil])}
     return xr.Dataset(
         {
             "delta_unembed": ("component", contributions, {"long_name": "contribution, clean run"}),
             "ablated_unembed": (("replacement", "component"), ablated, {"long_name": "contribution, ablated run"}),
             "compensation": (("replacement", "component"), compensation),
             **{name: ("replacement", getattr(effects, name)) for name in variables.EFFECTS},
+            **{name: (dims, values[place, unit]) for name, (dims, values) in more.items()},
         },
         variables.labels("component", all_components(plan.model.config.layers)),
         {
             "prompt_id": prompt.id,
             "text": prompt.text,
-            "target_text": plan.model.tokenizer.decode([int(plan.targets[index])]),
+            "target_text": plan.model.tokenizer.decode([target]),
+            **foils,
             "clean_logit": float(reading.centred_logit),
             "clean_probability": float(reading.probability),
-            "ablated_layer": component.layer,
-            "ablated_site": SITES[component.site],
-            "ablated_head": component.head,
+            **labels,
             "kind": str(plan.ablation.kind),
             "units": variables.LOGITS,
         },
     )
 
 
-def _check_identity(plan: Plan, part: slice, components: Sequence[Component], residual: np.ndarray) -> None:
+def _check_identity(plan: Plan, part: slice, ablations: Sequence[Ablation], residual: np.ndarray) -> None:
     """Refuse results of which the identity does not hold; `residual` is [P, A]."""
     wrong = np.argwhere(residual > plan.tolerance)
     if wrong.size:
         prompt, unit = wrong[0]
         raise UserError(
-            f"prompt {plan.items[part.start + prompt].prompt.name}, {components[unit]}: total effect is not direct"
+            f"prompt {plan.items[part.start + prompt].prompt.name}, {ablations[unit]}: total effect is not direct"
             f" effect less compensation, by {residual[prompt, unit]:.2g} logits (more than {plan.tolerance:g}); the"
             " activations lose precision: use float32 and precision=highest, or raise identity_tolerance"
         )

@@ -22,7 +22,7 @@ from hydra_jax.engine.cluster import Cluster
 from hydra_jax.store import files
 
 DIRECTORY = "bank"
-COLUMNS = {"top": np.int64, "target": np.int64, "probability": np.float32}
+COLUMNS = {"top": np.int64, "top_probability": np.float32, "answer": np.int64, "answer_probability": np.float32}
 BLOCK = 1 << 24
 """The number of bytes that a checksum takes in at once."""
 
@@ -33,15 +33,17 @@ class Row:
 
     Attributes:
       top: the most likely next token.
-      target: the token whose logit is read.
-      probability: the target's probability.
+      top_probability: its probability.
+      answer: the answer's first token, in the spelling that the model prefers; -1 where there is none.
+      answer_probability: its probability; NaN where there is none.
       part: the number of the bank's part that has the prompt's values; -1 where they are not kept.
       index: the index of the values in that part; -1 where they are not kept.
     """
 
     top: int
-    target: int
-    probability: float
+    top_probability: float
+    answer: int
+    answer_probability: float
     part: int = -1
     index: int = -1
 

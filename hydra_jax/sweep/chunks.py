@@ -13,12 +13,13 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax.core.edits import Ablation
 from hydra_jax.engine.batching import evenly
 from hydra_jax.errors import UserError
 from hydra_jax.store import variables
 from hydra_jax.sweep.ablations import ablate
+from hydra_jax.sweep.cascades import cascade
 from hydra_jax.sweep.plan import Plan
+from hydra_jax.sweep.readout import NONE
 from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.padding import padded_length
 
@@ -45,10 +46,13 @@ def ablate_chunk(
       UserError: if the identity of `core.effects` fails in a prompt.
     """
     sizes = variable_sizes(plan, chunk.stop - chunk.start)
-    columns = variables.empty(sizes, plan.ablation.options)
+    columns = variables.empty(sizes, plan.options)
     for part in evenly(sizes["prompt"], size):
         prompts = slice(chunk.start + part.start, chunk.start + part.stop)
-        for name, values in ablate(plan, prompts, size, sources, progress).items():
+        found = ablate(plan, prompts, size, sources, progress) if plan.ablations else {}
+        if plan.ablation.cascade:
+            found |= cascade(plan, prompts, sources, progress)
+        for name, values in found.items():
             columns[name][part] = values
     _leave_out(columns, plan.ablation.draws)
     return columns
@@ -59,7 +63,8 @@ def _leave_out(columns: dict[str, np.ndarray], draws: int) -> None:
     clean = [columns[name].reshape(len(columns[name]), -1) for name in variables.CLEAN]
     broken = ~np.isfinite(np.concatenate(clean, axis=1)).all(axis=1)
     for name in columns.keys() - set(variables.CLEAN) - {variables.NON_FINITE}:
-        columns[name][broken] = np.nan
+        if columns[name].dtype.kind == "f":
+            columns[name][broken] = np.nan
     columns[variables.NON_FINITE][broken] = draws
 
 
@@ -87,7 +92,7 @@ def fill(
     Raises:
       UserError: as `ablate_chunk`, and if too many values are not finite.
     """
-    of_prompt = len(plan.components) * plan.ablation.draws
+    of_prompt = (len(plan.ablations) + plan.ablation.cascade) * plan.ablation.draws
     every = of_prompt * sum(chunk.stop - chunk.start for chunk in (*chunks, *finished))
     sources = Sources(plan)
     bar = tqdm(
@@ -151,7 +156,7 @@ def _report_lost(plan: Plan, chunk: slice, counts: np.ndarray, say: Callable[[st
     first = plan.items[chunk.start + prompts[0]].prompt.name
     others = len(prompts) - 1
     say(
-        f"not finite, recorded and left out of averages: prompt {first}, {plan.components[ablated[0]]}"
+        f"not finite, recorded and left out of averages: prompt {first}, {plan.ablations[ablated[0]]}"
         + (f" and {others:,} more" if others else "")
     )
     return int(counts.sum())
@@ -159,25 +164,41 @@ def _report_lost(plan: Plan, chunk: slice, counts: np.ndarray, say: Callable[[st
 
 def variable_sizes(plan: Plan, prompts: int) -> dict[Hashable, int]:
     """Return the sizes, by dimension, of the variables of some prompts."""
+    c = plan.model.config
     return {
         "prompt": prompts,
-        "ablated": len(plan.components),
+        "ablated": len(plan.ablations),
         "replacement": plan.ablation.draws,
-        "component": plan.model.config.components,
+        "component": c.components,
+        "attn_layer": c.layers,
+        "head": c.heads,
+        "cut": plan.ablation.cascade,
     }
 
 
 def frame(plan: Plan) -> xr.Dataset:
     """Return the result's coordinates and sources."""
+    decode, items, foils = plan.model.tokenizer.decode, plan.items, plan.tokens[:, 1]
     prompts: dict[str, Any] = {
         "prompt_id": plan.ids,
-        "text": [item.prompt.text for item in plan.items],
-        "relation": [item.prompt.relation for item in plan.items],
-        "answer_text": [item.prompt.answer for item in plan.items],
+        "text": [item.prompt.text for item in items],
+        "relation": [item.prompt.relation for item in items],
+        "answer_text": [item.prompt.answer for item in items],
         "target_id": plan.targets,
-        "target_text": [plan.model.tokenizer.decode([target]) for target in plan.targets.tolist()],
-        "length": [len(item.tokens) for item in plan.items],
+        "target_text": [decode([target]) for target in plan.targets.tolist()],
+        "foil_id": foils,
+        "foil_text": ["" if foil == NONE else decode([foil]) for foil in foils.tolist()],
+        "length": [len(item.tokens) for item in items],
+        "position": [item.position for item in items],
+        "token_text": [decode([item.tokens[-1]]) for item in items],
+        "text_id": [item.text_id for item in items],
+        "source_text": [item.prompt.source if plan.ablation.paired else "" for item in items],
     }
     # An index in the pool is one in the store only where the two are the same prompts.
-    source = plan.sources if list(plan.pool) == plan.ids else np.full_like(plan.sources, -1)
-    return variables.frame(prompts, [Ablation.of(one) for one in plan.components], plan.model.config.layers, source)
+    source = np.full_like(plan.sources, -1) if plan.apart else plan.sources
+    return variables.frame(prompts, plan.ablations, plan.model.config.layers, source)
+
+
+def in_memory(plan: Plan) -> xr.Dataset:
+    """Return the result with arrays for what is to be computed."""
+    return variables.in_memory(frame(plan), variable_sizes(plan, len(plan.items)), plan.options)

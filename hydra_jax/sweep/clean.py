@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hydra_jax.config import ANSWER, TOP, AblationConfig, PromptsConfig
-from hydra_jax.core.edits import WHOLE, Component
-from hydra_jax.core.prefill import MOST_LIKELY
+from hydra_jax.config import PromptsConfig
+from hydra_jax.core.edits import WHOLE, Component, Kind
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly, fill_up
 from hydra_jax.engine.cluster import Cluster
@@ -25,8 +24,11 @@ from hydra_jax.engine.walk import PREFILL_TOKENS, Texts, clean_runs
 from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import Contrast
 from hydra_jax.sweep.bank import COLUMNS, Bank
-from hydra_jax.sweep.plan import Item, batch_of, by_length, places
+from hydra_jax.sweep.items import Item, batch_of, by_length
+from hydra_jax.sweep.plan import places
+from hydra_jax.sweep.readout import candidates
 from hydra_jax.text.padding import padded_length
+from hydra_jax.text.tokenizer import spelled
 from hydra_jax.weights.model import Model
 
 Keep = Callable[[Item, int], bool]
@@ -39,34 +41,33 @@ class CleanPass:
 
     Attributes:
       model: the model.
-      ablation: its sites and layers say which values are kept.
+      kind: of the ablations: zero takes no values from clean runs.
+      components: those whose values are kept.
       sizer: says how many prompts go at once.
       bank: takes them in.
       cluster: the processes that share the work.
       progress: whether to show a bar.
-      components: those whose values are kept; None for the ablation's.
     """
 
     model: Model
-    ablation: AblationConfig
+    kind: Kind
+    components: Sequence[Component]
     sizer: BatchSizer
     bank: Bank
     cluster: Cluster
     progress: bool = False
-    components: Sequence[Component] | None = None
 
     def bar(self, total: int) -> tqdm:
         """Return the bar of the whole pass."""
         return tqdm(total=total, desc="clean pass", unit=" prompts", disable=not self.progress)
 
-    def run(self, items: Sequence[Item], bar: tqdm, keep: Keep = lambda item, top: True, target: str = TOP) -> None:
+    def run(self, items: Sequence[Item], bar: tqdm, keep: Keep = lambda item, top: True) -> None:
         """Make the clean runs of `items` that the bank does not have yet.
 
         Args:
           items: the prompts.
           bar: told of every prompt.
           keep: says whose values are kept.
-          target: the token whose logit is read, as `PromptsConfig.target`.
         """
         end = bar.n + len(items)
         missing = sorted((item for item in items if item.prompt.id not in self.bank.rows), key=by_length)
@@ -80,7 +81,7 @@ class CleanPass:
         say = functools.partial(bar.write, file=sys.stderr)
         for part in worker.share(parts):
             chosen = missing[part]
-            runs = functools.partial(self._runs, chosen, target)
+            runs = functools.partial(self._runs, chosen)
             columns, values = self.sizer.run(runs, self.sizer.fill_up(parts[0].stop, clean=True), say)
             kept = np.array([keep(item, top) for item, top in zip(chosen, columns["top"].tolist(), strict=True)])
             if worker.leads:
@@ -89,25 +90,20 @@ class CleanPass:
         bar.update(end - bar.n)
         self.bank.refresh(self.cluster)
 
-    def _runs(self, items: Sequence[Item], target: str, size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _runs(self, items: Sequence[Item], size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Run `items`, `size` at once: the columns of the bank's rows [P], and values [P, F]."""
-        answers = [item.answer if target == ANSWER else None for item in items]
-        targets = [MOST_LIKELY if answer is None else answer for answer in answers]
-        parts = [self._run(items[part], targets[part], size) for part in evenly(len(items), size)]
+        parts = [self._run(items[part], size) for part in evenly(len(items), size)]
         joined = {name: np.concatenate([columns[name] for columns, _ in parts]) for name in COLUMNS}
         return joined, np.concatenate([values for _, values in parts])
 
-    def _run(
-        self, items: Sequence[Item], targets: Sequence[int], size: int
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _run(self, items: Sequence[Item], size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Run `items`, filled up to `size`, through the layers; see `_runs`."""
-        model, c, kind = self.model, self.model.config, self.ablation.kind
-        # Zero ablation takes no values from clean runs.
-        ablated = self.ablation.components(c) if self.components is None else self.components
-        kept = ablated if kind.needs_sources or kind.needs_statistics else []
+        model, c = self.model, self.model.config
+        kept = self.components if self.kind.needs_sources or self.kind.needs_statistics else []
         where = places(c, kept)
         values = np.empty((len(items), sum(place.stop - place.start for place in where.values())), jnp.dtype(c.dtype))
-        asked = np.array(fill_up(targets, size), np.int32)[:, None]
+        asked = candidates(fill_up(items, size))
+        contrasts = Contrast(asked[:, None], np.tile(np.float32([1, 0, 0]), (size, 1, 1)))
         tokens, lengths = batch_of(items, size, c.context)
         parts = np.split(np.arange(size), self.sizer.parts(size, clean=True))
         sizes = self.sizer.sizes(tokens.shape[1])
@@ -120,9 +116,32 @@ class CleanPass:
             for component in here:
                 of = writes[:, component.site] if component.head == WHOLE else mixed[:, component.head]
                 values[rows, where[component]] = of[: len(rows)]
-        readings = [texts.read(Contrast.target(asked[some])) for texts, some in zip(every, parts, strict=True)]
+        readings = [
+            texts.read(jax.tree.map(lambda leaf, some=some: leaf[some], contrasts))
+            for texts, some in zip(every, parts, strict=True)
+        ]
         said = jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(readings))
-        return {name: getattr(said, name)[: len(items), 0].astype(dtype) for name, dtype in COLUMNS.items()}, values
+        return _columns(items, asked, said.top[: len(items), 0], said.probabilities[: len(items), 0]), values
+
+
+def _columns(
+    items: Sequence[Item], asked: np.ndarray, top: np.ndarray, probabilities: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the columns of the bank's rows, of what clean runs say of the tokens they are `asked` for, [P, 3]."""
+    answers = np.array(
+        [spelled(item.answers, one) if item.answers else -1 for item, one in zip(items, top, strict=True)]
+    )
+    place = (asked[: len(items)] == answers[:, None]).argmax(
+        axis=1
+    )  # beside the most likely one, as it is the answer's
+    of_answers = np.take_along_axis(probabilities, place[:, None], axis=1)[:, 0]
+    columns = {
+        "top": top,
+        "top_probability": probabilities[:, 0],
+        "answer": answers,
+        "answer_probability": np.where(answers < 0, np.nan, of_answers),
+    }
+    return {name: columns[name].astype(dtype) for name, dtype in COLUMNS.items()}
 
 
 def choose(clean: CleanPass, items: Sequence[Item], wanted: PromptsConfig, seed: int) -> tuple[list[Item], list[Item]]:
@@ -137,16 +156,11 @@ def choose(clean: CleanPass, items: Sequence[Item], wanted: PromptsConfig, seed:
       UserError: if none can be kept.
     """
     limit, correct_only = wanted.limit, wanted.filtered
-    unanswered = next((item.prompt for item in items if item.answer is None), None)
-    if wanted.target == ANSWER and unanswered:
-        raise UserError(
-            f"prompt {unanswered.name}: has no answer to read; give it one, or set --config.prompts.target=top"
-        )
-    if correct_only and all(item.answer is None for item in items):
+    if correct_only and not any(item.answers for item in items):
         raise UserError("prompts: none has an answer to be right about; set --config.prompts.correct_only=False")
 
     def keep(item: Item, top: int) -> bool:
-        return top == item.answer or not correct_only
+        return top in item.answers or not correct_only
 
     step = len(items)
     if limit:
@@ -157,7 +171,7 @@ def choose(clean: CleanPass, items: Sequence[Item], wanted: PromptsConfig, seed:
     with clean.bar(len(items)) as bar:
         for start in range(0, len(items), step):
             block = items[start : start + step]
-            clean.run(block, bar, keep, wanted.target)
+            clean.run(block, bar, keep)
             examined += block
             kept += [item for item in block if keep(item, clean.bank.rows[item.prompt.id].top)]
             if limit and len(kept) >= limit:

@@ -17,7 +17,7 @@ BLOCK = 256
 EXAMPLES = 4
 COORDINATES = (
     *("prompt_id", "text", "target_text", "clean_logit", "clean_probability"),
-    *("ablated_layer", "ablated_site", "ablated_head"),
+    *("ablated_name", "ablated_layer", "ablated_site", "ablated_head"),
 )
 
 
@@ -48,7 +48,7 @@ def examples(plan: Plan, effects: xr.Dataset, prompt_id: str = "") -> xr.Dataset
     spread = order[np.linspace(0, len(order) - 1, EXAMPLES).round().astype(int)]
     ablated = []
     chosen = list(dict.fromkeys([*asked, *spread.tolist()]))[:EXAMPLES]
-    for one in ablate_each(plan, [(index, plan.components[int(strongest[index])]) for index in chosen]):
+    for one in ablate_each(plan, [(index, plan.ablations[int(strongest[index])]) for index in chosen]):
         named = {name: np.array(one.attrs[name]) for name in COORDINATES}
         named |= {name: value.astype(object) for name, value in named.items() if value.dtype.kind == "U"}
         ablated.append(one.assign_coords(named).drop_attrs(deep=False))

@@ -9,74 +9,20 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from hydra_jax.config import AblationConfig, SweepConfig
-from hydra_jax.core.edits import WHOLE, Component, WriteStatistics, draw_sources, prompt_keys
-from hydra_jax.engine.batching import fill_up
+from hydra_jax.config import HEADS, AblationConfig, SweepConfig
+from hydra_jax.core.edits import WHOLE, Ablation, Component, WriteStatistics, all_components, prompt_keys
 from hydra_jax.engine.memory import Asked, BatchSizer
 from hydra_jax.errors import UserError
 from hydra_jax.models.config import ModelConfig
+from hydra_jax.models.transformer import Contrast
 from hydra_jax.sweep.bank import Bank
-from hydra_jax.text import prompts as prompt_sets
-from hydra_jax.text.padding import padded
-from hydra_jax.text.prompts import Prompt
-from hydra_jax.text.tokenizer import answer_token, encode
+from hydra_jax.sweep.draws import Pool
+from hydra_jax.sweep.items import Item
+from hydra_jax.sweep.readout import contrasts
 from hydra_jax.weights.model import Model
-
-POOL = 64
-"""Built-in facts that replacements for a single prompt come from."""
 
 BLOCK_BYTES = 2**28
 """Bytes of values that are summed at once for means and deviations."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """A prompt as the model reads it: its tokens, and its answer's first (None without an answer)."""
-
-    prompt: Prompt
-    tokens: tuple[int, ...]
-    answer: int | None
-
-
-def itemise(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
-    """Return every prompt with its tokens.
-
-    Raises:
-      UserError: if a prompt is longer than the model's context, or has a token that the model has no row for.
-    """
-    items = []
-    for prompt in prompts:
-        tokens = tuple(encode(model.tokenizer, prompt.text))
-        if not 0 < len(tokens) <= model.config.context:
-            raise UserError(
-                f"prompt {prompt.name}: has {len(tokens):,} tokens, {model.name} takes 1 to"
-                f" {model.config.context:,}; shorten or remove it"
-            )
-        if max(tokens) >= model.config.vocab_size:
-            raise UserError(
-                f"prompt {prompt.name}: token {model.tokenizer.id_to_token(max(tokens))} has no row in the embedding of"
-                f" {model.name}; reword or remove it"
-            )
-        answer = answer_token(model.tokenizer, prompt.text, prompt.answer) if prompt.answer else None
-        items.append(Item(prompt, tokens, answer))
-    return items
-
-
-def batch_of(items: Sequence[Item], size: int, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens [size, T] and lengths [size]; the last item fills what is left over."""
-    return padded([item.tokens for item in fill_up(items, size)], context)
-
-
-def facts_beside(text: str, replacements: int, seed: int) -> list[Prompt]:
-    """Draw, by seed, the built-in facts that replacements for a prompt of one's own come from."""
-    facts = [fact for fact in prompt_sets.builtin() if fact.text != text]
-    drawn = np.random.default_rng(seed).choice(len(facts), min(len(facts), max(POOL, replacements + 1)), replace=False)
-    return [facts[index] for index in drawn]
-
-
-def by_length(item: Item) -> tuple[int, str]:
-    """Return the key that sorts prompts in a sweep: those of like length are padded little beside each other."""
-    return len(item.tokens), item.prompt.id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,23 +32,29 @@ class Plan:
     Attributes:
       model: the model.
       items: the P prompts that are swept.
-      targets: [P], the token that is read in each.
+      tokens: [P, 2], the target and the foil of each (`readout.NONE` for no foil).
       bank: the clean runs.
-      pool: ids of the prompts that replacements, means and deviations come from.
+      pool: the prompts that replacements, means and deviations come from.
+      apart: whether these are other prompts, of which a mean leaves the ablated one out, and not the prompts swept.
       ablation: what is ablated, and how.
+      ablations: each a set of components.
+      options: of the result store.
       seed: of the draws.
       sizer: says how many prompts go at once.
       tolerance: how far the identity of `core.effects` may be from holding, in logits.
       non_finite: the share of interventions whose values may be no numbers.
-      components: those that are ablated, in forward order.
+      components: those whose values are kept, in forward order.
     """
 
     model: Model
     items: Sequence[Item]
-    targets: np.ndarray
+    tokens: np.ndarray
     bank: Bank
-    pool: Sequence[str]
+    pool: Sequence[Item]
+    apart: bool
     ablation: AblationConfig
+    ablations: Sequence[Ablation]
+    options: frozenset[str]
     seed: int
     sizer: BatchSizer
     tolerance: float
@@ -117,8 +69,8 @@ class Plan:
         sizer: BatchSizer,
         config: SweepConfig,
         items: Sequence[Item],
+        tokens: np.ndarray,
         pool: Sequence[Item] | None = None,
-        targets: np.ndarray | None = None,
         components: Sequence[Component] | None = None,
     ) -> Plan:
         """Return the plan of a sweep whose clean runs are made.
@@ -129,30 +81,47 @@ class Plan:
           sizer: says how many prompts go at once.
           config: the sweep's settings.
           items: the prompts that are swept.
-          pool: the prompts that replacements come from; None for the same.
-          targets: [P], the token to read in each; None for what the bank says.
-          components: those whose values the bank has; None for the ablation's.
+          tokens: [P, 2], the target and the foil of each.
+          pool: other prompts that replacements come from; None for the same.
+          components: those whose values the bank has, where no ablations are made; None for the ablations'.
         """
-        if targets is None:
-            targets = np.array([bank.rows[item.prompt.id].target for item in items])
+        ablations = config.ablation.ablations(model.config) if components is None else []
         return cls(
             model=model,
             items=items,
-            targets=targets,
+            tokens=tokens,
             bank=bank,
-            pool=[item.prompt.id for item in (items if pool is None else pool)],
+            pool=items if pool is None else pool,
+            apart=pool is not None,
             ablation=config.ablation,
+            ablations=ablations,
+            options=config.options,
             seed=config.seed,
             sizer=sizer,
             tolerance=config.identity_tolerance,
             non_finite=config.non_finite,
-            components=config.ablation.components(model.config) if components is None else components,
+            components=kept(config.ablation, model.config) if components is None else components,
         )
 
     @functools.cached_property
     def ids(self) -> list[str]:
         """The prompts' ids."""
         return [item.prompt.id for item in self.items]
+
+    @functools.cached_property
+    def pool_ids(self) -> list[str]:
+        """The ids of the prompts that replacements come from."""
+        return [item.prompt.id for item in self.pool]
+
+    @property
+    def targets(self) -> np.ndarray:
+        """[P], the token that is read in each."""
+        return self.tokens[:, 0]
+
+    @functools.cached_property
+    def contrasts(self) -> Contrast:
+        """[P, K], what is read in each."""
+        return contrasts(self.tokens)
 
     @functools.cached_property
     def keys(self) -> jax.Array:
@@ -162,26 +131,14 @@ class Plan:
     @functools.cached_property
     def sources(self) -> np.ndarray:
         """[P, R], each replacement's index in the pool; -1 where the kind takes nothing from single prompts."""
-        kind = self.ablation.kind
+        kind, draws = self.ablation.kind, self.ablation.draws
+        if self.ablation.paired:
+            return np.arange(len(self.items))[:, None]
         if kind.needs_sources:
-            index_of = {name: index for index, name in enumerate(self.pool)}
-            if not set(self.ids) <= set(index_of):
-                return self._drawn_from_others(index_of)
-            drawn = draw_sources(prompt_keys(self.seed, self.pool), self.pool, self.ablation.draws)
-            return drawn[[index_of[name] for name in self.ids]]
+            return Pool(self.pool, self.ablation.match).draw(self.items, draws, self.seed)
         if kind.needs_statistics and len(self.pool) < 2:
             raise UserError(f"prompts: a {kind} over one prompt says nothing; give more prompts")
-        return np.full((len(self.ids), self.ablation.draws), -1)
-
-    def _drawn_from_others(self, index_of: dict[str, int]) -> np.ndarray:
-        """Draw where prompts are not among those drawn from: each as if it alone were."""
-        found = []
-        for name in self.ids:
-            there = [other for other in self.pool if other != name]
-            pool = [*there, name]
-            drawn = draw_sources(prompt_keys(self.seed, pool), pool, self.ablation.draws)[-1]
-            found.append([index_of[there[index]] for index in drawn])
-        return np.array(found)
+        return np.full((len(self.ids), draws), -1)
 
     @functools.cached_property
     def places(self) -> dict[Component, slice]:
@@ -189,45 +146,80 @@ class Plan:
         return places(self.model.config, self.components)
 
     @functools.cached_property
-    def statistics(self) -> WriteStatistics:
-        """[F] over the prompt set, placed as in the bank; zeros for the kinds that do not read them."""
+    def statistics(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """The number of prompts in the pool whose values are finite, and these values' mean and variance, [F]."""
         size = sum(place.stop - place.start for place in self.places.values())
-        if not self.ablation.kind.needs_statistics:
-            return WriteStatistics(np.zeros(size, np.float32), np.zeros(size, np.float32))
         sums = [(len(block), block.sum(axis=0)) for block in self._blocks(size)]
         count = sum(length for length, _ in sums)
         mean = sum(total for _, total in sums) / count
-        deviation = np.sqrt(sum(np.square(block - mean).sum(axis=0) for block in self._blocks(size)) / count)
-        return WriteStatistics(mean.astype(np.float32), deviation.astype(np.float32))
+        return count, mean, sum(np.square(block - mean).sum(axis=0) for block in self._blocks(size)) / count
 
-    def statistics_of(self, component: Component) -> WriteStatistics:
-        """Return one component's statistics, [E]."""
-        return WriteStatistics(*(array[self.places[component]] for array in self.statistics))
+    def statistics_of(self, component: Component, prompts: np.ndarray) -> WriteStatistics:
+        """Return one component's statistics for N of the prompts, [N, E]: where the pool is apart, without themselves.
+
+        For kinds that do not read them, zeros that fit any shape.
+
+        Raises:
+          UserError: if nothing is left of the pool for a prompt.
+        """
+        if not self.ablation.kind.needs_statistics:
+            nothing = np.zeros((len(prompts), 1), np.float32)
+            return WriteStatistics(nothing, nothing)
+        count, mean, variance = self.statistics
+        place = self.places[component]
+        means, variances = (np.repeat(every[None, place], len(prompts), 0) for every in (mean, variance))
+        for row, index in enumerate(prompts):
+            if own := self._own.get(int(index)):
+                away = self.bank.take(*self.bank.where(own), place).astype(np.float64) - mean[place]
+                away = away[np.isfinite(away).all(axis=1)]
+                left = count - len(away)
+                if not left:
+                    raise UserError(f"sources: have nothing beside prompt {self.items[index].prompt.name}; give others")
+                shift = away.sum(axis=0) / left
+                means[row] -= shift
+                variances[row] = (count * variance[place] - np.square(away).sum(axis=0)) / left - np.square(shift)
+        deviations = np.sqrt(np.maximum(variances, 0))
+        return WriteStatistics(means.astype(np.float32), deviations.astype(np.float32))
+
+    @functools.cached_property
+    def _own(self) -> dict[int, list[str]]:
+        """The ids of those in the pool that are a prompt itself, by its index, where the pool is apart."""
+        if not self.apart:
+            return {}
+        pool = Pool(self.pool)
+        found = {index: [self.pool_ids[own] for own in pool.own(item)] for index, item in enumerate(self.items)}
+        return {index: own for index, own in found.items() if own}
 
     def _blocks(self, size: int) -> Iterator[np.ndarray]:
         """Yield the values [n, F] in float64 of those prompts in which all are finite.
 
         They come in order of id always, so that the order of prompts changes nothing.
         """
-        ids = sorted(self.pool)
+        ids = sorted(self.pool_ids)
         step = max(1, BLOCK_BYTES // (8 * size))
         for start in range(0, len(ids), step):
             values = self.bank.values(ids[start : start + step]).astype(np.float64)
             yield values[np.isfinite(values).all(axis=1)]
 
 
-def asked(ablation: AblationConfig, config: ModelConfig, rows: int, streamed: bool) -> Asked:
+def asked(config: SweepConfig, model: ModelConfig, streamed: bool) -> Asked:
     """Return what a sweep makes of every prompt.
 
     Args:
-      ablation: of the sweep.
-      config: the model's.
-      rows: in a block; 0 for the device's default.
+      config: of the sweep.
+      model: the model's.
       streamed: whether the model's layers are.
     """
-    each = 2 if ablation.edges else 1
-    programs = len(ablation.components(config)) * each
-    return Asked(programs, ablation.draws, rows=rows, streamed=streamed, least=each)
+    ablation, each = config.ablation, len(config.ablation.variants)
+    programs = len(ablation.ablations(model)) * each
+    by_head = HEADS in config.options
+    return Asked(programs, ablation.draws, rows=config.rows, streamed=streamed, least=each, by_head=by_head)
+
+
+def kept(ablation: AblationConfig, model: ModelConfig) -> list[Component]:
+    """Return the components that are ablated, in forward order: by a cascade, any write."""
+    writes = set(all_components(model.layers)) if ablation.cascade else set()
+    return sorted(writes | {component for one in ablation.ablations(model) for component in one.components})
 
 
 def places(config: ModelConfig, components: Sequence[Component]) -> dict[Component, slice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -16,7 +17,6 @@ import xarray as xr
 from jax.sharding import Mesh
 
 from hydra_jax.config import SweepConfig
-from hydra_jax.core.edits import check_enough
 from hydra_jax.engine import memory
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly
@@ -27,10 +27,12 @@ from hydra_jax.store import effects as store
 from hydra_jax.store import files
 from hydra_jax.sweep.bank import DIRECTORY, Bank
 from hydra_jax.sweep.chunks import fill, frame, variable_sizes
-from hydra_jax.sweep.clean import CleanPass, choose
+from hydra_jax.sweep.clean import CleanPass
 from hydra_jax.sweep.examples import examples
-from hydra_jax.sweep.plan import Item, Plan, asked, facts_beside, itemise
-from hydra_jax.sweep.protocol import protocol
+from hydra_jax.sweep.inputs import Inputs
+from hydra_jax.sweep.items import Item
+from hydra_jax.sweep.plan import Plan, asked
+from hydra_jax.sweep.protocol import Given, protocol
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.padding import padded_length
 from hydra_jax.text.prompts import Prompt
@@ -43,7 +45,7 @@ SINGLE = "prompt"
 EXAMINED = "prompts.csv"
 
 
-def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset:
+def run(config: SweepConfig, workdir: Path, progress: bool = True, given: Given | None = None) -> xr.Dataset:
     """Sweep into `<workdir>/effects.zarr`, going on from what is finished there.
 
     Beside the store stand `prompts.csv`, every prompt that was examined and whether it was kept, and
@@ -54,6 +56,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
       config: the sweep.
       workdir: made if it is not there.
       progress: whether to show bars.
+      given: the model and the prompts, where they are not what the settings name.
 
     Returns:
       The store's dataset, all of it finished.
@@ -63,7 +66,7 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
     """
     cluster = Cluster.joined()
     with files.directory(workdir), contextlib.ExitStack() as held:
-        sweep = _agreed(config, workdir, cluster, progress and cluster.first, held)
+        sweep = _agreed(config, workdir, cluster, progress and cluster.first, given, held)
         unfinished = sweep.unfinished_chunks()
         if unfinished != [] or not store.has_examples(workdir, config.example):
             plan = sweep.plan()
@@ -72,13 +75,20 @@ def run(config: SweepConfig, workdir: Path, progress: bool = True) -> xr.Dataset
         return sweep.finish()
 
 
-def _agreed(config: SweepConfig, workdir: Path, cluster: Cluster, progress: bool, held: contextlib.ExitStack) -> _Sweep:
+def _agreed(
+    config: SweepConfig,
+    workdir: Path,
+    cluster: Cluster,
+    progress: bool,
+    given: Given | None,
+    held: contextlib.ExitStack,
+) -> _Sweep:
     """Open the sweep, in every process or in none of them; the directory is this run's as long as `held` is."""
     failure, sweep = None, None
     try:
         if cluster.first:
             held.enter_context(files.exclusive(workdir))
-        sweep = _Sweep(config, workdir, cluster, progress)
+        sweep = _Sweep(config, workdir, cluster, progress, given)
     except UserError as error:
         failure = error
     cluster.agree(failure, sweep.agreed if sweep else "", "other models, prompts or settings")
@@ -89,16 +99,28 @@ def _agreed(config: SweepConfig, workdir: Path, cluster: Cluster, progress: bool
 class _Sweep:
     """One process' part of a sweep in its directory."""
 
-    def __init__(self, config: SweepConfig, workdir: Path, cluster: Cluster, progress: bool):
+    def __init__(
+        self, config: SweepConfig, workdir: Path, cluster: Cluster, progress: bool, given: Given | None
+    ) -> None:
         self.workdir, self.cluster, self.progress = workdir, cluster, progress
-        self.mesh = mesh = meshes.make(config.mesh)
-        prompts = _prompts(config)  # before the weights, as mistakes are found in a moment
-        self.model: Model = _load(config, mesh, lambda line: progress and print(line, file=sys.stderr, flush=True))
-        self.config = config = dataclasses.replace(config, dtype=self.model.config.dtype)
-        _check(config, self.model, prompts)
-        self.protocol = protocol(config, self.model, prompts)
+        # Before the weights, as mistakes are found in a moment.
+        prompts = _prompts(config) if given is None else given.prompts
+        if given is None:
+            self.mesh = mesh = meshes.make(config.mesh)
+            say = functools.partial(print, file=sys.stderr, flush=True)
+            self.model: Model = _load(config, mesh, lambda line: progress and say(line))
+        else:
+            self.model = given.model
+            self.mesh = mesh = meshes.mesh_of(given.model.params)
+        config = dataclasses.replace(config, dtype=self.model.config.dtype)
+        self.protocol = protocol(config, self.model, prompts, given)
+        self.inputs = Inputs.of(config, self.model, prompts, given)
+        self.config = config = self.inputs.config
         self.digest = store.protocol_attributes(self.protocol)["protocol_sha256"]
-        self.items = itemise(self.model, prompts)
+        if config.example and config.example not in {item.prompt.id for item in self.inputs.items}:
+            raise UserError(
+                f"config.example: there is no prompt of id {shown(config.example)}; see prompts.csv of a sweep"
+            )
         self.resumed = store.exists(workdir)
         if self.resumed:
             store.check_protocol(store.open_effects(workdir), self.protocol, workdir)
@@ -172,7 +194,7 @@ class _Sweep:
         """Size batches alike in all processes: they divide the work by it."""
         config, model, streamed = self.config, self.model.config, self.model.layers.streamed
         free = min(self.cluster.gather(memory.left(config.memory, model, self.mesh, streamed)))
-        return BatchSizer(model, self.mesh, asked(config.ablation, model, config.rows, streamed), free)
+        return BatchSizer(model, self.mesh, asked(config, model, streamed), free)
 
     def _layout(self) -> str:
         """Describe the devices and the batch size in a line."""
@@ -188,34 +210,21 @@ class _Sweep:
             store.write(self.workdir, chunk, arrays)
 
     def _clean_pass(self) -> CleanPass:
-        return CleanPass(self.model, self.config.ablation, self.sizer, self.bank, self.cluster, self.progress)
+        return self.inputs.clean_pass(self.sizer, self.bank, self.cluster, self.progress)
 
     def _resumed_plan(self) -> Plan:
         """Rebuild the plan from the prompts and targets in the store."""
         effects = store.open_effects(self.workdir)
-        by_id = {item.prompt.id: item for item in self.items}
+        by_id = {item.prompt.id: item for item in self.inputs.items}
         kept = [by_id[name] for name in effects["prompt_id"].values]
-        pool = self.items if self.config.prompts.text else kept
-        clean = self._clean_pass()
-        with clean.bar(len(pool)) as bar:
-            clean.run(pool, bar, target=self.config.prompts.target)
-        plan = Plan.build(self.model, self.bank, self.sizer, self.config, kept, pool, effects["target_id"].values)
-        self._check_example(plan)
-        return plan
+        tokens = np.stack([effects["target_id"].values, effects["foil_id"].values], axis=1)
+        return self._checked(self.inputs.plan(self._clean_pass(), kept, tokens))
 
     def _new_plan(self) -> Plan:
         """Choose the prompts, and make the store."""
-        config, clean = self.config, self._clean_pass()
-        if config.prompts.text:
-            with clean.bar(len(self.items)) as bar:
-                clean.run(self.items, bar)
-            kept = examined = [item for item in self.items if item.prompt.id == SINGLE]
-            pool = self.items
-        else:
-            kept, examined = choose(clean, self.items, config.prompts, config.seed)
-            pool = kept
-        plan = Plan.build(self.model, self.bank, self.sizer, config, kept, pool)
-        self._check_example(plan)
+        clean = self._clean_pass()
+        kept, examined = self.inputs.choose(clean)
+        plan = self._checked(self.inputs.plan(clean, kept))
         failure = None
         try:
             self._create(plan, examined)
@@ -224,10 +233,12 @@ class _Sweep:
         self.cluster.agree(failure)
         return plan
 
-    def _check_example(self, plan: Plan) -> None:
+    def _checked(self, plan: Plan) -> Plan:
+        """Return the plan, if the example that is asked for is in it."""
         example = self.config.example
         if example and example not in plan.ids:
             raise UserError(f"config.example: {shown(example)} is not among the prompts swept; choose another")
+        return plan
 
     def _create(self, plan: Plan, examined: Sequence[Item]) -> None:
         dataset = frame(plan).assign_attrs(store.protocol_attributes(self.protocol))
@@ -239,9 +250,7 @@ class _Sweep:
         longest = padded_length(len(plan.items[-1].tokens), plan.model.config.context)
         most = min(self.sizer.chunk(longest), -(-len(plan.items) // self.worker.count))
         chunk = evenly(len(plan.items), most)[0].stop
-        store.create(
-            self.workdir, dataset, chunk, variable_sizes(plan, len(plan.items)), self.config.ablation.options, beside
-        )
+        store.create(self.workdir, dataset, chunk, variable_sizes(plan, len(plan.items)), plan.options, beside)
 
 
 def _load(config: SweepConfig, mesh: Mesh, say: Callable[[str], object]) -> Model:
@@ -253,20 +262,11 @@ def _load(config: SweepConfig, mesh: Mesh, say: Callable[[str], object]) -> Mode
 
 
 def _prompts(config: SweepConfig) -> list[Prompt]:
-    """Read the prompts to examine; of a single one, with the facts that replacements come from."""
+    """Read the prompts to examine."""
     asked = config.prompts
     if asked.text:
-        return [Prompt(SINGLE, asked.text), *facts_beside(asked.text, config.ablation.draws, config.seed)]
+        return [Prompt(SINGLE, asked.text)]
     return prompt_sets.read(asked.path, asked.kind, asked.limit, config.seed)
-
-
-def _check(config: SweepConfig, model: Model, prompts: Sequence[Prompt]) -> None:
-    """Refuse at once what would otherwise be found out after the clean pass, or at the very end."""
-    config.ablation.components(model.config)
-    if config.ablation.kind.needs_sources:
-        check_enough(len(prompts), config.ablation.draws)
-    if config.example and config.example not in {prompt.id for prompt in prompts}:
-        raise UserError(f"config.example: there is no prompt of id {shown(config.example)}; see prompts.csv of a sweep")
 
 
 def examined_table(plan: Plan, examined: Sequence[Item]) -> pd.DataFrame:
@@ -280,8 +280,10 @@ def examined_table(plan: Plan, examined: Sequence[Item]) -> pd.DataFrame:
             "text": item.prompt.text,
             "answer": item.prompt.answer,
             "top_token": plan.model.tokenizer.decode([row.top]),
-            "probability": row.probability,
-            "correct": row.top == item.answer,
+            "probability": row.top_probability,
+            "answer_token": "" if row.answer < 0 else plan.model.tokenizer.decode([row.answer]),
+            "answer_probability": row.answer_probability,
+            "correct": row.top == row.answer,
             "kept": item.prompt.id in swept,
         }
         for item, row in rows
