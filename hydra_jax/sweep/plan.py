@@ -19,7 +19,7 @@ from hydra_jax.sweep.bank import Bank
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.padding import padded
 from hydra_jax.text.prompts import Prompt
-from hydra_jax.text.tokenizer import answer_token, encode
+from hydra_jax.text.tokenizer import answer_tokens, encode
 from hydra_jax.weights.model import Model
 
 POOL = 64
@@ -57,7 +57,7 @@ def itemise(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
                 f"prompt {prompt.name}: token {model.tokenizer.id_to_token(max(tokens))} has no row in the embedding of"
                 f" {model.name}; reword or remove it"
             )
-        answer = answer_token(model.tokenizer, prompt.text, prompt.answer) if prompt.answer else None
+        answer = answer_tokens(model.tokenizer, prompt.text, prompt.answer)[0] if prompt.answer else None
         items.append(Item(prompt, tokens, answer))
     return items
 
