@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_jax.errors import UserError
-from hydra_jax.text import prompts
+from hydra_jax.text import files, prompts
 from hydra_jax.text.prompts import Prompt
 from tests.helpers import checkpoints
 
@@ -45,13 +45,28 @@ FLAT = {
     "subject": "Danielle Darrieux",
     "ground_truth": "French",
 }
-PLAIN = {"prompt": "The mother tongue of Danielle Darrieux is ", "answer": " French", "id": "x", "relation": "tongue"}
+PLAIN = {"prompt": "The mother tongue of Danielle Darrieux is ", "answer": " French ", "id": "x", "relation": "tongue"}
 
 LAYOUTS = {
     "known_1000": (KNOWN, Prompt("7", "Vinson Massif is located in the continent of", "Antarctica", "P30")),
-    "CounterFact nested": (NESTED, Prompt("3", "The mother tongue of Danielle Darrieux is", "French", "P103")),
-    "CounterFact flat": (FLAT, Prompt("3", "The mother tongue of Danielle Darrieux is", "French")),
-    "plain": (PLAIN, Prompt("x", "The mother tongue of Danielle Darrieux is", "French", "tongue")),
+    "CounterFact nested": (
+        NESTED,
+        Prompt("3", "The mother tongue of Danielle Darrieux is", "French", "P103", "English"),
+    ),
+    "CounterFact flat": (FLAT, Prompt("3", "The mother tongue of Danielle Darrieux is", "French", foil="English")),
+    "plain": (PLAIN, Prompt("x", "The mother tongue of Danielle Darrieux is ", " French", "tongue")),
+    "every key": (
+        PLAIN | {"foil": " English\n", "source": "The mother tongue of Bob is", "position": "Darrieux", "more": 3},
+        Prompt(
+            "x",
+            "The mother tongue of Danielle Darrieux is ",
+            " French",
+            "tongue",
+            " English",
+            "The mother tongue of Bob is",
+            "Darrieux",
+        ),
+    ),
     "prompt alone": ({"prompt": "Once upon a"}, Prompt("0", "Once upon a")),
 }
 
@@ -143,16 +158,45 @@ def test_plain_texts_are_checked(texts):
         prompts.as_prompts(texts)
 
 
-@given(st.lists(st.builds(Prompt, st.text(), st.text(), st.text(), st.text()), max_size=8), st.randoms())
+@given(st.lists(st.builds(Prompt, *[st.text()] * 6, st.none() | st.integers() | st.text()), max_size=8), st.randoms())
 def test_the_hash_does_not_depend_on_order(some, chance):
     shuffled = random.Random(chance.random()).sample(some, len(some))
     assert prompts.content_hash(some) == prompts.content_hash(shuffled)
 
 
-@pytest.mark.parametrize("field", ["id", "text", "answer", "relation"])
-def test_the_hash_depends_on_every_field(field):
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        *((field, "other") for field in ("id", "text", "answer", "relation", "foil", "source", "position")),
+        ("position", 0),
+        ("tokens", (0,)),
+    ],
+)
+def test_the_hash_depends_on_every_field(field, other):
     prompt = dict(id="i", text="t", answer="a", relation="r")
-    assert prompts.content_hash([Prompt(**prompt)]) != prompts.content_hash([Prompt(**prompt | {field: "other"})])
+    hashes = {prompts.content_hash([Prompt(**prompt)]), prompts.content_hash([Prompt(**prompt | {field: other})])}
+    assert len(hashes) == 2
+    elsewhere = "source" if field == "foil" else "foil"
+    hashes.add(prompts.content_hash([Prompt(**prompt | {elsewhere: "other"})]))
+    assert len(hashes) == 3
+
+
+def test_the_hash_of_what_has_only_a_text_and_an_answer_stays_as_it_was():
+    rows = [Prompt("b", "t", "a", "r"), Prompt("a", "é")]
+    assert prompts.content_hash(rows) == "8cfbb802ec9f18c52b826ee27ca343fe17e7684631060202303dbce8f2198048"
+
+
+def test_every_field_is_written_and_read_again(tmp_path):
+    some = [
+        Prompt("a", "some text ", " x", "r", "y", "other text", -2),
+        Prompt("b", "some text", position=0),
+        Prompt("c", "some text", position="4"),
+        Prompt("tokens 5 6", "", "x", tokens=(5, 6)),
+        Prompt("e", "some text"),
+    ]
+    text = prompts.json_lines(some)
+    assert prompts.read(checkpoints.text_file(tmp_path / "p.jsonl", text)) == some
+    assert json.loads(text.splitlines()[-1]) == {"id": "e", "prompt": "some text", "answer": "", "relation": ""}
 
 
 GOOD = '{"prompt": "a"}\n{"prompt": "b"}\n'
@@ -265,7 +309,7 @@ def test_a_text_that_is_too_short_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["huge.jsonl", "huge.jsonl.gz"])
 def test_more_than_can_be_prompts_is_refused_before_it_fills_memory(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(prompts, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MOST_BYTES", 1 << 20)
     assert "more than 1 MiB" in refusal(checkpoints.text_file(tmp_path / name, "x" * (1 << 20 | 1)))
 
 

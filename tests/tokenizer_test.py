@@ -1,5 +1,7 @@
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from hydra_jax.errors import UserError
 from hydra_jax.text.tokenizer import (
@@ -8,10 +10,12 @@ from hydra_jax.text.tokenizer import (
     PRE_TOKENIZERS,
     SPACE,
     USER_DEFINED,
-    answer_token,
+    answer_tokens,
     encode,
     from_file,
     from_gguf,
+    spelled,
+    token_of,
 )
 from tests.helpers import checkpoints
 
@@ -108,9 +112,13 @@ def test_defined_tokens_are_whole():
     assert built.decode(built.encode("a<s>b").ids) != "a<s>b"  # control tokens stand for no text
 
 
+def pieces(built, text, answer):
+    return [built.id_to_token(token) for token in answer_tokens(built, text, answer)]
+
+
 def test_an_answer_continues_its_text():
     built = from_gguf(by_scores(), "x.gguf")
-    assert built.id_to_token(answer_token(built, "b", "a")) == f"{SPACE}a"
+    assert pieces(built, "b", "a") == [f"{SPACE}a", "a"]
 
 
 @pytest.fixture
@@ -140,7 +148,7 @@ def test_a_prompt_ends_with_its_own_last_token(written):
     assert encode(built, "of the") == [first, *bare]
     assert encode(built, f"of the{checkpoints.CONTROL}") == [first, *bare, first]  # what the prompt says itself is kept
     assert encode(built, "") == [first] * 2
-    assert answer_token(built, "of", "the") == bare[-1]
+    assert answer_tokens(built, "of", "the")[0] == bare[-1]
 
 
 def test_other_kinds_are_refused():
@@ -162,4 +170,103 @@ def test_a_prompt_that_a_tokenizer_fails_on_is_named():
         encode(made, "b")
     made.normalizer = normalizers.Sequence([normalizers.Replace("b", ""), normalizers.Strip()])
     with pytest.raises(UserError, match="answer 'b'"):
-        answer_token(made, "a", "b")
+        answer_tokens(made, "a", "b")
+
+
+def words(*tokens):
+    """A byte-level tokenizer that merges only what makes these whole words."""
+    merges, vocabulary = [], sorted(pre_tokenizers.ByteLevel.alphabet())
+    for token in (pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(word)[0][0] for word in tokens):
+        for cut in range(2, len(token) + 1):
+            merges.append((token[: cut - 1], token[cut - 1 : cut]))
+            vocabulary.append(token[:cut])
+    vocabulary = list(dict.fromkeys(vocabulary))
+    metadata = byte_level("gpt-2", tokens=vocabulary, merges=[" ".join(merge) for merge in dict.fromkeys(merges)])
+    metadata["tokenizer.ggml.token_type"] = [NORMAL] * len(vocabulary)
+    return from_gguf(metadata, "x.gguf")
+
+
+WORDS = words(" is", " cat", "cat", " 52", "52", "一", " the", "the")
+SPELLED = {
+    "after a word": ("It is the", "cat", [" cat", "cat"]),
+    "spelled with a space": ("It is the", " cat", [" cat"]),
+    "spelled with a space after a space": ("It is ", " cat", [" cat"]),
+    "after a space": ("It is the ", "cat", ["cat"]),
+    "after a line": ("It is:\n", "cat", ["cat"]),
+    "after a bracket": ("It is (", "cat", ["cat"]),
+    "after an opening quote": ("It is \u201c", "cat", ["cat"]),
+    "after a straight quote that opens": ('It is "', "cat", ["cat"]),
+    "after a straight quote that closes": ('It "is"', "cat", [" cat", "cat"]),
+    "after a hyphen": ("the-", "cat", ["cat"]),
+    "after a slash": ("the/", "cat", ["cat"]),
+    "after an underscore": ("the_", "cat", ["cat"]),
+    "after an apostrophe": ("the'", "cat", ["cat"]),
+    "after a full stop": ("It is.", "cat", [" cat", "cat"]),
+    "a digit after a digit": ("It is 17", "52", ["52", " 52"]),
+    "a digit after a word": ("It is", "52", [" 52", "52"]),
+    "closing punctuation": ("It is (the", ")", [")"]),
+    "a comma": ("It is", ", the", [","]),
+    "after an ideograph": ("法国的首都是", "一", ["一"]),
+    "an ideograph after a word": ("It is", "一", ["一"]),
+    "a word after full-width punctuation": ("是：", "cat", ["cat"]),
+    "a word after Thai": ("คือ", "cat", ["cat"]),
+    "a word after Korean": ("수도는", "cat", [" cat", "cat"]),
+    "one whose space is a token of its own": ("It is", "x", ["x"]),
+    "one of several tokens": ("It", "them", [" the", "the"]),
+}
+
+
+@pytest.mark.parametrize(("text", "answer", "tokens"), SPELLED.values(), ids=SPELLED)
+def test_an_answer_is_spelled_as_a_reader_may_write_it(text, answer, tokens):
+    assert [WORDS.decode([token]) for token in answer_tokens(WORDS, text, answer)] == tokens
+
+
+def test_an_answer_after_a_space_is_not_given_another_by_sentencepiece():
+    built = from_gguf(by_scores(), "x.gguf")
+    assert pieces(built, "b", "ab") == ["ab"]  # of " ab", the first token is a space
+    assert pieces(built, "b ", "a") == ["a"]
+    assert pieces(built, "b ", " a") == [f"{SPACE}a"]
+    assert pieces(built, "b", " b") == [SPACE]  # given so
+
+
+@given(st.text(max_size=8), st.text(min_size=1, max_size=8))
+def test_any_answer_has_one_or_two_tokens_that_differ(text, answer):
+    found = answer_tokens(WORDS, text, answer)
+    assert 1 <= len(found) == len(set(found)) <= 2
+    assert len(answer_tokens(WORDS, text, f" {answer}")) == 1
+
+
+def test_the_most_likely_token_is_read_where_it_begins_the_answer():
+    assert spelled((5, 3), 3) == 3
+    assert spelled((5, 3), 4) == 5
+
+
+def test_a_token_is_given_by_its_text():
+    assert WORDS.decode([token_of(WORDS, " cat", "target", "tiny")]) == " cat"
+    assert WORDS.decode([token_of(WORDS, "cat", "target", "tiny")]) == "cat"
+    built = from_gguf(by_scores(), "x.gguf")
+    assert built.id_to_token(token_of(built, " a", "target", "tiny")) == f"{SPACE}a"
+    assert built.id_to_token(token_of(built, "a", "target", "tiny")) == "a"
+    assert built.id_to_token(token_of(built, "aba", "target", "tiny")) == "aba"
+    assert built.id_to_token(token_of(built, "<extra>", "target", "tiny")) == "<extra>"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            " catty",
+            r"target: ' catty' is 3 tokens of tiny \(' cat', 't', 'y'\); give one token, as in ' Paris', or an id",
+        ),
+        ("x" * 20, r"20 tokens .*\('x', ('x', ){7}\.\.\.\)"),
+        ("", "target: '' is no token of tiny; give one token"),
+    ],
+)
+def test_what_is_no_token_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        token_of(WORDS, text, "target", "tiny")
+
+
+def test_tokens_that_are_not_one_are_named_with_their_spaces():
+    with pytest.raises(UserError, match=r"' a b' is 3 tokens of tiny \(' a', ' ', 'b'\)"):
+        token_of(from_gguf(by_scores(), "x.gguf"), " a b", "target", "tiny")

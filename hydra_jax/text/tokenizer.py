@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from hydra_jax.errors import UserError, reason, shown
+from hydra_jax.text.spelling import spellings
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPLIT = (
@@ -52,6 +53,10 @@ NORMAL, _, CONTROL, USER_DEFINED = range(1, 5)
 
 SPACE = "\u2581"
 """SentencePiece's sign for a space."""
+
+LINE_END = "\n"
+MOST_SHOWN = 8
+"""The most tokens of a text that an error message lists."""
 
 
 @contextlib.contextmanager
@@ -151,23 +156,97 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     Raises:
       UserError: if the tokenizer is damaged.
     """
+    return encoded(tokenizer, text)[0]
+
+
+def encoded(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Encode a prompt as `encode` does; return the tokens, and from which character to which each is, (0, 0) for none.
+
+    Raises:
+      UserError: if the tokenizer is damaged.
+    """
     with _faults(f"prompt {shown(text)}: the model's tokenizer fails"):
         encoding = tokenizer.encode(text)
     own = [position for position, put in enumerate(encoding.special_tokens_mask) if not put]
-    return encoding.ids[: own[-1] + 1] if own else encoding.ids
+    length = own[-1] + 1 if own else len(encoding.ids)
+    return encoding.ids[:length], encoding.offsets[:length]
 
 
-def answer_token(tokenizer: Tokenizer, text: str, answer: str) -> int:
-    """Return the first token of `answer` where it continues `text` after a space.
+def answer_tokens(tokenizer: Tokenizer, text: str, answer: str) -> tuple[int, ...]:
+    """Return the tokens that may begin an answer where it continues a text.
+
+    There is one for each way to write it there (`spellings`), the usual one first. A token that is a space alone begins
+    anything; where the answer can be written so that its own first letter is read, that is taken.
 
     Raises:
       UserError: if the tokenizer is damaged, or has no token for it.
     """
-    prompt, whole = encode(tokenizer, text), encode(tokenizer, f"{text} {answer}")
-    if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
-        return whole[len(prompt)]
-    with _faults(f"answer {shown(answer)}: the model's tokenizer fails"):
-        alone = tokenizer.encode(f" {answer}", add_special_tokens=False).ids
-    if not alone:
+    prompt, found = encode(tokenizer, text), []
+    for written in spellings(text, answer):
+        whole = encode(tokenizer, text + written)
+        if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
+            found.append(whole[len(prompt)])
+        else:
+            found += _inside(tokenizer, written, f"answer {shown(answer)}")[:1]
+    if not found:
         raise UserError(f"answer {shown(answer)}: has no token in this model; reword or remove it")
-    return alone[0]
+    telling = [token for token in found if tokenizer.decode([token], skip_special_tokens=False).strip()]
+    return tuple(dict.fromkeys(telling or found))
+
+
+def spelled(candidates: Sequence[int], top: int) -> int:
+    """Return the token to read for an answer: the model's most likely one, if it begins the answer, else the first.
+
+    Args:
+      candidates: from `answer_tokens`.
+      top: the most likely next token.
+    """
+    return top if top in candidates else candidates[0]
+
+
+def _inside(tokenizer: Tokenizer, piece: str, what: str) -> list[int]:
+    """Return the tokens of a piece of text as it is inside of a text, with no space put before it.
+
+    Raises:
+      UserError: if the tokenizer is damaged; says `what` it was about.
+    """
+    with _faults(f"{what}: the model's tokenizer fails"):
+        alone = tokenizer.encode(piece, add_special_tokens=False).ids
+    # SentencePiece puts a space before a text, then before a line's end here, which few tokens go on after.
+    with contextlib.suppress(UserError), _faults(what):  # of a vocabulary without it
+        end = tokenizer.encode(LINE_END, add_special_tokens=False).ids
+        line = tokenizer.encode(LINE_END + piece, add_special_tokens=False).ids
+        if line[: len(end)] == end and len(line) > len(end):
+            return line[len(end) :]
+    return alone
+
+
+def token_of(tokenizer: Tokenizer, text: str, argument: str, model_name: str) -> int:
+    """Return the id of a token that is given by its text, such as " Paris".
+
+    Args:
+      tokenizer: the model's.
+      text: the token's, with the space before it if it has one.
+      argument: what it is given for, for the error message.
+      model_name: likewise.
+
+    Raises:
+      UserError: if it is no token of the model, or several.
+    """
+    ids = _inside(tokenizer, text, argument)
+    if len(ids) == 1:
+        return ids[0]
+    remedy = "give one token, as in ' Paris', or an id"
+    if not ids:
+        raise UserError(f"{argument}: {shown(text)} is no token of {model_name}; {remedy}")
+    pieces = ", ".join(repr(piece) for piece in _pieces(tokenizer, ids[:MOST_SHOWN]))
+    more = ", ..." if len(ids) > MOST_SHOWN else ""
+    raise UserError(f"{argument}: {shown(text)} is {len(ids)} tokens of {model_name} ({pieces}{more}); {remedy}")
+
+
+def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """Return the text of each of some tokens, with the space before it, which decoding one by itself may cut off."""
+    ends = [tokenizer.decode(ids[:length], skip_special_tokens=False) for length in range(len(ids) + 1)]
+    pieces = [after[len(before) :] for before, after in itertools.pairwise(ends)]
+    first = tokenizer.id_to_token(ids[0]) or ""
+    return [f" {pieces[0]}" if first.startswith(SPACE) and not pieces[0].startswith(" ") else pieces[0], *pieces[1:]]

@@ -16,7 +16,7 @@ from hydra_jax.models import transformer
 from hydra_jax.models.transformer import Params
 from hydra_jax.text.padding import padded
 from hydra_jax.text.prompts import Prompt
-from hydra_jax.text.tokenizer import answer_token, encode
+from hydra_jax.text.tokenizer import answer_tokens, encode
 from hydra_jax.training.config import TrainConfig
 from hydra_jax.training.data import Corpus
 from hydra_jax.training.step import batch_loss, computing
@@ -46,7 +46,7 @@ def questions(tokenizer: Tokenizer, prompts: Sequence[Prompt], context: int) -> 
     longest = max(map(len, encoded))
     if longest > context:
         raise UserError(f"config.model.context: is {context}, a prompt has {longest} tokens; give that or more")
-    answers = [answer_token(tokenizer, prompt.text, prompt.answer) for prompt in prompts]
+    answers = [answer_tokens(tokenizer, prompt.text, prompt.answer)[0] for prompt in prompts]
     return Questions(*padded(encoded, context), np.array(answers, np.int32))
 
 
