@@ -270,3 +270,11 @@ def test_what_is_no_token_is_refused(text, message):
 def test_tokens_that_are_not_one_are_named_with_their_spaces():
     with pytest.raises(UserError, match=r"' a b' is 3 tokens of tiny \(' a', ' ', 'b'\)"):
         token_of(from_gguf(by_scores(), "x.gguf"), " a b", "target", "tiny")
+
+
+def test_a_text_that_a_vocabulary_does_not_know_is_no_token():
+    made = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    assert token_of(made, "a", "target", "tiny") == 0
+    assert token_of(made, "<unk>", "target", "tiny") == 1
+    with pytest.raises(UserError, match="target: 'b' is no token of tiny; give one token"):
+        token_of(made, "b", "target", "tiny")

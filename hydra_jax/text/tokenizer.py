@@ -234,6 +234,9 @@ def token_of(tokenizer: Tokenizer, text: str, argument: str, model_name: str) ->
       UserError: if it is no token of the model, or several.
     """
     ids = _inside(tokenizer, text, argument)
+    unknown = getattr(tokenizer.model, "unk_token", None)  # it stands for any text, and is meant only by its own
+    if unknown is not None and tokenizer.token_to_id(unknown) in ids and text != unknown:
+        ids = []
     if len(ids) == 1:
         return ids[0]
     remedy = "give one token, as in ' Paris', or an id"
