@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,9 @@ LEVEL = 0.95
 GROUP, AGAIN = 10, 4
 """In `nested`, the samples that share draws of replacements, and the draws of each prompt's that they share."""
 
+BLOCK = 100
+"""Samples that are looked at together where each sorts its prompts."""
+
 RowsFunction = Callable[[jax.Array, Any], Any]
 StatisticsFunction = Callable[[Any, Any], dict[str, jax.Array]]
 
@@ -24,8 +27,22 @@ StatisticsFunction = Callable[[Any, Any], dict[str, jax.Array]]
 def interval(samples: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
     """Percentile interval of [S, ...] resamples; NaN where a resample has no value."""
     tail = (1 - level) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail], axis=0)
+    # Two infinities have no value between them.
+    finite = np.where(np.isfinite(samples), samples, np.nan)
+    low, high = np.quantile(finite, [tail, 1 - tail], axis=0)
     return low, high
+
+
+def clearly_above_0(samples: np.ndarray, level: float = LEVEL) -> np.ndarray:
+    """Return whether the interval of [S, ...] resamples lies above 0, [...]; what has no interval does not."""
+    low, _ = interval(samples, level)
+    return low > 0
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Return the quotient; NaN where there is none."""
+    above, below = np.broadcast_arrays(np.asarray(above, float), np.asarray(below, float))
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below != 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +65,9 @@ class Estimate:
         return cls(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
     def text(self, form: str = "{:.2f}") -> str:
-        """The value and its interval, as in "0.30 (0.25 to 0.36)"."""
+        """The value and its interval, as in "0.30 (0.25 to 0.36)"; the value alone where it has no interval."""
+        if not (np.isfinite(self.low) and np.isfinite(self.high)):
+            return form.format(self.value)
         return f"{form.format(self.value)} ({form.format(self.low)} to {form.format(self.high)})"
 
 
@@ -57,7 +76,8 @@ class Bootstrap:
     """Draws with replacement, made once for all that is compared, so that sums and differences have intervals too.
 
     Attributes:
-      prompts: [S, P], how often each of S samples draws each prompt.
+      prompts: [S, P], how often each of S samples draws each prompt. Where whole texts are drawn, with all that is
+        read of each, samples may differ in how many they have.
       replacements: [P, S, R], how often a sample draws each replacement of a prompt; None where they are not drawn
         here.
       seeds: [S, M], how often a sample draws each of M training seeds; None where they are not drawn.
@@ -94,7 +114,7 @@ class Bootstrap:
     @functools.cached_property
     def prompt_weights(self) -> np.ndarray:
         """[S, P], each prompt's weight in a sample's mean."""
-        return (self.prompts / self.prompts.shape[1]).astype(self.dtype)
+        return (self.prompts / self.prompts.sum(axis=1, keepdims=True)).astype(self.dtype)
 
     @functools.cached_property
     def replacement_weights(self) -> np.ndarray:
@@ -131,7 +151,7 @@ class Bootstrap:
 
     def median(self, array: np.ndarray) -> np.ndarray:
         """Medians [S, A] of [P, A] over the prompts of each sample."""
-        total = len(array)
+        total = self.prompts.sum(axis=1, keepdims=True)
         middles = [(total - 1) // 2, total // 2]
         medians = np.empty((len(self.prompts), array.shape[1]), np.float32)
         for column, values in enumerate(array.T):
@@ -141,9 +161,34 @@ class Bootstrap:
             medians[:, column] = values[order][np.stack(ranks)].mean(axis=0)
         return medians
 
+    def kept(self, share: float) -> np.ndarray:
+        """Return how many prompts a share of each sample's is, [S]: at least one."""
+        return np.maximum(np.ceil(share * self.prompts.sum(axis=1) * (1 - 1e-12)), 1)
+
+    def mean_of_top(self, arrays: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
+        """Means [S, A] of each array [P, A] over the share of a sample's prompts in which the first array is largest."""
+        kept = self.kept(share)[:, None]
+        means = [np.empty((len(self.prompts), array.shape[1])) for array in arrays]
+        for column, leading in enumerate(arrays[0].T):
+            order = np.argsort(-leading, kind="stable")
+            for start in range(0, len(self.prompts), BLOCK):  # so that memory does not grow with the samples
+                block = slice(start, start + BLOCK)
+                counts = self.prompts[block][:, order]
+                before = np.cumsum(counts, axis=1) - counts
+                weights = np.clip(kept[block] - before, 0, counts) / kept[block]
+                for mean, array in zip(means, arrays, strict=True):
+                    mean[block, column] = weights @ array[order, column]
+        return means
+
 
 def nested(
-    drawn: np.ndarray, given: Any, rows: RowsFunction, statistics: StatisticsFunction, samples: int, seed: int
+    drawn: np.ndarray,
+    given: Any,
+    rows: RowsFunction,
+    statistics: StatisticsFunction,
+    samples: int,
+    seed: int,
+    texts: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Bootstrap]:
     """Statistics of prompts with replacements, and of nested resamples: prompts, then each one's replacements.
 
@@ -156,12 +201,16 @@ def nested(
         statistics by name, [N, ...].
       samples: S.
       seed: of the draws.
+      texts: [P], from 0, the text that each prompt is a position of, if there are fewer: texts are drawn then, with
+        all their positions, as what is read of one text is no evidence about others. From `clusters`.
 
     Returns:
       The statistics of all, [...]; those of resamples, [S, ...]; and the prompts that these drew.
     """
     keys = jax.random.split(jax.random.key(seed), -(-samples // GROUP))
-    program = _nested(jnp.asarray(drawn), jax.tree.map(jnp.asarray, given), keys, rows, statistics)
+    arrays = jnp.asarray(drawn), jax.tree.map(jnp.asarray, given), keys
+    number = 0 if texts is None else int(texts.max()) + 1
+    program = _nested(*arrays, rows, statistics, None if texts is None else jnp.asarray(texts), number)
     values, resamples, counts = jax.device_get(program)
 
     def flat(groups: np.ndarray) -> np.ndarray:
@@ -170,9 +219,30 @@ def nested(
     return values, {name: flat(groups) for name, groups in resamples.items()}, Bootstrap(flat(counts))
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "statistics"))
+def clusters(text_ids: np.ndarray | None) -> np.ndarray | None:
+    """Return the text of each prompt, [P], from 0; None where prompts are drawn one by one.
+
+    That is where every prompt is a text of its own, and where all are of one: other texts are then beyond what can be
+    told, and an interval is of the positions of this one.
+
+    Args:
+      text_ids: [P]; None where there are none.
+    """
+    if text_ids is None:
+        return None
+    names, texts = np.unique(np.asarray(text_ids, str), return_inverse=True)
+    return texts.astype(np.int32) if 1 < len(names) < len(texts) else None
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "statistics", "number"))
 def _nested(
-    drawn: jax.Array, given: Any, keys: jax.Array, rows: RowsFunction, statistics: StatisticsFunction
+    drawn: jax.Array,
+    given: Any,
+    keys: jax.Array,
+    rows: RowsFunction,
+    statistics: StatisticsFunction,
+    texts: jax.Array | None,
+    number: int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array]:
     """Statistics, those of resamples [G, GROUP, ...], and how often each drew which prompt [G, GROUP, P].
 
@@ -188,13 +258,16 @@ def _nested(
 
     def group(key: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         of_prompts, of_replacements = jax.random.split(key)
-        chosen = jax.random.randint(of_prompts, (GROUP, prompts), 0, prompts)
-        counts = jax.vmap(lambda row: jnp.bincount(row, length=prompts))(chosen)
+        items = prompts if texts is None else number
+        chosen = jax.random.randint(of_prompts, (GROUP, items), 0, items)
+        counts = jax.vmap(lambda row: jnp.bincount(row, length=items))(chosen)
+        counts = counts if texts is None else counts[:, texts]
         picked = jax.random.randint(of_replacements, (prompts, AGAIN, replacements), 0, replacements)
         share = (picked[..., None] == jnp.arange(replacements)[None, None, None]).sum(axis=2) / replacements
         means = jnp.einsum("pjr,pra->jpa", share, drawn)
         times = (counts[None] + AGAIN - 1 - jnp.arange(AGAIN)[:, None, None]) // AGAIN
-        parts = jax.lax.map(lambda part: sums(*part), (means, times.astype(jnp.float32) / prompts))
+        size = prompts if texts is None else counts.sum(axis=1)[None, :, None].astype(jnp.float32)
+        parts = jax.lax.map(lambda part: sums(*part), (means, times.astype(jnp.float32) / size))
         return statistics(jax.tree.map(lambda part: part.sum(axis=0), parts), given), counts
 
     whole = statistics(sums(drawn.mean(axis=1), jnp.full((1, prompts), 1 / prompts)), given)

@@ -10,9 +10,10 @@ import dataclasses
 import numpy as np
 import xarray as xr
 
-from hydra_jax.analysis.bootstrap import Estimate, interval
+from hydra_jax.analysis.bootstrap import Estimate, clearly_above_0, interval, ratio
+from hydra_jax.analysis.names import ablated_names, is_set
 from hydra_jax.analysis.stats import Resampled, erasure, finished, strongest_attention
-from hydra_jax.core.edits import ATTN, MLP, SITES, Component
+from hydra_jax.core.edits import ATTN, MLP, SITES
 
 HOLDS, WEAKLY, PARTLY, UNCLEAR, FAILS, UNTOLD = (
     *("holds", "holds weakly", "holds in part", "unclear", "does not hold", "cannot be told"),
@@ -76,16 +77,16 @@ class _Sweep:
         self.prompts = effects.sizes["prompt"]
         self.layers = int(effects["layer"].max()) + 1
         self.first_late = self.layers - max(1, round(self.layers * LATE))
-        self.ablated_layers = effects["ablated_layer"].values
+        self.ablated_layers = np.where(is_set(effects), -1, effects["ablated_layer"].values)  # sets are of no layer
         attention = np.flatnonzero(effects["ablated_site"].values == SITES[ATTN])
-        low, _ = interval(resampled.samples["direct_effect"])
-        self.promoting = attention[low[attention] > 0]  # indices along `ablated`
-        self.labels = ("ablated_layer", "ablated_site", "ablated_head")
+        above = clearly_above_0(resampled.samples["direct_effect"])
+        self.promoting = attention[above[attention]]  # indices along `ablated`
+        self.names = ablated_names(effects)
         self.noun = "heads" if (effects["ablated_head"].values >= 0).any() else "layers"
 
     def name(self, index: int) -> str:
         """The name of what was ablated, by its index along `ablated`."""
-        return str(Component.named(*(self.effects[label].values[index] for label in self.labels)))
+        return self.names[index]
 
     def statistic(self, name: str, index: int) -> Estimate:
         """One statistic of one ablated component."""
@@ -94,7 +95,7 @@ class _Sweep:
     def share(self, part: str, indices: np.ndarray) -> Estimate:
         """The share of several direct effects together that a part of the compensation restores."""
         return self.resampled.estimate(
-            lambda s: s[f"{part}compensation"][..., indices].sum(-1) / s["direct_effect"][..., indices].sum(-1)
+            lambda s: ratio(s[f"{part}compensation"][..., indices].sum(-1), s["direct_effect"][..., indices].sum(-1))
         )
 
 
@@ -145,13 +146,17 @@ def _erasure(sweep: _Sweep) -> tuple[str, str]:
 
 def _disagreement(sweep: _Sweep) -> tuple[str, str]:
     # Without an interval's worth of ablated layers on both sides there is nothing to compare.
-    last = sweep.ablated_layers >= sweep.layers - max(1, sweep.layers // 4)
-    if last.all() or not last.any():
+    layers, fits = sweep.ablated_layers, np.isfinite(sweep.resampled.values["total_r2"])
+    last = layers >= sweep.layers - max(1, sweep.layers // 4)
+    first = (layers >= 0) & ~last
+    if not (last.any() and first.any()):
         return UNTOLD, "The sweep did not ablate both late and earlier layers."
-    late = sweep.resampled.estimate(lambda s: np.nanmean(s["total_r2"][..., last], axis=-1))
-    early = sweep.resampled.estimate(lambda s: np.nanmean(s["total_r2"][..., ~last], axis=-1))
+    if not ((last & fits).any() and (first & fits).any()):
+        return UNTOLD, "Contributions or total effects are the same in all prompts, so they have no R²."
+    late = sweep.resampled.estimate(lambda s: _mean_of_known(s["total_r2"][..., last]))
+    early = sweep.resampled.estimate(lambda s: _mean_of_known(s["total_r2"][..., first]))
     more = sweep.resampled.estimate(
-        lambda s: np.nanmean(s["total_r2"][..., last], axis=-1) - np.nanmean(s["total_r2"][..., ~last], axis=-1)
+        lambda s: _mean_of_known(s["total_r2"][..., last]) - _mean_of_known(s["total_r2"][..., first])
     )
     verdict = _sign(more, HOLDS if late.value >= 0.5 else WEAKLY)
     return verdict, (
@@ -159,6 +164,12 @@ def _disagreement(sweep: _Sweep) -> tuple[str, str]:
         f" effect), averaged over components: {late.text()} in the last quarter of the layers,"
         f" {early.text()} before; the difference is {more.text('{:+.2f}')}."
     )
+
+
+def _mean_of_known(values: np.ndarray) -> np.ndarray:
+    """Return means over the last axis of what is no NaN; NaN where there is nothing."""
+    known = ~np.isnan(values)
+    return ratio(np.where(known, values, 0).sum(axis=-1), known.sum(axis=-1))
 
 
 def _linear(sweep: _Sweep) -> tuple[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from hydra_jax.analysis import stats
+from hydra_jax.analysis import cascades, interactions, names, positions, stats
 from hydra_jax.analysis.findings import Finding, findings
-from hydra_jax.core.edits import SITES, WHOLE, Component
+from hydra_jax.core.edits import SITES, WHOLE
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
 from hydra_jax.store import variables
@@ -30,17 +29,19 @@ class Results:
       examples: single prompts with every replacement; None where they are not written yet.
       samples: the number of bootstrap resamples.
       seed: of the resamples.
+      select: the share of prompts by which each ablation is also judged, those of its largest direct effects.
     """
 
     effects: xr.Dataset
     examples: xr.Dataset | None = None
     samples: int = 1000
     seed: int = 0
+    select: float | None = None
 
     @functools.cached_property
     def protocol(self) -> dict[str, Any]:
         """Everything that the sweep's results depend on."""
-        return json.loads(self.effects.attrs["protocol"])
+        return stats.protocol(self.effects)
 
     @functools.cached_property
     def resampled(self) -> stats.Resampled:
@@ -65,11 +66,38 @@ class Results:
     @functools.cached_property
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table by name, as written to files."""
-        return {
+        tables = {
             "summary": self.summary,
             "erasure": self.erasure,
             "findings": pd.DataFrame([dataclasses.asdict(finding) for finding in self.findings]),
         }
+        if self.select is not None:
+            tables["selected"] = stats.selected(self.effects, self.resampled, self.select)
+        if self.interactions is not None:
+            tables["interactions"] = self.interactions
+        if self.cascade is not None:
+            tables |= {"cascade": self.cascade, "cascade_steps": cascades.cascade_steps(self.effects)}
+        if self.positions is not None:
+            tables["positions"] = self.positions
+        return tables
+
+    @functools.cached_property
+    def interactions(self) -> pd.DataFrame | None:
+        """The table of `interactions.interaction_table`; None without pairs."""
+        has_pairs = bool(interactions.pairs(self.effects))
+        return interactions.interaction_table(self.effects, self.resampled) if has_pairs else None
+
+    @functools.cached_property
+    def cascade(self) -> pd.DataFrame | None:
+        """The table of `cascades.cascade`; None without cascades."""
+        has_cascades = cascades.has_cascades(self.effects)
+        return cascades.cascade(self.effects, self.resampled.draws) if has_cascades else None
+
+    @functools.cached_property
+    def positions(self) -> pd.DataFrame | None:
+        """The table of `positions.by_position`; None where each text was read at one position."""
+        has_positions = positions.has_positions(self.effects)
+        return positions.by_position(self.effects, self.resampled) if has_positions else None
 
     @functools.cached_property
     def means(self) -> xr.Dataset:
@@ -81,6 +109,13 @@ class Results:
         """The kind of ablation."""
         return self.protocol["ablation"]["kind"]
 
+    @property
+    def unit(self) -> str:
+        """The quantity that effects are drops of, in a few words."""
+        foils = self.effects.coords.get("foil_id")
+        differs = foils is not None and bool((foils >= 0).any())
+        return "logit of the target less the foil's" if differs else "logit of the target token"
+
     @functools.cached_property
     def by_head(self) -> bool:
         """Whether single heads were ablated."""
@@ -88,7 +123,7 @@ class Results:
 
     @property
     def sites(self) -> list[str]:
-        """The sites that were ablated."""
+        """The sites of which single components were ablated."""
         return [site for site in SITES if (self.effects["ablated_site"] == site).any()]
 
     @property
@@ -100,33 +135,34 @@ class Results:
         )
 
     def ablated(self, site: str) -> np.ndarray:
-        """Return the indices along `ablated` of a site's ablations."""
+        """Return the indices along `ablated` of a site's ablations; those of several components have the site SET."""
         return np.flatnonzero(self.effects["ablated_site"].values == site)
 
     @functools.cached_property
     def ablated_names(self) -> list[str]:
-        """The names of what was ablated, as in "attn 3" or "attn 3 head 1"."""
-        return self._names("ablated_layer", "ablated_site", "ablated_head")
+        """The names of what was ablated, as in "attn 3", "attn 3.1" or "attn 3 + mlp 5"."""
+        return names.ablated_names(self.effects)
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether several components were ablated together."""
+        return bool(names.is_set(self.effects).any())
 
     @functools.cached_property
     def component_names(self) -> list[str]:
         """The names of every component."""
-        return self._names("layer", "site")
-
-    def _names(self, *coordinates: str) -> list[str]:
-        labels = zip(*(self.effects[coordinate].values for coordinate in coordinates), strict=True)
-        return [str(Component.named(*label)) for label in labels]
+        return names.component_names(self.effects)
 
 
-def load(workdir: Path, samples: int = 1000, seed: int = 0) -> Results:
-    """Load the results in a directory.
+def load(workdir: Path, samples: int = 1000, seed: int = 0, select: float | None = None) -> Results:
+    """Load the results in a directory; `samples`, `seed` and `select` as in `Results`.
 
     Raises:
       UserError: if there is no sweep, or it cannot be read.
     """
     effects = store.load_effects(workdir)
     examples = store.open_examples(workdir).load() if (workdir / store.EXAMPLES).is_dir() else None
-    return Results(effects, examples, samples, seed)
+    return Results(effects, examples, samples, seed, select)
 
 
 def beside(results: Results, others: Sequence[Results]) -> tuple[list[Results], Results | None]:

@@ -16,7 +16,7 @@ import zarr
 
 from hydra_jax.errors import UserError, reason, shown
 from hydra_jax.store.files import sha256
-from hydra_jax.store.metadata import ZARR_FORMAT
+from hydra_jax.store.metadata import ASIDE, ZARR_FORMAT
 
 DIGESTS = "files_sha256"
 """The attribute that has the sums."""
@@ -28,8 +28,14 @@ def write(path: Path, filled: Sequence[str] = ()) -> None:
     group.attrs[DIGESTS] = _digests(path, group.attrs, filled)
 
 
-def check(path: Path, dataset: xr.Dataset, filled: Sequence[str] = ()) -> None:
+def check(path: Path, dataset: xr.Dataset, filled: Sequence[str] = (), remedy: str = ASIDE) -> None:
     """Compare a store, opened as `dataset`, with its sums.
+
+    Args:
+      path: the store's.
+      dataset: the store, opened.
+      filled: as in `write`.
+      remedy: the last words of a refusal.
 
     Raises:
       UserError: if the store has changed; it names a variable that did.
@@ -39,14 +45,14 @@ def check(path: Path, dataset: xr.Dataset, filled: Sequence[str] = ()) -> None:
         current = json.loads(_digests(path, dataset.attrs, filled))
         wrong = sorted(name for name in written.keys() | current if written.get(name) != current.get(name))
     except Exception as error:
-        raise unreadable(path, error) from error
+        raise unreadable(path, error, remedy) from error
     if wrong:
-        raise UserError(f"{path}: {shown(wrong[0])} is damaged or missing; delete the store and sweep again")
+        raise UserError(f"{path}: {shown(wrong[0])} is damaged or missing; {remedy}")
 
 
-def unreadable(path: Path, error: Exception) -> UserError:
-    """Return the one-line form of whatever zarr and its codecs raise on a damaged store."""
-    return UserError(f"{path}: cannot be read ({reason(error)}); delete it and sweep again")
+def unreadable(path: Path, error: Exception, remedy: str = ASIDE) -> UserError:
+    """Return the one-line form, with a remedy, of whatever zarr and its codecs raise on a damaged store."""
+    return UserError(f"{path}: cannot be read ({reason(error)}); {remedy}")
 
 
 def _digests(path: Path, attributes: Mapping[str, Any], filled: Sequence[str]) -> str:

@@ -36,6 +36,9 @@ EXAMPLES = "examples.zarr"
 CHECKED = {"compressors": [ZstdCodec(), Crc32cCodec()]}
 """The encoding of chunks: compressed, and with a checksum, so that a damaged one is found when it is read."""
 
+RESUME = "start the sweep again as it was: it computes anew what is damaged and keeps the rest"
+"""The remedy for damage in what is written chunk by chunk, and in the examples."""
+
 FORMAT = 3
 """The store's format; it changes whenever an older store could not be read as if it were new."""
 
@@ -120,8 +123,8 @@ def open_examples(workdir: str | Path) -> xr.Dataset:
       UserError: if they are not there or cannot be read.
     """
     path = Path(workdir) / EXAMPLES
-    examples = _open(path)
-    digests.check(path, examples)
+    examples = _open(path, RESUME)
+    digests.check(path, examples, remedy=RESUME)
     return examples
 
 
@@ -181,7 +184,7 @@ def lost(workdir: Path, chunks: Sequence[slice]) -> int:
     try:
         return sum(int(counts[chunk].sum()) for chunk in chunks)
     except Exception as error:
-        raise digests.unreadable(workdir / NAME, error) from error
+        raise digests.unreadable(workdir / NAME, error, RESUME) from error
 
 
 def forget(workdir: Path, chunk: slice) -> None:
@@ -231,18 +234,19 @@ def load_effects(workdir: str | Path) -> xr.Dataset:
     """
     path = Path(workdir) / NAME
     effects = open_effects(workdir)
-    missing = [name for name, variable in VARIABLES.items() if name not in effects and not variable.option]
+    absent = [name for name, variable in VARIABLES.items() if name not in effects and not variable.option]
+    if absent:
+        raise UserError(f"{path}: has no {absent[0]}; {metadata.ASIDE}")
     try:
         finished = np.flatnonzero(effects["finished"].values)
-        if finished.size and not missing:
-            effects = effects.isel(prompt=finished).load()
-            missing = holes(effects)
+        effects = effects.isel(prompt=finished).load()
+        missing = holes(effects)
     except Exception as error:
-        raise digests.unreadable(path, error) from error
+        raise digests.unreadable(path, error, RESUME) from error
     if not finished.size:
         raise UserError(f"{path}: none of its prompts is finished; go on with the sweep first")
     if missing:
-        raise UserError(f"{path}: {missing[0]} is missing or has holes; delete the store and sweep again")
+        raise UserError(f"{path}: {missing[0]} has holes; {RESUME}")
     return finite(effects, str(path))
 
 
@@ -263,15 +267,15 @@ def _write_region(path: Path, chunk: slice, part: xr.Dataset) -> None:
     part.to_zarr(path, region={"prompt": chunk}, zarr_format=metadata.ZARR_FORMAT, consolidated=False)
 
 
-def _open(path: Path) -> xr.Dataset:
+def _open(path: Path, remedy: str = metadata.ASIDE) -> xr.Dataset:
     if not path.is_dir():
         raise UserError(f"{path}: is not there; run `python -m launch.sweep --workdir={path.parent}` first")
-    metadata.check(path)
+    metadata.check(path, remedy)
     try:
         with files.signals_deferred():
             return xr.open_zarr(path, consolidated=False, chunks=None, zarr_format=metadata.ZARR_FORMAT)
     except Exception as error:
-        raise digests.unreadable(path, error) from error
+        raise digests.unreadable(path, error, remedy) from error
 
 
 def protocol_attributes(protocol: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,6 +292,4 @@ def check_protocol(dataset: xr.Dataset, protocol: Mapping[str, Any], where: Path
     """
     differing = differences(json.loads(dataset.attrs.get("protocol", "{}")), protocol)
     if differing:
-        raise UserError(
-            f"{where}: holds results of another protocol ({differing}); give another --workdir, or delete this one"
-        )
+        raise UserError(f"{where}: holds results of another protocol ({differing}); give another --workdir")

@@ -15,6 +15,9 @@ from hydra_jax.errors import UserError, reason, shown
 
 ZARR_FORMAT: Literal[3] = 3
 
+ASIDE = "leave this one as it is and sweep into another --workdir"
+"""The remedy for a store that no sweep can go on from: what it still holds is kept."""
+
 CODECS = ("bytes", "vlen-utf8", "zstd", "crc32c")
 DATA_TYPES = ("bool", "int16", "int64", "float32", "float64", "string")
 CHUNKS = {"chunk_grid": "regular", "chunk_key_encoding": "default"}
@@ -25,11 +28,12 @@ MOST_BYTES = 1 << 26
 """The largest metadata document, in bytes, that is read."""
 
 
-def check(path: Path) -> None:
+def check(path: Path, remedy: str = ASIDE) -> None:
     """Refuse a store whose metadata names anything that this project does not write; no chunk is read.
 
     Args:
       path: the directory of the zarr group.
+      remedy: the last words of a refusal of a damaged one.
 
     Raises:
       UserError: if the store is not of zarr format 3, or an array has a codec, data type or layout not listed above.
@@ -39,14 +43,14 @@ def check(path: Path) -> None:
             f"{path}: is not of zarr format {ZARR_FORMAT}, and others are not opened, as they can run code; sweep into"
             " another --workdir"
         )
-    if _document(path).get("node_type") != "group":
+    if _document(path, remedy).get("node_type") != "group":
         raise UserError(f"{path}: is not a zarr group; sweep into another --workdir")
     for array in sorted(filter(Path.is_dir, path.iterdir())):
         if (array / DOCUMENT).is_file():
-            _check_array(array, _document(array))
+            _check_array(array, _document(array, remedy))
 
 
-def _document(node: Path) -> Mapping[str, Any]:
+def _document(node: Path, remedy: str) -> Mapping[str, Any]:
     path = node / DOCUMENT
     try:
         with path.open("rb") as file:
@@ -55,7 +59,7 @@ def _document(node: Path) -> Mapping[str, Any]:
             raise ValueError(f"{DOCUMENT} has more than {MOST_BYTES >> 20} MiB")
         document = json.loads(data)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{node}: cannot be read ({reason(error)}); delete it and sweep again") from error
+        raise UserError(f"{node}: cannot be read ({reason(error)}); {remedy}") from error
     if not isinstance(document, Mapping) or document.get("zarr_format") != ZARR_FORMAT:
         raise UserError(f"{path}: is not of zarr format {ZARR_FORMAT}; sweep into another --workdir")
     return document
