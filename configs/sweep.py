@@ -20,11 +20,14 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
         precision="highest",  # of float32 products: highest, high or default (TF32 on a GPU)
         prompts=dict(
             kind="records",  # a prompt a record; or text: prompts cut from an ordinary text file at random positions
-            path="",  # known_1000.json, CounterFact, or JSON lines; "": the built-in facts
+            path="",  # known_1000.json, CounterFact, JSON lines, CSV, Parquet; or a built-in set: builtin:facts (""),
+            # builtin:ioi, builtin:ioi_abc, builtin:greater_than
             text="",  # one prompt by itself, as --prompt gives it
             correct_only=True,  # as the paper: prompts that the model answers right
             limit=0,  # the most prompts that are swept, picked by seed; 0: no limit
-            target="top",  # the token whose logit is read: the most likely next one, or the answer
+            target="top",  # older name of readout.target: top or answer
+            positions="last",  # tokens after which prompts are read and ablated: last, all, places ("3,-1") or a part
+            # of every text whose last token is meant
         ),
         ablation=dict(
             kind="resample",  # what a write is replaced by: that of another prompt; or mean, zero, noise
@@ -32,6 +35,20 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
             sites="attn,mlp",  # or one of them; or heads: each attention head by itself
             layers="all",  # or e.g. "0,5,10-14"
             edges=True,  # also what each component does when it alone sees the edit: doubles the work
+            components="",  # what is ablated instead: "attn 23, mlp 29, attn 23.4, layer 5, attn 24 + mlp 29" (together)
+            freeze="",  # held at their clean writes, e.g. "attn 24, mlp 29, norm"; effects without that are kept beside
+            paired=False,  # each prompt's one replacement is its own counterfactual, its source
+            match="",  # draw replacements only from prompts of the same relation, or length
+            interactions=False,  # also every pair of what is ablated, together
+            cascade=0,  # cuts one after another: what contributes most, then what repaired most, and so on
+        ),
+        readout=dict(
+            target="auto",  # the token whose logit is read: top (the most likely next), answer, a token's text
+            # (" Paris"); auto: the answer of prompts that have a foil, else top
+            foil="auto",  # the token whose logit is subtracted: foil (the prompt's own), a token's text, "" for none;
+            # auto: the foil of prompts that have one
+            metrics="",  # any of log_probability, kl, rank, top_changed: of the whole distribution
+            responders="layers",  # or heads: also what each attention head changes
         ),
         seed=0,  # of every draw: prompts under a limit, replacements, noise, bootstrap
         rows=0,  # rows of a block, moved at once on a device; 0: 512 on a CPU, 16,384 on an accelerator

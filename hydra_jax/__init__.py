@@ -9,7 +9,9 @@ from hydra_jax.version import __version__
 
 if typing.TYPE_CHECKING:
     from hydra_jax.analysis.stats import summary
-    from hydra_jax.api import ablate, intervene, program, sweep
+    from hydra_jax.api.looks import contributions, trace
+    from hydra_jax.api.programs import intervene, program
+    from hydra_jax.api.sweeps import ablate, cascade, interactions, sweep
     from hydra_jax.core.programs import Program
     from hydra_jax.errors import UserError
     from hydra_jax.store.effects import open_effects
@@ -26,6 +28,9 @@ __all__ = [
     "__version__",
     "ablate",
     "builtin",
+    "cascade",
+    "contributions",
+    "interactions",
     "intervene",
     "load",
     "open_effects",
@@ -33,6 +38,7 @@ __all__ = [
     "read_prompts",
     "summary",
     "sweep",
+    "trace",
 ]
 
 _HOMES = {
@@ -40,15 +46,19 @@ _HOMES = {
     "Program": ("hydra_jax.core.programs", "Program"),
     "Prompt": ("hydra_jax.text.prompts", "Prompt"),
     "UserError": ("hydra_jax.errors", "UserError"),
-    "ablate": ("hydra_jax.api", "ablate"),
+    "ablate": ("hydra_jax.api.sweeps", "ablate"),
     "builtin": ("hydra_jax.text.prompts", "builtin"),
-    "intervene": ("hydra_jax.api", "intervene"),
+    "cascade": ("hydra_jax.api.sweeps", "cascade"),
+    "contributions": ("hydra_jax.api.looks", "contributions"),
+    "interactions": ("hydra_jax.api.sweeps", "interactions"),
+    "intervene": ("hydra_jax.api.programs", "intervene"),
     "load": ("hydra_jax.weights.load", "load"),
     "open_effects": ("hydra_jax.store.effects", "open_effects"),
-    "program": ("hydra_jax.api", "program"),
+    "program": ("hydra_jax.api.programs", "program"),
     "read_prompts": ("hydra_jax.text.prompts", "read"),
     "summary": ("hydra_jax.analysis.stats", "summary"),
-    "sweep": ("hydra_jax.api", "sweep"),
+    "sweep": ("hydra_jax.api.sweeps", "sweep"),
+    "trace": ("hydra_jax.api.looks", "trace"),
 }
 """The home of each public name: its module, and its name there.
 

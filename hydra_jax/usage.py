@@ -46,14 +46,16 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def meanings(code: str) -> dict[str, str]:
     """Return the meanings of settings by their names with dots: the comment after each in a `config_dict.create(...)`.
 
+    A comment goes on in lines below it that have nothing else.
+
     Args:
       code: of a config file.
     """
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(code).readline)
-        if token.type == tokenize.COMMENT
-    }
+    found = [t for t in tokenize.generate_tokens(io.StringIO(code).readline) if t.type == tokenize.COMMENT]
+    comments = {token.start[0]: token.string.lstrip("# ") for token in found}
+    for token in reversed(found):
+        if token.line.lstrip().startswith("#") and token.start[0] - 1 in comments:
+            comments[token.start[0] - 1] += " " + comments[token.start[0]]
     said: dict[str, str] = {}
 
     def visit(call: ast.Call, prefix: str) -> None:

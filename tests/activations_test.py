@@ -17,7 +17,7 @@ from hydra_jax.errors import UserError
 from hydra_jax.models.transformer import flat, forward
 from hydra_jax.sweep import activations
 from hydra_jax.sweep.activations import trace, trace_bytes
-from hydra_jax.sweep.plan import Item
+from hydra_jax.sweep.items import Item
 from hydra_jax.text.prompts import Prompt
 from tests.helpers import checkpoints
 from tests.helpers import models as toy_models
@@ -29,7 +29,7 @@ jit_forward = jax.jit(forward)
 
 
 def item(length=9, seed=0):
-    return Item(Prompt("a text", "a text"), tuple(np.asarray(toy_models.tokens(length, seed)).tolist()), None)
+    return Item(Prompt("a text", "a text"), tuple(np.asarray(toy_models.tokens(length, seed)).tolist()))
 
 
 def model(params):
@@ -68,7 +68,7 @@ def test_a_pattern_is_causal_and_mixes_the_values(block, seed, length):
 
 def test_everything_is_labelled():
     tiny, text = model(toy_models.params(vocab_size=len(checkpoints.VOCABULARY))), checkpoints.CONTROL + "the 1"
-    one = Item(Prompt("name", text), tuple(tiny.tokenizer.encode(text).ids), None)
+    one = Item(Prompt("name", text), tuple(tiny.tokenizer.encode(text).ids))
     found, c = trace(tiny, one), tiny.config
     length = len(one.tokens)
     assert found.sizes == dict(

@@ -5,8 +5,8 @@ from hydra_jax.engine.cluster import Cluster
 from hydra_jax.sweep.bank import Bank, Row
 
 ALONE = Cluster(0, 1)
-COLUMNS = {"top": np.array([3, 4, 5]), "target": np.array([3, 4, 5])}
-COLUMNS |= {"probability": np.array([0.1, 0.2, 0.3], np.float32)}
+COLUMNS = {"top": np.array([3, 4, 5]), "answer": np.array([3, -1, 6])}
+COLUMNS |= {f"{name}_probability": np.array([0.1, 0.2, 0.3], np.float32) for name in ("top", "answer")}
 KEPT = np.array([True, False, True])
 VALUES = np.random.default_rng(0).normal(size=(2, 12)).astype(np.float32)
 

@@ -24,8 +24,15 @@ def refusal(call, *arguments):
     return message
 
 
+def ablated(**settings):
+    """The components that are ablated, each by itself."""
+    ablations = AblationConfig(**settings).ablations(MODEL)
+    assert all(ablation.single for ablation in ablations)
+    return [ablation.single for ablation in ablations]
+
+
 def layers(text):
-    return {component.layer for component in AblationConfig(layers=text).components(MODEL)}
+    return {component.layer for component in ablated(layers=text)}
 
 
 def test_the_config_file_holds_the_defaults():
@@ -142,23 +149,23 @@ def test_layers_that_are_none_are_refused(text):
     [("attn", {"attn"}), ("mlp", {"mlp"}), ("attn,mlp", {"attn", "mlp"}), ("mlp, attn, mlp", {"attn", "mlp"})],
 )
 def test_sites_and_layers_make_components_in_forward_order(sites, expected):
-    found = AblationConfig(sites=sites, layers="3,1-2").components(MODEL)
+    found = ablated(sites=sites, layers="3,1-2")
     wanted = [c for c in all_components(LAYERS) if c.layer in (1, 2, 3) and str(c).split()[0] in expected]
     assert found == wanted
 
 
 def test_heads_are_each_a_component():
-    heads = AblationConfig(sites="heads", layers="1-2").components(MODEL)
+    heads = ablated(sites="heads", layers="1-2")
     assert [(c.layer, c.site, c.head) for c in heads] == [(layer, 0, head) for layer in (1, 2) for head in range(4)]
 
 
 @pytest.mark.parametrize("sites", ["attn,heads", "", "attention", "attn,", "attn;mlp"])
 def test_unknown_sites_are_refused(sites):
-    assert "config.ablation.sites" in refusal(AblationConfig(sites=sites).components, MODEL)
+    assert "config.ablation.sites" in refusal(AblationConfig(sites=sites).ablations, MODEL)
 
 
 def test_the_default_is_every_component():
-    assert AblationConfig().components(MODEL) == all_components(LAYERS)
+    assert ablated() == all_components(LAYERS)
 
 
 def test_prompts_of_text_are_never_filtered_and_need_a_file():

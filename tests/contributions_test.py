@@ -22,7 +22,7 @@ from hydra_jax.models import pieces
 from hydra_jax.models.transformer import Contrast, flat, forward, unembed
 from hydra_jax.sweep import contributions as module
 from hydra_jax.sweep.contributions import contributions
-from hydra_jax.sweep.plan import Item, itemise
+from hydra_jax.sweep.items import Item, itemise
 from hydra_jax.text.prompts import Prompt, as_prompts
 from tests.helpers import models as toy_models
 from tests.helpers.speed import few
@@ -42,7 +42,7 @@ def text():
 
 
 def item(tokens):
-    return Item(Prompt("a text", " ".join(f"w{token}" for token in tokens)), tuple(tokens), None)
+    return Item(Prompt("a text", " ".join(f"w{token}" for token in tokens)), tuple(tokens))
 
 
 def model(params):

@@ -14,13 +14,9 @@ from hydra_jax.core.edits import (
     Kind,
     WriteStatistics,
     all_components,
-    draw_sources,
-    prompt_keys,
     replacement,
 )
 from hydra_jax.errors import UserError
-
-ids = st.lists(st.text(min_size=1, max_size=6), min_size=4, max_size=12, unique=True)
 
 
 def test_components_come_in_forward_order():
@@ -83,43 +79,6 @@ def test_what_each_kind_needs():
         Kind.ZERO: (False, False, False),
         Kind.NOISE: (True, False, True),
     }
-
-
-@pytest.mark.slow
-@given(ids, st.randoms(), st.integers(0, 3))
-def test_sources_follow_the_id_and_not_the_order(ids, random, seed):
-    other = ids.copy()
-    random.shuffle(other)
-
-    def drawn(ids):
-        sources = draw_sources(prompt_keys(seed, ids), ids, 3)
-        return {i: [ids[s] for s in row] for i, row in zip(ids, sources, strict=True)}
-
-    first = drawn(ids)
-    assert first == drawn(other)
-    for i, sources in first.items():
-        assert i not in sources
-        assert len(set(sources)) == 3
-
-
-def test_sources_are_drawn_evenly():
-    ids = [f"p{number}" for number in range(300)]
-    counts = np.bincount(draw_sources(prompt_keys(0, ids), ids, 15).ravel(), minlength=300)
-    # Each is binomial: mean 15, variance about 15.
-    assert abs(counts.mean() - 15) < 1e-9
-    assert 10 < counts.var() < 20
-
-
-def test_another_seed_draws_others():
-    ids = [f"p{number}" for number in range(30)]
-    first, second = (draw_sources(prompt_keys(seed, ids), ids, 5) for seed in (0, 1))
-    assert (first != second).mean() > 0.5
-
-
-def test_too_few_prompts_for_the_replacements_are_refused():
-    ids = ["a", "b", "c"]
-    with pytest.raises(UserError, match="3 in the sweep, but 3 replacements need 4"):
-        draw_sources(prompt_keys(0, ids), ids, 3)
 
 
 def test_replacements_are_what_their_kind_says():

@@ -66,14 +66,14 @@ def test_a_contrast_is_the_combination_of_logits_that_is_asked_for(model):
 
 
 def test_metrics_are_those_of_the_whole_distribution(model):
-    asked = ["log_probability", "divergence", "rank", "top_changed"]
+    asked = ["log_probability", "kl", "rank", "top_changed"]
     effects = found(model, target=3, metrics=asked).squeeze(["program", "reading", "replacement"])
     for number, text in enumerate(TEXTS):
         clean, cut = (row - np.log(np.exp(row).sum()) for row in (logits(model, text), zeroed(model, text)))
         one = effects.isel(prompt=number)
-        np.testing.assert_allclose(one["log_probability"], cut[3], atol=1e-5)
-        np.testing.assert_allclose(one["divergence"], (np.exp(clean) * (clean - cut)).sum(), atol=1e-5)
-        assert one["rank"] == (cut > cut[3]).sum()
+        np.testing.assert_allclose(one["log_probability_drop"], clean[3] - cut[3], atol=1e-5)
+        np.testing.assert_allclose(one["kl"], (np.exp(clean) * (clean - cut)).sum(), atol=1e-5)
+        assert one["target_rank"] == (cut > cut[3]).sum()
         assert one["top_changed"] == (clean.argmax() != cut.argmax())
 
 
@@ -143,21 +143,24 @@ def test_order_of_prompts_and_programs_changes_nothing(llama):
 
 
 REFUSED = {
-    "positions outside a text": (dict(positions=[[0], [3], [0], [0]]), "prompt 'w4 w4 w8' has tokens 0-2, not 3"),
-    "positions before it": (dict(positions=[[-1], [0], [0], [0]]), "has tokens 0-5, not -1"),
+    "positions outside a text": (
+        dict(positions=[[0], [3], [0], [0]]),
+        "prompt 'w4 w4 w8': position 3 is past its end; it has tokens 0-2",
+    ),
+    "positions before it": (dict(positions=[[-7], [0], [0], [0]]), "position -7 is before its beginning"),
+    "a position twice": (dict(positions=[[-1, 5], [0], [0], [0]]), "positions: mean a token of prompt"),
     "positions of other prompts": (dict(positions=[[0]]), "positions: are given for 1 prompts of 4"),
-    "positions of none": (dict(positions=[[], [0], [0], [0]]), "not none; give places among them"),
-    "positions unknown": (dict(positions="first"), "positions"),
+    "positions of none": (dict(positions=[[], [0], [0], [0]]), "positions: are none; give"),
+    "positions unknown": (dict(positions="first"), "position 'first' is not in its text"),
     "a token": (dict(target=99), "target: 99 is no token of tiny; give ids from 0 to"),
     "a foil": (dict(target=1, foil=-5), "target: -5 is no token"),
-    "a target": (dict(target="w1 w2"), "target: 'w1 w2' is 2 tokens of tiny, not one; give one, as ' Paris', or an id"),
-    "a foil of none": (dict(foil=""), "foil: '' is 0 tokens"),
-    "positions without lists": (dict(positions=[3, 1, 0, 2]), "give a list of places for each prompt"),
+    "a target": (dict(target="w1 w2"), "target: 'w1 w2' is 2 tokens of tiny"),
+    "positions of no kind": (dict(positions=3), "positions: are 3; give 'last', 'all'"),
     "a metric": (dict(metrics=["entropy"]), "metrics"),
     "responders": (dict(responders="neurons"), "responders"),
     "a kind": (dict(kind="random"), "kind"),
     "no prompts": (dict(texts=[]), "prompts: there are none"),
-    "too few sources": (dict(kind="resample", sources=TEXTS[:1], replacements=5), "6"),
+    "no sources": (dict(kind="resample", texts=TEXTS[:1], sources=TEXTS[:1]), "sources: have nothing beside prompt"),
 }
 
 

@@ -13,11 +13,11 @@ from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer
 from hydra_jax.errors import UserError
 from hydra_jax.store import effects as store
-from hydra_jax.store import variables
 from hydra_jax.store.variables import EFFECTS
 from hydra_jax.sweep import chunks, plan
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.sweep.clean import CleanPass, choose
+from hydra_jax.sweep.items import by_length, itemise
 from hydra_jax.sweep.run import run
 from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.prompts import Prompt
@@ -68,35 +68,24 @@ def test_the_identity_holds_in_every_entry(model):
     np.testing.assert_allclose(effects["compensation"].sum("component"), downstream, atol=1e-5)
 
 
-def clean_pass(model, ablation, rows=0):
-    asked = plan.asked(ablation, model.config, rows, streamed=False)
-    sizer = BatchSizer(model.config, mesh.mesh_of(model.params), asked, 1e9)
-    return CleanPass(model, ablation, sizer, Bank(model.config.dtype), Cluster(0, 1))
+def clean_pass(model, ablation):
+    wanted = plan.asked(SweepConfig(ablation=ablation), model.config, streamed=False)
+    sizer = BatchSizer(model.config, mesh.mesh_of(model.params), wanted, 1e9)
+    kept = plan.kept(ablation, model.config)
+    return CleanPass(model, ablation.kind, kept, sizer, Bank(model.config.dtype), Cluster(0, 1))
 
 
 def planned(model, items, ablation, tolerance=1e-4, non_finite=0.0):
     passed = clean_pass(model, ablation)
     with passed.bar(len(items)) as bar:
         passed.run(items, bar)
-    targets = np.array([passed.bank.rows[item.prompt.id].target for item in items])
-    ids = [item.prompt.id for item in items]
-    return plan.Plan(
-        model,
-        items,
-        targets,
-        passed.bank,
-        ids,
-        ablation,
-        seed=0,
-        sizer=passed.sizer,
-        tolerance=tolerance,
-        non_finite=non_finite,
-        components=ablation.components(model.config),
-    )
+    tokens = np.array([(passed.bank.rows[item.prompt.id].top, -1) for item in items])
+    config = SweepConfig(ablation=ablation, identity_tolerance=tolerance, non_finite=non_finite)
+    return plan.Plan.build(model, passed.bank, passed.sizer, config, items, tokens)
 
 
 def test_a_broken_identity_stops_the_sweep_and_names_the_prompt(model):
-    items = sorted(plan.itemise(model, [Prompt(text, text) for text in TEXTS]), key=plan.by_length)
+    items = sorted(itemise(model, [Prompt(text, text) for text in TEXTS]), key=by_length)
     exact = planned(model, items, AblationConfig(kind="zero"), tolerance=1e-12)
     with pytest.raises(UserError, match=r"prompt '.*', (attn|mlp) [01]: total effect") as raised:
         chunks.ablate_chunk(exact, slice(0, 8), Sources(exact), 8)
@@ -116,9 +105,9 @@ def test_values_that_are_no_numbers_are_recorded_and_left_out(model, tmp_path, c
     broken, token = overflowing(model)
     spoilt = [text for text in TEXTS if token in encode(model.tokenizer, text)]
     assert 0 < len(spoilt) < len(TEXTS)
-    items = sorted(plan.itemise(broken, [Prompt(text, text) for text in TEXTS]), key=plan.by_length)
+    items = sorted(itemise(broken, [Prompt(text, text) for text in TEXTS]), key=by_length)
     made = planned(broken, items, AblationConfig(replacements=2), non_finite=1.0)
-    dataset = variables.in_memory(chunks.frame(made), chunks.variable_sizes(made, len(made.items)), {variables.EDGES})
+    dataset = chunks.in_memory(made)
 
     def write(chunk, arrays):
         for name, array in arrays.items():
@@ -141,19 +130,19 @@ def test_values_that_are_no_numbers_are_recorded_and_left_out(model, tmp_path, c
 
 
 def test_values_on_the_devices_are_those_sent_to_them(model):
-    items = sorted(plan.itemise(model, [Prompt(text, text) for text in TEXTS]), key=plan.by_length)
+    items = sorted(itemise(model, [Prompt(text, text) for text in TEXTS]), key=by_length)
     made = planned(model, items, AblationConfig(replacements=2))
     there, sent = Sources(made, resident=True), Sources(made, resident=False)
     for component in (Component(0, ATTN), Component(1, MLP)):
         prompts = np.array([2, 5, 5])
         found = there(prompts, component)
         np.testing.assert_array_equal(found, sent(prompts, component))
-        values = made.bank.values([made.pool[index] for index in made.sources[5]])
+        values = made.bank.values([made.pool_ids[index] for index in made.sources[5]])
         np.testing.assert_array_equal(found[1], values[:, made.places[component]])
 
 
 def test_ablate_is_one_entry_of_a_sweep(model):
-    effects = hydra_jax.sweep(model, TEXTS, kind="mean")
+    effects = hydra_jax.sweep(model, TEXTS, kind="mean", sources=TEXTS)
     place = {"ablated": 2, "prompt": int(np.flatnonzero(effects["prompt_id"] == TEXTS[1])[0])}
     one = hydra_jax.ablate(model, TEXTS[1], "attn", 1, kind="mean", sources=TEXTS)
     swept = effects.isel(place)
@@ -218,7 +207,7 @@ def test_chosen_components_are_the_ones_ablated(model):
 
 
 def chosen(model, prompts, **wanted):
-    kept, examined = choose(clean_pass(model, ZERO), plan.itemise(model, prompts), PromptsConfig(**wanted), seed=0)
+    kept, examined = choose(clean_pass(model, ZERO), itemise(model, prompts), PromptsConfig(**wanted), seed=0)
     return [item.prompt.id for item in kept], [item.prompt.id for item in examined]
 
 
@@ -234,11 +223,12 @@ def test_a_limit_picks_the_same_prompts_in_any_order(model):
 def test_correct_only_keeps_what_the_model_answers_right(model):
     effects = hydra_jax.sweep(model, TEXTS, kind="zero")
     says = dict(zip(effects["text"].values, effects["target_text"].values, strict=True))
-    items = plan.itemise(model, [Prompt(text, text, "z") for text in TEXTS])
+    items = itemise(model, [Prompt(text, text, "z") for text in TEXTS])
     targets = dict(zip(TEXTS, planned(model, items, ZERO).targets, strict=True))
     right = set(TEXTS[::2])
     answered = [
-        dataclasses.replace(item, answer=targets[item.prompt.id] if item.prompt.id in right else -5) for item in items
+        dataclasses.replace(item, answers=(targets[item.prompt.id] if item.prompt.id in right else -5,))
+        for item in items
     ]
     kept, examined = choose(clean_pass(model, ZERO), answered, PromptsConfig(), seed=0)
     assert {item.prompt.id for item in kept} == right
@@ -266,8 +256,8 @@ def test_the_real_model_repairs_itself(smollm2):
 @pytest.mark.parametrize(
     ("prompts", "settings", "word"),
     [
-        ("one text", {}, "list of texts"),
-        (TEXTS, {"layers": [1]}, "ablation.layers"),
+        ("one text", {}, "need 16"),
+        (TEXTS, {"layers": [1]}, "layers: .* is not"),
         (TEXTS, {"kind": "zeros"}, "'zero'"),
         (TEXTS[:3], {}, "need 16"),
         (TEXTS[:1], {"kind": "mean"}, "one prompt"),
@@ -309,9 +299,9 @@ def test_a_token_without_a_row_is_refused_where_a_prompt_has_it(tmp_path):
     text.add_special_tokens(["<image>"])  # as Gemma 3's text models have one
     text.save(str(path / "tokenizer.json"))
     model = hydra_jax.load(str(path))
-    assert len(plan.itemise(model, [Prompt("1", "the of")])) == 1
+    assert len(itemise(model, [Prompt("1", "the of")])) == 1
     with pytest.raises(UserError, match=r"^prompt '2': token <image> has no row in the embedding of .*tiny"):
-        plan.itemise(model, [Prompt("1", "the of"), Prompt("2", "the <image> of")])
+        itemise(model, [Prompt("1", "the of"), Prompt("2", "the <image> of")])
 
 
 @pytest.mark.slow

@@ -196,13 +196,14 @@ def test_values_are_replacements_drawn_by_text_and_component(kind, component, at
     layout = Layout.of(3, 2, walks.DRAWS, 5, at_once)
     keys = jax.random.split(jax.random.key(1), 3)
     sources = jnp.stack([walks.source(c, name, component) for name in range(3)])
-    spread = jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), walks.statistics(c, component))
+    spread = jax.tree.map(lambda part: jnp.tile(jnp.asarray(part, jnp.float32), (3, 1)), walks.statistics(c, component))
     found = Draws(mesh.mesh_of(toy_models.params()), layout, kind, keys, lambda _: sources, lambda _: spread)(component)
     for text in range(3):
         own = jax.random.fold_in(keys[text], component.index)
         own = own if component.head == WHOLE else jax.random.fold_in(own, component.head)
         for row, key in enumerate(jax.random.split(own, count)):
-            expected = replacement(kind, sources[text, row % walks.DRAWS], spread, key)
+            own_spread = jax.tree.map(lambda part, text=text: part[text], spread)
+            expected = replacement(kind, sources[text, row % walks.DRAWS], own_spread, key)
             np.testing.assert_allclose(found[text, row], expected, atol=1e-6)
 
 

@@ -20,7 +20,9 @@ from hydra_jax.models.transformer import Params
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.sweep.chunks import fill
 from hydra_jax.sweep.clean import CleanPass
-from hydra_jax.sweep.plan import Item, Plan, asked
+from hydra_jax.sweep.items import Item
+from hydra_jax.sweep.plan import Plan, asked, kept
+from hydra_jax.sweep.readout import NONE
 from hydra_jax.sweep.roofline import intervention_flops
 from hydra_jax.text.padding import padded_length
 from hydra_jax.text.prompts import Prompt
@@ -129,21 +131,22 @@ def measure(
     tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
     model = Model("made up", params, tokenizer, "", streamed=layers)
     tokens = np.random.default_rng(seed).integers(0, c.vocab_size, (prompts, length))
-    items = [Item(Prompt(f"{n:07}", "?"), tuple(row), None) for n, row in enumerate(tokens.tolist())]
+    items = [Item(Prompt(f"{n:07}", "?"), tuple(row), text_id=f"{n:07}") for n, row in enumerate(tokens.tolist())]
     streamed = model.layers.streamed
-    sizer = BatchSizer(c, mesh, asked(ablation, c, rows, streamed), left(limit, c, mesh, streamed))
+    # Random weights lose precision: what is timed does not stop for it.
+    config = SweepConfig(ablation=ablation, seed=seed, rows=rows, identity_tolerance=0.999, non_finite=1.0)
+    sizer = BatchSizer(c, mesh, asked(config, c, streamed), left(limit, c, mesh, streamed))
 
     def clean_pass() -> Bank:
-        clean = CleanPass(model, ablation, sizer, Bank(c.dtype), Cluster(0, 1))
+        clean = CleanPass(model, ablation.kind, kept(ablation, c), sizer, Bank(c.dtype), Cluster(0, 1))
         with clean.bar(prompts) as bar:
             clean.run(items, bar)
         return clean.bank
 
     clean_pass()
     clean_seconds, bank = timed(clean_pass)
-    # Random weights lose precision: what is timed does not stop for it.
-    config = SweepConfig(ablation=ablation, seed=seed, identity_tolerance=0.999, non_finite=1.0)
-    plan = Plan.build(model, bank, sizer, config, items)
+    tops = [[bank.rows[item.prompt.id].top, NONE] for item in items]
+    plan = Plan.build(model, bank, sizer, config, items, np.array(tops))
     longest = padded_length(length, c.context)
     chunks = evenly(prompts, sizer.chunk(longest))
 
@@ -159,11 +162,11 @@ def measure(
     draws = ablation.draws
     at_once = min(chunks[0].stop, sizer.prompts(longest))
     block = min(sizer.asked.texts, -(-at_once // sizer.least)) * draws
-    flops = prompts * draws * sum(intervention_flops(c, component, length) for component in plan.components)
+    flops = prompts * draws * sum(intervention_flops(c, one.components[0], length) for one in plan.ablations)
     return Swept(
         prompts=prompts,
         length=length,
-        interventions=prompts * draws * len(plan.components),
+        interventions=prompts * draws * len(plan.ablations),
         at_once=at_once,
         clean_seconds=clean_seconds,
         seconds=seconds,

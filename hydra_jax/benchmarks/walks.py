@@ -55,7 +55,7 @@ def walk(
     asked = Contrast.target(targets.astype(np.int32)[:, None])
     rows = Rows(texts, together([program(c, clamp=[each]) for each in components]), draws, asked, at_once)
     keys = texts.put(jax.random.split(jax.random.key(0), prompts))
-    nothing = WriteStatistics(*np.zeros((2, c.width), np.float32))
+    nothing = WriteStatistics(*np.zeros((2, len(tokens), 1), np.float32))
     ready: dict[Component, Any] = {}
     values = Draws(texts.mesh, rows.layout, Kind.RESAMPLE, keys, ready.__getitem__, lambda component: nothing)
     for number, layer in enumerate(forward(c, Resident(params))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from hydra_jax.core.edits import ATTN
@@ -79,7 +80,7 @@ class Reading(flax.struct.PyTreeNode):
     probabilities: jax.Array
 
     @property
-    def probability(self) -> Float[Array, "*Q"]:
+    def probability(self) -> Float[Array | np.ndarray, "*Q"]:
         """The target's probability."""
         return self.probabilities[..., 0]
 

@@ -315,7 +315,7 @@ def metrics_of(
     at_once: int,
 ) -> Metrics:
     """Return the metrics of the rows of `chosen` programs, [P, G, Q, R], with the logits of `at_once` in memory."""
-    rows = chosen[:, None] * layout.of_program + jnp.arange(layout.readings * layout.draws)
+    rows = chosen[:, None] * layout.of_program + jnp.arange(layout.readings * layout.draws)[None]
     shift, frozen, of = shift[:, rows.reshape(-1)], frozen[rows.reshape(-1)], of[rows.reshape(-1)]
 
     def text(text: tuple[Reading, Float[Array, "N D"]]) -> Metrics:

@@ -20,7 +20,7 @@ from hydra_jax.models import pieces
 from hydra_jax.models.config import ModelConfig
 from hydra_jax.models.pieces import LayerParams
 from hydra_jax.models.transformer import Contrast
-from hydra_jax.sweep.plan import Item, batch_of
+from hydra_jax.sweep.items import Item, batch_of
 from hydra_jax.weights.model import Model
 
 WRITTEN = {

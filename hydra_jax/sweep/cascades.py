@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from hydra_jax.core.edits import Component, all_components
+from hydra_jax.core.edits import all_components
 from hydra_jax.core.effects import Effects
 from hydra_jax.core.metrics import Metrics
 from hydra_jax.core.programs import Program, program, together
@@ -27,25 +28,27 @@ def cascade(
     part: slice,
     sources: Sources,
     progress: Callable[[float], object] = lambda done: None,
-    start: Component | None = None,
 ) -> dict[str, np.ndarray]:
     """Cut, in some of a plan's prompts, one component after another, and return the variables of a result store.
 
-    The first is what contributes most in the clean run; each next one the component whose contribution grew most, on
-    average over replacements, in the run without those before it. Where none grew, the cascade ends.
+    The first is `plan.start`, or what contributes most in the clean run; each next one the component whose
+    contribution grew most, on average over replacements, in the run without those before it. Where none grew, the
+    cascade ends.
 
     Args:
       plan: the sweep; its components are all writes.
       part: which of its prompts.
       sources: of replacements.
       progress: told of how many more interventions are done.
-      start: the first cut in every prompt, instead.
+
+    Returns:
+      Those of cascades, and those of the clean run.
     """
     size = min(plan.sizer.fill_up(AT_ONCE), plan.sizer.fill_up(part.stop - part.start))
     groups = [range(first, min(first + size, part.stop)) for first in range(part.start, part.stop, size)]
     found = []
     for group in groups:
-        found.append(_Cuts(plan, group, size, sources).made(start))
+        found.append(_Cuts(plan, group, size, sources).made())
         progress(len(group) * plan.ablation.cascade * plan.ablation.draws)
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
@@ -58,7 +61,7 @@ class _Cuts:
         self._prompts = np.array(fill_up(list(group), size))
         self._components = all_components(plan.model.config.layers)
 
-    def made(self, start: Component | None) -> dict[str, np.ndarray]:
+    def made(self) -> dict[str, np.ndarray]:
         """Return the variables, [P, K, ...]."""
         plan, steps = self._plan, self._plan.ablation.cascade
         shape = self._count, steps, plan.ablation.draws
@@ -68,9 +71,9 @@ class _Cuts:
         clean = self._walk([program(plan.model.config, freeze=plan.ablation.frozen_names)])
         logit, probability = clean.reading.centred_logit[:, 0], clean.reading.probability[:, 0]
         rising = np.nan_to_num(clean.contributions[: self._count, 0])
-        if start is not None:
+        if plan.start is not None:
             rising[:] = 0
-            rising[:, start.index] = 1
+            rising[:, plan.start.index] = 1
         frozen = [one.index for one in plan.ablation.frozen(plan.model.config)]
         sets: list[tuple[int, ...]] = [()] * self._count
         going = np.ones(self._count, bool)
@@ -83,14 +86,21 @@ class _Cuts:
                 cut[index, step] = rising[index].argmax()
                 sets[index] = (*sets[index], int(cut[index, step]))
             effects, metrics = self._ablated(sets)
-            rising = _mean_of_finite(effects.compensation.reshape(*shape[::2], -1))
+            rising = _mean_of_finite(np.asarray(effects.compensation).reshape(*shape[::2], -1))
             for index in np.flatnonzero(going):
                 answers[index, step] = rising[index]
                 logits[index, step] = logit[index] - effects.total_effect[index]
                 probabilities[index, step] = probability[index] * np.exp(-metrics.log_probability_drop[index])
                 ranks[index, step] = metrics.target_rank[index]
         named = {"cut_logit": logits, "cut_probability": probabilities, "cut_rank": ranks}
-        return {"cut": cut, **named, "cut_compensation": answers}
+        whole: dict[str, Any] = {
+            "clean_logit": logit,
+            "clean_probability": probability,
+            "final_scale": clean.reading.final_scale[:, 0],
+            "delta_unembed": clean.contributions[:, 0],
+        }
+        said = {name: values[: self._count] for name, values in whole.items()}
+        return {"cut": cut, **named, "cut_compensation": answers} | said
 
     def _ablated(self, sets: Sequence[tuple[int, ...]]) -> tuple[Effects, Metrics]:
         """Return the effects of each prompt's set in that prompt, [P, R]."""

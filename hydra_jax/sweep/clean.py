@@ -103,7 +103,7 @@ class CleanPass:
         where = places(c, kept)
         values = np.empty((len(items), sum(place.stop - place.start for place in where.values())), jnp.dtype(c.dtype))
         asked = candidates(fill_up(items, size))
-        contrasts = Contrast(asked[:, None], np.tile(np.float32([1, 0, 0]), (size, 1, 1)))
+        contrasts = Contrast(asked[:, None], np.tile(np.array([1, 0, 0], np.float32), (size, 1, 1)))
         tokens, lengths = batch_of(items, size, c.context)
         parts = np.split(np.arange(size), self.sizer.parts(size, clean=True))
         sizes = self.sizer.sizes(tokens.shape[1])

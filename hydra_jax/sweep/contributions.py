@@ -28,7 +28,7 @@ from hydra_jax.models.pieces import LayerParams
 from hydra_jax.models.transformer import Contrast, Params
 from hydra_jax.store.variables import LOGITS
 from hydra_jax.sweep.activations import alone, first, texts_of
-from hydra_jax.sweep.plan import Item
+from hydra_jax.sweep.items import Item
 from hydra_jax.weights.model import Model
 
 EMBEDDING, CONSTANT = "embedding", "constant"
@@ -96,7 +96,7 @@ def contributions(model: Model, item: Item, place: int, contrast: Contrast, by_h
         )
     config = model.config
     # Later tokens do not matter to this one.
-    texts, sizes = alone(model, Item(item.prompt, item.tokens[: place + 1], item.answer), [place])
+    texts, sizes = alone(model, Item(item.prompt, item.tokens[: place + 1]), [place])
     streams, of_layers = _walk(model, texts, by_head)
     asked = Contrast(np.asarray(contrast.tokens, np.int32), np.asarray(contrast.weights, np.float32))
     texts_and_readings = (*texts.positions.shape, len(asked.tokens))

@@ -27,7 +27,7 @@ class Pool:
         for index in sorted(range(len(items)), key=lambda index: items[index].prompt.id):
             groups[self._key(items[index])].append(index)
         self._groups = {key: np.array(indices) for key, indices in groups.items()}
-        # A prompt is not replaced by itself: neither by another token of its text, nor by the same text under another id.
+        # A prompt is not replaced by itself: neither at another token of its text, nor under another id.
         self._ranks: dict[tuple[object, str], list[int]] = collections.defaultdict(list)
         for key, indices in self._groups.items():
             for rank, index in enumerate(indices.tolist()):
@@ -60,14 +60,7 @@ class Pool:
         """
         counts = np.array([self.others(item) for item in items])
         if (few := np.flatnonzero(counts < draws)).size:
-            item, count = items[few[0]], counts[few[0]]
-            if not self._match:
-                check_enough(count + 1, draws)
-            what = f"{self._match} {self._key(item)!r}"
-            raise UserError(
-                f"config.ablation.match: prompt {item.prompt.name} has {count} others of its {what} to draw from,"
-                f" {draws} replacements want {draws}; lower ablation.replacements, or give more prompts alike"
-            )
+            check_enough(int(counts[few[0]]) + 1, draws)
         ranks = draw_ranks(prompt_keys(seed, [item.prompt.id for item in items]), counts, draws)
         drawn = np.empty_like(ranks)
         for row, item in enumerate(items):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,7 +32,7 @@ class Inputs:
       config: the settings; `ablation.replacements` no more than there are sources.
       model: the model.
       items: the prompts that are examined.
-      sources: other prompts that replacements come from; None where they are those that are swept, or each prompt's own.
+      sources: other prompts that replacements come from; None where they are those swept, or each prompt's own.
       readout: what is read of each prompt.
       components: those whose values are kept.
     """
@@ -73,7 +74,7 @@ class Inputs:
             others = None
             counterfactuals(model, items)  # refused now, not after the clean pass
         sources = None if others is None else itemise(model, others)
-        if asked.sources is not None and sources is not None:
+        if asked.sources is not None and sources is not None and not ablation.match:
             draws = few(Pool(sources, ablation.match), items, ablation)
             config = dataclasses.replace(config, ablation=dataclasses.replace(ablation, replacements=draws))
         elif ablation.kind.needs_sources and not ablation.paired and not ablation.match:
@@ -85,8 +86,31 @@ class Inputs:
         return CleanPass(self.model, self.config.ablation.kind, self.components, sizer, bank, cluster, progress)
 
     def choose(self, clean: CleanPass) -> tuple[list[Item], list[Item]]:
-        """Return the prompts that are swept, and all that were examined to find them: see `clean.choose`."""
-        return choose(clean, self.items, self.config.prompts, self.config.seed)
+        """Return the prompts that are swept, and all that were examined to find them: see `clean.choose`.
+
+        Of prompts that are matched those are left out that have too few alike to draw from.
+
+        Raises:
+          UserError: if none is left.
+        """
+        chosen, examined = choose(clean, self.items, self.config.prompts, self.config.seed)
+        ablation = self.config.ablation
+        if not ablation.match:
+            return chosen, examined
+        pool = Pool(chosen if self.sources is None else self.sources, ablation.match)
+        matched = [item for item in chosen if pool.others(item) >= ablation.draws]
+        if not matched:
+            raise UserError(
+                f"config.ablation.match: no prompt has {ablation.draws} others of its {ablation.match} to draw from;"
+                " lower ablation.replacements, or give more prompts alike"
+            )
+        if left_out := len(chosen) - len(matched):
+            print(
+                f"{left_out:,} of {len(chosen):,} prompts have too few others of their {ablation.match} to draw"
+                f" {ablation.draws} replacements from, and are left out",
+                file=sys.stderr,
+            )
+        return matched, examined
 
     def plan(self, clean: CleanPass, chosen: Sequence[Item], tokens: np.ndarray | None = None) -> Plan:
         """Return the plan of a sweep, making the clean runs that it still wants.

@@ -13,10 +13,9 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from hydra_jax.config import HEADS, AblationConfig, SweepConfig
+from hydra_jax.config import HEADS, LAYERS, AblationConfig, SweepConfig
 from hydra_jax.core.edits import ATTN, Component, Kind, all_components
 from hydra_jax.core.effects import Effects
-from hydra_jax.core.metrics import Metrics
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.core.programs import Program, Word, first_clamp, together
 from hydra_jax.engine import mesh as meshes
@@ -31,13 +30,11 @@ from hydra_jax.store import variables
 from hydra_jax.sweep.ablations import Walked
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.sweep.clean import CleanPass
-from hydra_jax.sweep.plan import Item, Plan, batch_of, by_length
+from hydra_jax.sweep.items import Item, batch_of, by_length
+from hydra_jax.sweep.plan import Plan
 from hydra_jax.sweep.sources import Sources
 from hydra_jax.text.padding import padded_length
 from hydra_jax.weights.model import Model
-
-METRICS = tuple(field.name for field in dataclasses.fields(Metrics))
-LAYERS = "layers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Question:
       tokens: [K] what is read: a linear combination of the centred logits of these tokens (MOST_LIKELY for the clean
         run's most likely next one).
       weights: [K].
-      metrics: those of METRICS that are wanted.
+      metrics: those of `config.METRICS` that are wanted.
       responders: LAYERS, or HEADS to record what each head changes, too.
       seed: of the draws.
       rows: in a block; 0 for the device's default.
@@ -80,7 +77,7 @@ def intervene(
     model: Model,
     question: Question,
     items: Sequence[Item],
-    pool: Sequence[Item],
+    pool: Sequence[Item] | None,
     places: Sequence[Sequence[int]],
     progress: bool = False,
 ) -> xr.Dataset:
@@ -90,7 +87,7 @@ def intervene(
       model: the model.
       question: what is asked.
       items: the prompts.
-      pool: the prompts that the values of clamps come from.
+      pool: other prompts that the values of clamps come from; None for the same.
       places: of each prompt, the tokens after which it is read.
       progress: whether to show bars.
 
@@ -99,15 +96,17 @@ def intervene(
     """
     c, mesh, streamed = model.config, meshes.mesh_of(model.params), model.layers.streamed
     readings = max(len(each) for each in places)
-    asked = Asked(len(question.programs), question.draws, readings, question.rows, streamed)
+    by_head = question.responders == HEADS
+    asked = Asked(len(question.programs), question.draws, readings, question.rows, streamed, by_head=by_head)
     sizer = BatchSizer(c, mesh, asked, left(model.memory, c, mesh, streamed))
     ablation, clamped = AblationConfig(question.kind, question.draws, edges=False), question.clamped(c)
-    clean = CleanPass(model, ablation, sizer, Bank(c.dtype), Cluster(0, 1), progress, clamped)
+    clean = CleanPass(model, question.kind, clamped, sizer, Bank(c.dtype), Cluster(0, 1), progress)
     if clamped and (question.kind.needs_sources or question.kind.needs_statistics):
-        with clean.bar(len(pool)) as bar:
-            clean.run(pool, bar)
-    config, nothing = SweepConfig(ablation=ablation, seed=question.seed), np.zeros(len(items), int)
-    plan = Plan.build(model, clean.bank, sizer, config, items, pool, nothing, clamped)
+        drawn_from = items if pool is None else pool
+        with clean.bar(len(drawn_from)) as bar:
+            clean.run(drawn_from, bar)
+    config, nothing = SweepConfig(ablation=ablation, seed=question.seed), np.zeros((len(items), 2), int)
+    plan = Plan.build(model, clean.bank, sizer, config, items, nothing, pool, clamped)
     order = sorted(range(len(items)), key=lambda index: by_length(items[index]))
     sources = Sources(plan)
     size = min(sizer.fill_up(len(items)), sizer.prompts(padded_length(len(items[order[-1]].tokens), c.context)))
@@ -185,7 +184,10 @@ def _read(
     if question.metrics:
         at_once = plan.sizer.sizes(int(at.max()) + 1).logits
         metrics = walked.each(lambda rows, reading: rows.metrics(reading, at_once))
-        found |= {name: (rows, getattr(metrics, name)) for name in question.metrics}
+        found |= {
+            variable: (rows, getattr(metrics, variable))
+            for variable in (variables.METRICS[name][0] for name in question.metrics)
+        }
     read = ("prompt", "reading")
     found |= {
         "clean_logit": (read, reading.centred_logit),

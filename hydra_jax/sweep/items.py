@@ -78,7 +78,8 @@ def uncut(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
         tokens = _tokens(model, prompt)
         if not prompt.text:
             prompt = dataclasses.replace(prompt, text=model.tokenizer.decode(list(tokens)))
-        found.append(Item(prompt, tokens, *_answers(model, prompt), prompt.id))
+        answers, foils = (_first_tokens(model, prompt, name) for name in (prompt.answer, prompt.foil))
+        found.append(Item(prompt, tokens, answers, foils, prompt.id))
     return found
 
 
@@ -121,10 +122,9 @@ def _cut(whole: Item, place: int, several: bool = False) -> Item:
     )
 
 
-def _answers(model: Model, prompt: Prompt) -> list[tuple[int, ...]]:
-    """Return the first tokens of the prompt's answer and of its foil."""
-    named = prompt.answer, prompt.foil
-    return [answer_tokens(model.tokenizer, prompt.text, name) if name else () for name in named]
+def _first_tokens(model: Model, prompt: Prompt, answer: str) -> tuple[int, ...]:
+    """Return the first tokens of the prompt's answer, or foil, in its spellings; none where there is no answer."""
+    return answer_tokens(model.tokenizer, prompt.text, answer) if answer else ()
 
 
 def _tokens(model: Model, prompt: Prompt) -> tuple[int, ...]:

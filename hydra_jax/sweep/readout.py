@@ -110,7 +110,8 @@ class Readout:
         if target == AUTO:
             target = answer if foil == other != NONE and answer != NONE else TOP
         words = {TOP: top, ANSWER: answer, FOIL: other, "": NONE}
-        return tuple(words[one] if isinstance(one, str) else one for one in (target, foil))
+        found = [words[one] if isinstance(one, str) else one for one in (target, foil)]
+        return found[0], found[1]
 
 
 def contrasts(tokens: np.ndarray) -> Contrast:

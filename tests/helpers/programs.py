@@ -67,8 +67,8 @@ def run(params, tokens, places, programs, read, values, draws, kind=Kind.RESAMPL
     rows = Rows(texts, together([programs[which] for which in order]), draws, read, at_once, by_head=True)
 
     def statistics(component):
-        mean = values(component)[0, 0]
-        return WriteStatistics(mean, np.full_like(mean, np.nan))
+        mean = texts.put(values(component)[:, 0])
+        return WriteStatistics(mean, texts.put(np.full(mean.shape, np.nan, np.float32)))
 
     keys = texts.put(jax.random.split(jax.random.key(0), len(tokens)))
     drawn = Draws(*(texts.mesh, rows.layout, kind, keys), lambda component: texts.put(values(component)), statistics)

@@ -71,7 +71,9 @@ def walk(params, tokens, places, programs, at_once=8, names=None, kind=Kind.RESA
     values = Draws(
         *(texts.mesh, rows.layout, kind, texts.put(keys)),
         lambda component: texts.put(np.stack([source(c, name, component) for name in names])),
-        lambda component: WriteStatistics(*(part.astype(np.float32) for part in statistics(c, component))),
+        lambda component: WriteStatistics(
+            *(texts.put(np.tile(part.astype(np.float32), (len(tokens), 1))) for part in statistics(c, component))
+        ),
     )
     for number, layer in enumerate(forward(c, Resident(params))):
         rows.through(number, layer, texts.through(layer), values)

@@ -7,7 +7,7 @@ from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.models.transformer import Contrast
 from hydra_jax.sweep.activations import trace
 from hydra_jax.sweep.contributions import contributions
-from hydra_jax.sweep.plan import Item
+from hydra_jax.sweep.items import Item
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.weights.load import load
 
@@ -19,7 +19,7 @@ import torch
 from tests.helpers import families
 
 IDS = list(range(5, 60, 4))
-ITEM = Item(Prompt("a text", "a text"), tuple(IDS), None)
+ITEM = Item(Prompt("a text", "a text"), tuple(IDS))
 FOIL = 77
 TOLERANCE = 2e-5
 TOP = Contrast(np.array([MOST_LIKELY]), np.array([1.0]))

@@ -151,8 +151,8 @@ class Expected(NamedTuple):
     norm_compensation: float
     compensation: np.ndarray
     head_changes: np.ndarray
-    log_probability: float
-    divergence: float
+    log_probability_drop: float
+    kl: float
 
 
 def expected(model, ids, clean, asked, values, target, foil):
@@ -204,8 +204,8 @@ def expected(model, ids, clean, asked, values, target, foil):
         norm_compensation=contrast(logits) - contrast(frozen),
         compensation=changes,
         head_changes=of_heads,
-        log_probability=after[target],
-        divergence=(np.exp(before) * (before - after)).sum(),
+        log_probability_drop=before[target] - after[target],
+        kl=(np.exp(before) * (before - after)).sum(),
     )
 
 
@@ -265,7 +265,7 @@ def compare(params, model, texts, asked, kind, targets, foils, tolerance):
             name: getattr(where, name)[row]
             for where, names in (
                 (ran.effects, ("total_effect", "direct_effect", "norm_compensation", "compensation")),
-                (ran.metrics, ("log_probability", "divergence")),
+                (ran.metrics, ("log_probability_drop", "kl")),
             )
             for name in names
         }

@@ -1,0 +1,145 @@
+"""Arguments of the Python interface, in every form that they may be given in, as the settings and inputs of a sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from hydra_jax.config import AblationConfig, PromptsConfig, ReadoutConfig
+from hydra_jax.core.edits import SITES, WHOLE, Component
+from hydra_jax.core.programs import known
+from hydra_jax.errors import UserError, shown
+from hydra_jax.text import prompts as prompt_sets
+from hydra_jax.text.prompts import Prompt
+from hydra_jax.weights.model import Model
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Names = str | Component | Sequence[Any] | None
+"""Components by name; a list in a list is ablated together."""
+
+Token = str | int | Sequence[str | int] | None
+"""A token to read: a word, its text, its id, or a list with one for each prompt."""
+
+_GROUPS = {"ablation": AblationConfig, "prompts": PromptsConfig, "readout": ReadoutConfig}
+_SETTING = re.compile(
+    "|".join(
+        rf"\b{group}\.(?=({'|'.join(field.name for field in dataclasses.fields(kind))})\b)"
+        for group, kind in _GROUPS.items()
+    )
+)
+"""The first parts of settings' names, which arguments do not have."""
+
+
+def speaks_of_arguments(question: Callable[P, T]) -> Callable[P, T]:
+    """Return a function whose errors speak of its arguments, where those of a command speak of settings and flags."""
+
+    @functools.wraps(question)
+    def asked(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return question(*arguments, **named)
+        except UserError as error:
+            message = _SETTING.sub("", re.sub(r"(--)?\bconfig\.|--(?=workdir\b)", "", str(error)))
+            if message == str(error):
+                raise
+            raise UserError(message) from error
+
+    return asked
+
+
+def as_setting(argument: str, names: Any) -> str:
+    """Return names as the text of a setting: separated by commas, those of a list in the list joined by "+".
+
+    Raises:
+      UserError: if they are of another form.
+    """
+    if names is None:
+        return ""
+    if isinstance(names, str | Component):
+        return str(names)
+    if not isinstance(names, Sequence | set | frozenset):
+        raise UserError(f"{argument}: is {shown(names)}; give names, or a list of them")
+    return ", ".join(_joined(argument, one) for one in names)
+
+
+def _joined(argument: str, names: Any) -> str:
+    if isinstance(names, str | Component):
+        return str(names)
+    if isinstance(names, Sequence) and names and all(isinstance(one, str | Component) for one in names):
+        return " + ".join(map(str, names))
+    raise UserError(f"{argument}: {shown(names)} is no name, nor a list of names; give e.g. 'attn 23'")
+
+
+def component(model: Model, site: Names, layer: int | None, head: int | None) -> Names:
+    """Return the component that `ablate` is asked for by its parts, one of the model's; else the names as they are.
+
+    Raises:
+      UserError: if the parts do not fit together.
+    """
+    if layer is None and head is None:
+        return known(model.config, site) if isinstance(site, str) and site in SITES else site
+    if not isinstance(site, str):
+        raise UserError(f"site {shown(site)}: says the layer itself; give it alone, or 'attn' or 'mlp'")
+    if layer is None:
+        found = Component.parse(site)
+        if found.head != WHOLE:
+            raise UserError(f"component {site!r}: names a head, and so does head={head}; give one of the two")
+    elif site in SITES:
+        found = Component(layer, SITES.index(site))
+    else:
+        raise UserError(
+            f"site {shown(site)}: is not attn or mlp; give one of the two, or e.g. 'attn 23' without a layer"
+        )
+    return known(model.config, found if head is None else dataclasses.replace(found, head=head))
+
+
+def several(prompts: Any) -> tuple[list[Prompt], str]:
+    """Return the prompts that are given, and a few words on where they are from."""
+    if prompts is None:
+        return prompt_sets.builtin(), "built-in facts"
+    return prompt_sets.as_prompts(prompts), "given in Python"
+
+
+def one(prompt: Any) -> list[Prompt]:
+    """Return the one prompt that is given.
+
+    Raises:
+      UserError: if it is not one.
+    """
+    found = prompt_sets.as_prompts(prompt)
+    if len(found) != 1:
+        raise UserError(f"prompt: is {len(found)} prompts; give one, or sweep them")
+    return found
+
+
+def distinct(sources: Any) -> list[Prompt]:
+    """Return the prompts that are given to draw from; texts that occur twice, once."""
+    if (
+        isinstance(sources, Sequence)
+        and all(isinstance(source, str) for source in sources)
+        and not isinstance(sources, str)
+    ):
+        sources = list(dict.fromkeys(sources))
+    return prompt_sets.as_prompts(sources)
+
+
+def with_sources(prompts: Sequence[Prompt], paired: bool | Sequence[str]) -> list[Prompt]:
+    """Return prompts with the counterfactual texts that they are paired with, where those are given.
+
+    Raises:
+      UserError: if there is not one for each.
+    """
+    if isinstance(paired, bool):
+        return list(prompts)
+    if isinstance(paired, str) or not isinstance(paired, Sequence) or len(paired) != len(prompts):
+        given = (
+            f"{len(paired)} texts" if isinstance(paired, Sequence) and not isinstance(paired, str) else shown(paired)
+        )
+        raise UserError(f"paired: is {given} for {len(prompts)} prompts; give a text for each, or True for their own")
+    if wrong := [text for text in paired if not isinstance(text, str)]:
+        raise UserError(f"paired: {shown(wrong[0])} is no text; give a text for each prompt")
+    return [dataclasses.replace(prompt, source=text) for prompt, text in zip(prompts, paired, strict=True)]
