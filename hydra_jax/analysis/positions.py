@@ -23,6 +23,11 @@ def has_positions(effects: xr.Dataset) -> bool:
     return len(np.unique(effects["text_id"].values.astype(str))) < effects.sizes["prompt"]
 
 
+def is_single_text(effects: xr.Dataset) -> bool:
+    """Return whether all positions are of one text."""
+    return len(np.unique(effects["text_id"].values.astype(str))) == 1
+
+
 def relative(effects: xr.Dataset) -> np.ndarray:
     """Return each position as a share, 0 to 1, of the last one that was read in its text: [P]."""
     _, texts = np.unique(effects["text_id"].values.astype(str), return_inverse=True)
@@ -45,7 +50,7 @@ def by_position(effects: xr.Dataset, resampled: stats.Resampled) -> pd.DataFrame
       means, with `_low` and `_high`, NaN where a single position was read: it has no interval.
     """
     effects = stats.finished(effects)
-    single = len(np.unique(effects["text_id"].values.astype(str))) == 1
+    single = is_single_text(effects)
     if single:
         places, groups = np.unique(effects["position"].values, return_inverse=True)
     else:
