@@ -230,7 +230,7 @@ def clusters(text_ids: np.ndarray | None) -> np.ndarray | None:
     """
     if text_ids is None:
         return None
-    names, texts = np.unique(np.asarray(text_ids, str), return_inverse=True)
+    names, texts = np.unique(list(map(str, text_ids)), return_inverse=True)
     return texts.astype(np.int32) if 1 < len(names) < len(texts) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def check_same(dataset: xr.Dataset, workdir: Path) -> None:
     for name in ("prompt_id", "ablated_layer", "ablated_site", "ablated_head", "ablated_name"):
         here = dataset.coords.get(name)
         if here is not None and name in there.coords:
-            same = same and np.array_equal(here.values.astype(str), there[name].values.astype(str))
+            same = same and list(map(str, here.values)) == list(map(str, there[name].values))
     if not same:
         raise UserError(f"{workdir / store.NAME}: is of another sweep, or another selection; give another directory")
 
@@ -205,7 +206,7 @@ def _replacements(parts: list[xr.Dataset]) -> xr.Dataset:
             raise UserError(f"datasets[{number}]: has other prompts than datasets[0]; give sweeps of the same prompts")
         places = {name: place for place, name in enumerate(part["prompt_id"].values)}
         parts[number] = part = _reordered(part, np.array([places[name] for name in ids]))
-        if "cut" in part and not part["cut"].equals(parts[0]["cut"]):
+        if "cut" in part and not np.array_equal(part["cut"].values, parts[0]["cut"].values):
             cascades = sorted(name for name, variable in VARIABLES.items() if variable.option == CASCADE)
             raise UserError(
                 f"datasets[{number}]: its cascades cut other components than those of datasets[0]; leave them out with"
@@ -336,8 +337,6 @@ def _known_sources(source: xr.DataArray) -> xr.DataArray:
 
 
 def _unique(ids: np.ndarray, what: str) -> None:
-    names, counts = np.unique(ids.astype(str), return_counts=True)
-    if (counts > 1).any():
-        raise UserError(
-            f"{what}: the prompt id {shown(str(names[counts > 1][0]))} is there twice; rename or leave out one of them"
-        )
+    twice = [name for name, count in Counter(map(str, ids)).items() if count > 1]
+    if twice:
+        raise UserError(f"{what}: the prompt id {shown(twice[0])} is there twice; rename or leave out one of them")
