@@ -16,8 +16,8 @@ import hydra_jax
 from hydra_jax.analysis import results
 from hydra_jax.analysis.results import Results
 from hydra_jax.errors import UserError
+from hydra_jax.report import figures, payload, templates
 from hydra_jax.report import page as report
-from hydra_jax.report import payload, templates
 from tests.helpers import checkpoints
 from tests.helpers import effects as toy_effects
 
@@ -275,6 +275,42 @@ def test_sweeps_that_do_not_go_together_are_refused():
     kinds, heads = results.beside(of["this"], [Results(overlap)])
     assert [sorted(each.effects["prompt_id"].values) for each in kinds] == [["0", "2"]] * 2
     assert heads is None
+
+
+@browser_only
+@pytest.mark.slow
+def test_a_page_with_everything_renders(tmp_path):
+    from selenium import webdriver
+
+    report.write(tmp_path, Results(toy_effects.rich(), samples=10))
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    with tempfile.TemporaryDirectory() as profile:
+        for flag in ("headless", "no-sandbox", "disable-gpu", f"user-data-dir={profile}"):
+            options.add_argument(f"--{flag}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+        try:
+            driver.get(f"file://{tmp_path / report.PAGE}")
+            settled(driver, "return document.readyState === 'complete' && typeof again === 'function'")
+            sets = [index for index, name in enumerate(toy_effects.PAIRS) if "+" in name]
+            for ablated in (sets[0], 0):
+                driver.execute_script("update({ablated: arguments[0]})", ablated)
+                for figure in ("layers", "against", "prompt", "regress", "panels", "matrix"):
+                    assert traces(driver, figure)
+            gaps = "return document.getElementById('plot-prompt').data.map((trace) => [...trace.y].includes(null))"
+            driver.execute_script("update({ablated: arguments[0]})", sets[0])
+            traces(driver, "prompt")
+            assert any(driver.execute_script(gaps))  # of components ablated together no one's own part is known
+            widths = driver.execute_script(
+                "return [...document.querySelectorAll('.picture')].map((i) => i.naturalWidth)"
+            )
+            assert len(widths) == len(figures.OPTIONAL)
+            assert min(widths) > 500
+            assert [entry for entry in driver.get_log("browser") if entry["level"] != "INFO"] == []
+            settled(driver, "return document.documentElement.scrollWidth <= window.innerWidth")
+        finally:
+            driver.quit()
 
 
 def test_templates_escape_what_is_not_marked_as_safe():

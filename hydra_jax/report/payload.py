@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hydra_jax.analysis.names import ablated_names, ablations
+from hydra_jax.analysis.names import ablations, example_name
 from hydra_jax.analysis.results import Results
 from hydra_jax.core import causal
 from hydra_jax.core.edits import SITES
@@ -202,7 +202,7 @@ def _examples(results: Results, kept: np.ndarray) -> list[dict[str, Any]]:
     examples = []
     for index in range(results.examples.sizes["example"]):
         example = results.examples.isel(example=index)
-        name = ablated_names(example.expand_dims("ablated"))[0]
+        name = example_name(example)
         if example["prompt_id"].item() in ids and name in results.ablated_names:
             runs = _rounded(example["ablated_unembed"].values)
             prompt, ablated = ids.index(example["prompt_id"].item()), results.ablated_names.index(name)

@@ -59,7 +59,7 @@ def one_prompt(results: Results) -> str:
     if results.examples is None or not results.examples.sizes["example"]:
         raise UserError("examples.zarr: is not there; run the sweep again, it goes on from what is finished")
     example = results.examples.isel(example=0)
-    ablated = names.ablations(example.expand_dims("ablated"))[0]
+    ablated = names.ablation(names.example_name(example))
     first, single = ablated.components[0], ablated.single
     what = "components" if single is None else "attention layer" if single.head < 0 else "attention head"
     before, after = example["delta_unembed"].values, example["ablated_unembed"].mean("replacement").values

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from hydra_jax.analysis.names import is_set
+from hydra_jax.analysis.names import example_name, is_set
 from hydra_jax.analysis.results import Results
 from hydra_jax.analysis.stats import PARTS
 from hydra_jax.core.edits import SET, SITES, WHOLE
@@ -133,7 +133,7 @@ def _one_prompt(figure: Figure, example: xr.Dataset, kind: str, legend: bool) ->
     if site in SITES:
         named = f"{SITE_NAMES[site]} {layer}" + ("" if head == WHOLE else f", head {head},")
     else:
-        named = example["ablated_name"].item()
+        named = example_name(example)
     axes = figure.subplots(1, len(SITES), sharey=True)
     for axis, name in zip(axes, SITES, strict=True):
         chosen = example.isel(component=np.flatnonzero(example["site"].values == name))
