@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from hydra_jax.analysis import cascades, interactions
 from hydra_jax.analysis.names import is_whole
+from hydra_jax.analysis.positions import has_positions
 from hydra_jax.analysis.results import Results
 from hydra_jax.analysis.stats import FIT, FREE_TOTAL
 from hydra_jax.report.figures import cascade, components, layers, motifs, pairs, positions, prompts, sets
@@ -66,15 +68,15 @@ def _where_there(results: Results) -> dict[str, Callable[[], Figure]]:
     drawn: dict[str, Callable[[], Figure]] = {}
     if results.has_sets or (results.by_head and is_whole(results.effects).any()):
         drawn["sets"] = lambda: sets.sets(results)
-    if results.interactions is not None:
+    if interactions.pairs(results.effects):
         drawn["interactions"] = lambda: pairs.interactions(results)
-    if results.cascade is not None:
+    if cascades.has_cascades(results.effects):
         drawn["cascade"] = lambda: cascade.cascade(results)
     if FREE_TOTAL in results.effects:
         drawn["frozen_against_free"] = lambda: sets.frozen_against_free(results)
     if "head_compensation" in results.effects:
         drawn["head_responders"] = lambda: components.head_responders(results)
-    if results.positions is not None:
+    if has_positions(results.effects):
         drawn["positions"] = lambda: positions.positions(results)
     return drawn
 

@@ -19,11 +19,10 @@ ANNOTATED = 10
 
 def interactions(results: Results) -> Figure:
     """Mean interaction of every two components and, beside it, who wakes up when only the other is gone."""
-    pairs = analysis.interactions(results.effects)
-    names = [str(name) for name in pairs["first"].values]
+    names, interaction, woken = analysis.mean_matrices(results.effects)
     matrices = {
-        "interaction: both together less each alone": pairs["interaction"].values.mean(axis=(0, 3), dtype=np.float64),
-        "woken: change of contribution": pairs["woken"].values.mean(axis=0, dtype=np.float64),
+        "interaction: both together less each alone": interaction,
+        "woken: change of contribution": woken,
     }
     size = min(max(2.8 + 0.36 * len(names), 4.2), 9)
     figure = blank((2 * size + 1.5, size + 0.6))
