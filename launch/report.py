@@ -9,6 +9,10 @@ With sweeps of other kinds, or of heads, of the same model and prompts beside it
 With what launch.compare found of matched models, in a section of the page:
 
     python -m launch.report --workdir=DIR --comparison=DIR
+
+With each component judged by the 2 % of prompts in which its direct effect is largest, in selected.csv:
+
+    python -m launch.report --workdir=DIR --select=0.02
 """
 
 from pathlib import Path
@@ -20,6 +24,13 @@ from hydra_jax.limits import MOST_BOOTSTRAP, MOST_SEED
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the sweep; the report goes into it", required=True)
 ALSO = flags.DEFINE_list("also", [], "directories of sweeps of other kinds, or of heads, on the same prompts")
+SELECT = flags.DEFINE_float(
+    "select",
+    None,
+    "share of the prompts, e.g. 0.02: a table of each component in those of its largest direct effects",
+    0,
+    1,
+)
 COMPARISON = flags.DEFINE_string("comparison", None, "directory of a launch.compare, whose section joins the page")
 BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "resamples behind each interval", 1, MOST_BOOTSTRAP)
 SEED = flags.DEFINE_integer("seed", 0, "of the resamples", 0, MOST_SEED)
@@ -34,7 +45,7 @@ def main() -> None:
 
     workdir = Path(WORKDIR.value)
     every = [
-        results.load(Path(str(directory)), BOOTSTRAP.value, SEED.value)
+        results.load(Path(str(directory)), BOOTSTRAP.value, SEED.value, SELECT.value)
         for directory in (workdir, *filter(None, ALSO.value))
     ]
     print(f"{every[0].caption}; intervals from {BOOTSTRAP.value:,} resamples", flush=True)

@@ -11,15 +11,13 @@ import markupsafe
 import numpy as np
 import pandas as pd
 import pytest
-import xarray as xr
 
 import hydra_jax
 from hydra_jax.analysis import results
 from hydra_jax.analysis.results import Results
 from hydra_jax.errors import UserError
+from hydra_jax.report import figures, payload, templates
 from hydra_jax.report import page as report
-from hydra_jax.report import payload, templates
-from hydra_jax.store import effects as store
 from tests.helpers import checkpoints
 from tests.helpers import effects as toy_effects
 
@@ -279,77 +277,40 @@ def test_sweeps_that_do_not_go_together_are_refused():
     assert heads is None
 
 
-@pytest.fixture
-def stored(tmp_path):
-    """A store that a report can be made of."""
-    direct = np.random.default_rng(0).normal(1, 1, (6, 4, 2)).astype(np.float32)
-    (tmp_path / "sweep").mkdir()
-    toy_effects.stored(tmp_path / "sweep", toy_effects.effects(direct, direct), 3)
-    return tmp_path / "sweep"
-
-
-def spoil(path, how):
-    """Make a store one that cannot be reported on."""
-    zarr = path / store.NAME
-    match how:
-        case "not there":
-            shutil.rmtree(zarr)
-        case "a chunk missing":
-            sorted(p for p in (zarr / "total_effect" / "c").rglob("*") if p.is_file())[0].unlink()
-        case "a chunk damaged":
-            chunk = sorted(p for p in (zarr / "compensation" / "c").rglob("*") if p.is_file())[0]
-            chunk.write_bytes(chunk.read_bytes()[:10])
-        case "metadata damaged":
-            (zarr / "zarr.json").write_text("{")
-        case "an older format" | "another program":
-            attributes = json.loads((zarr / "zarr.json").read_text())
-            attributes["attributes"] = {"protocol": "{}", "format": 1} if how == "an older format" else {}
-            (zarr / "zarr.json").write_text(json.dumps(attributes))
-        case "nothing finished":
-            xr.Dataset({"finished": ("prompt", np.zeros(6, bool))}).to_zarr(zarr, mode="r+", consolidated=False)
-        case "a variable gone":
-            shutil.rmtree(zarr / "direct_effect")
-
-
-SPOILT = {
-    "not there": "launch.sweep",
-    "a chunk missing": "total_effect",
-    "a chunk damaged": "cannot be read",
-    "metadata damaged": "cannot be read",
-    "an older format": "format 1",
-    "another program": "not a result store",
-    "nothing finished": "none of its prompts is finished",
-    "a variable gone": "direct_effect",
-}
-
-
-@pytest.mark.parametrize("how", SPOILT)
-def test_a_store_that_cannot_be_reported_on_is_refused_in_one_line(stored, how):
-    results.load(stored)
-    spoil(stored, how)
-    with pytest.raises(UserError, match=SPOILT[how]) as raised:
-        results.load(stored)
-    assert "\n" not in str(raised.value)
-    assert str(stored) in str(raised.value)
-
-
+@browser_only
 @pytest.mark.slow
-def test_the_command_writes_the_page_or_one_line(stored):
-    def run(*arguments):
-        command = [sys.executable, "-m", "launch.report", f"--workdir={stored}", "--bootstrap=10", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_a_page_with_everything_renders(tmp_path):
+    from selenium import webdriver
 
-    done = run()
-    assert done.returncode == 0, done.stderr
-    assert (stored / report.PAGE).is_file()
-    assert "The Hydra effect: cannot be told" in done.stdout
-    before = {path.name for path in stored.iterdir()}
-    spoil(stored, "another program")
-    refused = run()
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("error: ")
-    assert len(refused.stderr.strip().splitlines()) == 1
-    assert {path.name for path in stored.iterdir()} == before
+    report.write(tmp_path, Results(toy_effects.rich(), samples=10))
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    with tempfile.TemporaryDirectory() as profile:
+        for flag in ("headless", "no-sandbox", "disable-gpu", f"user-data-dir={profile}"):
+            options.add_argument(f"--{flag}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+        try:
+            driver.get(f"file://{tmp_path / report.PAGE}")
+            settled(driver, "return document.readyState === 'complete' && typeof again === 'function'")
+            sets = [index for index, name in enumerate(toy_effects.PAIRS) if "+" in name]
+            for ablated in (sets[0], 0):
+                driver.execute_script("update({ablated: arguments[0]})", ablated)
+                for figure in ("layers", "against", "prompt", "regress", "panels", "matrix"):
+                    assert traces(driver, figure)
+            gaps = "return document.getElementById('plot-prompt').data.map((trace) => [...trace.y].includes(null))"
+            driver.execute_script("update({ablated: arguments[0]})", sets[0])
+            traces(driver, "prompt")
+            assert any(driver.execute_script(gaps))  # of components ablated together no one's own part is known
+            widths = driver.execute_script(
+                "return [...document.querySelectorAll('.picture')].map((i) => i.naturalWidth)"
+            )
+            assert len(widths) == len(figures.OPTIONAL)
+            assert min(widths) > 500
+            assert [entry for entry in driver.get_log("browser") if entry["level"] != "INFO"] == []
+            settled(driver, "return document.documentElement.scrollWidth <= window.innerWidth")
+        finally:
+            driver.quit()
 
 
 def test_templates_escape_what_is_not_marked_as_safe():

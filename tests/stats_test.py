@@ -4,7 +4,8 @@ import pytest
 import scipy.stats
 
 from hydra_jax.analysis.bootstrap import Bootstrap, Estimate, interval
-from hydra_jax.analysis.stats import bootstrap, erasure, summary
+from hydra_jax.analysis.findings import UNTOLD, findings
+from hydra_jax.analysis.stats import bootstrap, erasure, selected, summary, tabulate
 from hydra_jax.errors import UserError
 from tests.helpers import effects as toy_effects
 
@@ -75,6 +76,162 @@ def test_nothing_is_restored_where_nothing_was_taken(random):
     table = summary(toy_effects.effects(direct, 0.5 * direct), samples=200)
     assert table["restored_share"].isna().tolist() == [True, False]
     assert table["restored_share_low"].isna().tolist() == [True, False]
+
+
+def test_a_share_needs_a_direct_effect_clearly_above_zero(random):
+    """Where the direct effect is clearly below zero, a share of it would be of a loss that was none."""
+    direct = random.normal(0, 0.1, (40, 4, 3)).astype(np.float32) + np.array([-0.5, 0, 0.5, 5], np.float32)[:, None]
+    table = summary(toy_effects.effects(direct, 0.5 * direct), samples=200)
+    for end in ("", "_low", "_high"):
+        assert table[f"restored_share{end}"].isna().tolist() == [True, True, False, False]
+    np.testing.assert_allclose(table["restored_share"][2:], 0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3, 4, 30])
+@pytest.mark.parametrize("varies", [True, False])
+def test_few_prompts_and_constant_effects_have_no_regression(random, prompts, varies):
+    """No warning either: they are errors here."""
+    direct = np.full((prompts, 4, 2), 1234.5, np.float32)
+    if varies:
+        direct += random.normal(0, 1, direct.shape).astype(np.float32)
+    effects = toy_effects.effects(direct, 0.3 * direct)
+    effects["ablated_delta_unembed"][:] = 0.1
+    resampled = bootstrap(effects, samples=100)
+    table = tabulate(effects, resampled)
+    regressed = [f"{part}{name}" for part in ("", "attn_") for name in ("slope", "r2")] + ["intercept"]
+    known = prompts >= 4 and varies
+    for name in regressed:
+        assert table[name].notna().tolist() == [known] * 4, name
+    assert table["total_r2"].isna().all()  # of a contribution that is the same in all prompts
+    fits = np.concatenate([resampled.samples[name].ravel() for name in ("r2", "attn_r2", "total_r2")])
+    assert ((fits >= 0) & (fits <= 1))[np.isfinite(fits)].all()
+    assert np.isfinite(table[["direct_effect_low", "total_effect_high", "restored_share"]]).all(axis=None)
+    found = findings(effects, resampled, None)
+    assert not any("nan" in finding.measured for finding in found)
+
+
+def test_a_fit_is_never_above_one(random):
+    direct = (1000 + random.normal(0, 1e-3, (30, 4, 1))).astype(np.float32)
+    resampled = bootstrap(toy_effects.effects(direct, direct), samples=200)
+    fits = resampled.samples["r2"]
+    assert np.nanmax(fits) <= 1
+    assert np.nanmin(fits) >= 0
+
+
+def of_texts(effects, ids):
+    return effects.assign_coords(text_id=("prompt", np.array(ids, dtype=object)))
+
+
+def test_texts_of_one_position_each_are_prompts(random):
+    direct = random.normal(1, 1, (20, 2, 3)).astype(np.float32)
+    effects = toy_effects.effects(direct, direct / 2)
+    plain, alone = (
+        bootstrap(effects, samples=30),
+        bootstrap(of_texts(effects, [f"t{i}" for i in range(20)]), samples=30),
+    )
+    for name, samples in plain.samples.items():
+        np.testing.assert_array_equal(samples, alone.samples[name])
+
+
+def test_positions_of_a_text_are_drawn_together(random):
+    sizes = [1, 2, 5, 3, 1, 4, 2, 6, 3, 3]
+    texts = np.repeat(np.arange(10), sizes)
+    direct = np.repeat(random.normal(2, 1, (len(texts), 2, 1)), 3, axis=2).astype(np.float32)
+    effects = of_texts(toy_effects.effects(direct, direct / 2), [f"t{text}" for text in texts])
+    resampled = bootstrap(effects, samples=200)
+    counts = resampled.draws.prompts
+    of_text = np.stack([counts[:, texts == text][:, 0] for text in range(10)], axis=1)
+    np.testing.assert_array_equal(counts, of_text[:, texts])
+    assert (of_text.sum(axis=1) == 10).all()
+    assert len(set(counts.sum(axis=1))) > 1  # texts differ in length, and so do samples
+    expected = [np.repeat(direct[:, :, 0], row, axis=0).mean(axis=0) for row in counts]
+    np.testing.assert_allclose(resampled.samples["direct_effect"], expected, rtol=1e-4)
+    np.testing.assert_allclose(resampled.draws.mean(direct[:, :, 0]), expected, rtol=1e-5)
+    medians = [np.median(np.repeat(direct[:, :, 0], row, axis=0), axis=0) for row in counts]
+    np.testing.assert_allclose(resampled.samples["direct_effect_median"], medians, rtol=1e-5)
+    np.testing.assert_allclose(resampled.values["direct_effect"], direct.mean(axis=(0, 2)), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_intervals_are_as_wide_as_the_texts_are_few(random):
+    """All positions of a text alike: 40 texts are 40 numbers, however often each is read."""
+    direct = np.repeat(random.normal(0, 2, (40, 2, 1)), 25, axis=0).astype(np.float32)
+    effects = of_texts(toy_effects.effects(direct, np.zeros_like(direct)), [f"t{i // 25}" for i in range(1000)])
+    table = summary(effects, samples=2000)
+    expected = 2 * 1.96 * direct[::25].std(axis=0)[:, 0] / np.sqrt(40)
+    np.testing.assert_allclose(table["direct_effect_high"] - table["direct_effect_low"], expected, rtol=0.12)
+
+
+def test_positions_of_one_text_are_drawn_one_by_one(random):
+    direct = random.normal(1, 1, (20, 2, 3)).astype(np.float32)
+    effects = toy_effects.effects(direct, direct / 2)
+    plain, one = bootstrap(effects, samples=20), bootstrap(of_texts(effects, ["t"] * 20), samples=20)
+    np.testing.assert_array_equal(plain.samples["slope"], one.samples["slope"])
+
+
+def test_what_a_sweep_has_besides_has_means_and_intervals():
+    effects = toy_effects.rich(prompts=30, positions=1)
+    table = summary(effects, samples=50)
+    assert table["name"].tolist() == list(toy_effects.PAIRS)
+    for name in ("log_probability_drop", "kl", "target_rank", "top_changed", "free_total_effect"):
+        expected = effects[name].mean(("prompt", "replacement"))
+        np.testing.assert_allclose(table[name], expected, rtol=1e-4)
+        assert (table[f"{name}_low"] <= table[name]).all()
+        assert (table[name] <= table[f"{name}_high"]).all()
+    np.testing.assert_allclose(table["frozen_gain"], 0.2, rtol=1e-4)
+    np.testing.assert_allclose(table["frozen_gain_high"] - table["frozen_gain_low"], 0, atol=1e-5)
+    for name in ("total_effect", "direct_effect"):
+        expected = np.median(effects[name].mean("replacement"), axis=0)
+        np.testing.assert_allclose(table[f"{name}_median"], expected, rtol=1e-5)
+        assert (table[f"{name}_median_low"] <= table[f"{name}_median_high"]).all()
+    assert "kl" not in summary(effects.drop_vars("kl"), samples=5)
+    without = summary(effects.drop_vars(["kl", "free_total_effect"]), samples=50)
+    np.testing.assert_allclose(without["slope_low"], table["slope_low"], rtol=1e-4)
+
+
+def test_sets_alone_have_statistics_and_no_verdicts(random):
+    effects = toy_effects.rich(prompts=25, ablated=("layer 0", "attn 1 + mlp 2"))
+    table = summary(effects, samples=20)
+    assert table[["name", "site", "head"]].to_numpy().tolist() == [
+        ["layer 0", "set", -1],
+        ["attn 1 + mlp 2", "set", -1],
+    ]
+    resampled = bootstrap(effects, samples=20)
+    assert {finding.verdict for finding in findings(effects, resampled, 0.0)} == {UNTOLD}
+    assert set(erasure(effects, resampled)["ablated"]) == {""}
+
+
+def test_stores_without_names_are_named_by_their_labels(random):
+    effects = toy_effects.effects(random.normal(1, 1, (5, 4, 2)).astype(np.float32), np.zeros((5, 4, 2), np.float32))
+    table = summary(effects.drop_vars("ablated_name"), samples=5)
+    assert table["name"].tolist() == ["attn 0", "mlp 0", "attn 1", "mlp 1"]
+    headed = effects.drop_vars("ablated_name").isel(ablated=[0, 2])
+    headed = headed.assign_coords(ablated_head=("ablated", np.array([3, -1])))
+    assert summary(headed, samples=5)["name"].tolist() == ["attn 0.3", "attn 1"]
+
+
+def test_the_strongest_prompts_of_each_component(random):
+    direct = random.normal(1, 1, (50, 2, 3)).astype(np.float32)
+    effects = toy_effects.effects(direct, 0.25 * direct)
+    resampled = bootstrap(effects, samples=40)
+    table = selected(effects, resampled, 0.1)
+    means = direct.mean(axis=2)
+    top = np.sort(means, axis=0)[-5:]
+    assert table["kept"].tolist() == [5, 5]
+    np.testing.assert_allclose(table["direct_effect"], top.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(table["total_effect"], 0.75 * top.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(table["restored_share"], 0.25, rtol=1e-4)
+    drawn = [np.sort(np.repeat(means, row, axis=0), axis=0)[-5:].mean(axis=0) for row in resampled.draws.prompts]
+    low, high = interval(np.array(drawn))
+    np.testing.assert_allclose(table["direct_effect_low"], low, rtol=1e-5)
+    np.testing.assert_allclose(table["direct_effect_high"], high, rtol=1e-5)
+    beside = summary(effects, samples=40, select=0.1)
+    np.testing.assert_allclose(beside["selected_direct_effect"], table["direct_effect"])
+    assert selected(effects, resampled, 1.0)["kept"].tolist() == [50, 50]
+    assert selected(effects, resampled, 0.001)["kept"].tolist() == [1, 1]
+    for share in (0, 1.5, float("nan")):
+        with pytest.raises(UserError, match=r"select: is .* share of the prompts"):
+            selected(effects, resampled, share)
 
 
 @pytest.mark.slow
@@ -239,3 +396,4 @@ def test_a_sample_without_a_seed_that_is_there_takes_all_that_are():
 def test_an_estimate_as_text():
     assert Estimate(0.304, 0.25, 0.357).text() == "0.30 (0.25 to 0.36)"
     assert Estimate(0.304, -0.25, 0.357).text("{:+.0%}") == "+30% (-25% to +36%)"
+    assert Estimate(0.304, float("nan"), float("nan")).text() == "0.30"

@@ -166,7 +166,7 @@ class Bootstrap:
         return np.maximum(np.ceil(share * self.prompts.sum(axis=1) * (1 - 1e-12)), 1)
 
     def mean_of_top(self, arrays: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
-        """Means [S, A] of each array [P, A] over the share of a sample's prompts in which the first array is largest."""
+        """Means [S, A] of arrays [P, A] over the share of each sample's prompts in which the first array is largest."""
         kept = self.kept(share)[:, None]
         means = [np.empty((len(self.prompts), array.shape[1])) for array in arrays]
         for column, leading in enumerate(arrays[0].T):
@@ -230,7 +230,7 @@ def clusters(text_ids: np.ndarray | None) -> np.ndarray | None:
     """
     if text_ids is None:
         return None
-    names, texts = np.unique(np.asarray(text_ids, str), return_inverse=True)
+    names, texts = np.unique(list(map(str, text_ids)), return_inverse=True)
     return texts.astype(np.int32) if 1 < len(names) < len(texts) else None
 
 

@@ -82,6 +82,26 @@ def interactions(effects: xr.Dataset) -> xr.Dataset:
     )
 
 
+def mean_matrices(effects: xr.Dataset) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return names, and means over prompts and replacements of `interaction` and `woken` of `interactions`, [M, M].
+
+    Raises:
+      UserError: if no two ablations were also made together, or no prompt is finished.
+    """
+    swept = _some(pairs(effects))
+    effects = stats.finished(effects)
+    members = sorted({index for first, second, _ in swept for index in (first, second)})
+    place = {index: number for number, index in enumerate(members)}
+    total = effects["total_effect"].mean(("prompt", "replacement"), dtype=np.float64).values
+    every, named = ablations(effects), ablated_names(effects)
+    interaction, woken = np.full((2, len(members), len(members)), np.nan)
+    for first, second, both in swept:
+        for one, other in ((first, second), (second, first)):
+            interaction[place[one], place[other]] = total[both] - total[first] - total[second]
+            woken[place[one], place[other]] = _change(effects, one, every[other]).mean(dtype=np.float64)
+    return [named[index] for index in members], interaction, woken
+
+
 def interaction_table(
     effects: xr.Dataset,
     resampled: stats.Resampled | None = None,

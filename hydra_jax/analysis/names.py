@@ -15,6 +15,13 @@ def ablated_names(effects: xr.Dataset) -> list[str]:
     return _named(effects, "ablated_layer", "ablated_site", "ablated_head")
 
 
+def example_name(example: xr.Dataset) -> str:
+    """Return the name of what was ablated in a single example, whose labels are scalars."""
+    if "ablated_name" in example.variables:
+        return str(example["ablated_name"].item())
+    return str(Component.named(*(example[f"ablated_{label}"].item() for label in ("layer", "site", "head"))))
+
+
 def component_names(effects: xr.Dataset) -> list[str]:
     """Return the names along `component`."""
     return _named(effects, "layer", "site")

@@ -20,16 +20,25 @@ def has_positions(effects: xr.Dataset) -> bool:
     """Return whether some text was read at several positions."""
     if "position" not in effects.coords or "text_id" not in effects.coords:
         return False
-    return len(np.unique(effects["text_id"].values.astype(str))) < effects.sizes["prompt"]
+    return len(set(_texts(effects))) < effects.sizes["prompt"]
+
+
+def is_single_text(effects: xr.Dataset) -> bool:
+    """Return whether all positions are of one text."""
+    return len(set(_texts(effects))) == 1
 
 
 def relative(effects: xr.Dataset) -> np.ndarray:
     """Return each position as a share, 0 to 1, of the last one that was read in its text: [P]."""
-    _, texts = np.unique(effects["text_id"].values.astype(str), return_inverse=True)
+    _, texts = np.unique(_texts(effects), return_inverse=True)
     position = effects["position"].values
     last = np.zeros(texts.max() + 1, position.dtype)
     np.maximum.at(last, texts, position)
     return np.clip(position / np.maximum(last[texts], 1), 0, 1)
+
+
+def _texts(effects: xr.Dataset) -> list[str]:
+    return [str(text) for text in effects["text_id"].values]
 
 
 def by_position(effects: xr.Dataset, resampled: stats.Resampled) -> pd.DataFrame:
@@ -45,7 +54,7 @@ def by_position(effects: xr.Dataset, resampled: stats.Resampled) -> pd.DataFrame
       means, with `_low` and `_high`, NaN where a single position was read: it has no interval.
     """
     effects = stats.finished(effects)
-    single = len(np.unique(effects["text_id"].values.astype(str))) == 1
+    single = is_single_text(effects)
     if single:
         places, groups = np.unique(effects["position"].values, return_inverse=True)
     else:

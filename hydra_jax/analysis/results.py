@@ -112,9 +112,13 @@ class Results:
     @property
     def unit(self) -> str:
         """The quantity that effects are drops of, in a few words."""
+        return "logits of the target less the foil's" if self.has_foils else "logits of the target token"
+
+    @property
+    def has_foils(self) -> bool:
+        """Whether what is read is a difference of logits, in some prompt at least."""
         foils = self.effects.coords.get("foil_id")
-        differs = foils is not None and bool((foils >= 0).any())
-        return "logit of the target less the foil's" if differs else "logit of the target token"
+        return foils is not None and bool((foils >= 0).any())
 
     @functools.cached_property
     def by_head(self) -> bool:
@@ -130,9 +134,18 @@ class Results:
     def caption(self) -> str:
         """Model, ablation and prompts in a few words."""
         left_out = self.effects.attrs.get("left_out", 0)
-        return f"{self.protocol['model']['name']}, {self.kind} ablation, {self.effects.sizes['prompt']:,} prompts" + (
+        return f"{self.protocol['model']['name']}, {self.kind} ablation, {self.prompts}" + (
             f" ({left_out:,} more are not finite)" if left_out else ""
         )
+
+    @property
+    def prompts(self) -> str:
+        """The number of prompts, or of positions and of texts, in words."""
+        count = self.effects.sizes["prompt"]
+        if not positions.has_positions(self.effects):
+            return f"{count:,} prompt" + ("s" if count != 1 else "")
+        texts = len(set(self.effects["text_id"].values.tolist()))
+        return f"{count:,} positions of {texts:,} text" + ("s" if texts != 1 else "")
 
     def ablated(self, site: str) -> np.ndarray:
         """Return the indices along `ablated` of a site's ablations; those of several components have the site SET."""
@@ -161,8 +174,16 @@ def load(workdir: Path, samples: int = 1000, seed: int = 0, select: float | None
       UserError: if there is no sweep, or it cannot be read.
     """
     effects = store.load_effects(workdir)
-    examples = store.open_examples(workdir).load() if (workdir / store.EXAMPLES).is_dir() else None
-    return Results(effects, examples, samples, seed, select)
+    return Results(effects, examples_in(workdir), samples, seed, select)
+
+
+def examples_in(workdir: Path) -> xr.Dataset | None:
+    """Load the examples in a directory; None where there are none.
+
+    Raises:
+      UserError: if they cannot be read.
+    """
+    return store.open_examples(workdir).load() if (workdir / store.EXAMPLES).is_dir() else None
 
 
 def beside(results: Results, others: Sequence[Results]) -> tuple[list[Results], Results | None]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hydra_jax.analysis.names import ablations, example_name
 from hydra_jax.analysis.results import Results
 from hydra_jax.core import causal
-from hydra_jax.core.edits import SITES, Component
+from hydra_jax.core.edits import SITES
 from hydra_jax.report.figures.motifs import MOTIFS
 from hydra_jax.report.figures.style import reach
 from hydra_jax.store import variables
@@ -74,11 +75,10 @@ def payload(results: Results, kinds: Sequence[Results], heads: Results | None) -
                 "layer": int(effects["ablated_layer"][index]),
                 "site": str(effects["ablated_site"].values[index]),
                 "head": int(effects["ablated_head"][index]),
-                "component": 2 * int(effects["ablated_layer"][index])
-                + SITES.index(str(effects["ablated_site"].values[index])),
+                "components": [component.index for component in ablation.components],
                 "first": firsts[index],
             }
-            for index, name in enumerate(results.ablated_names)
+            for index, (name, ablation) in enumerate(zip(results.ablated_names, ablations(effects), strict=True))
         ],
         "components": [
             {"name": name, "layer": index // 2, "site": SITES[index % 2]}
@@ -156,7 +156,7 @@ def _rounded(array: np.ndarray) -> list:
 
 
 def _columns(table: pd.DataFrame) -> dict[str, list]:
-    """Return a table as lists, with a `name` per row where it has components; what is not finite is null."""
+    """Return a table as lists; what is not finite is null."""
     columns: dict[str, list] = {}
     for name in map(str, table.columns):
         values = table[name].to_numpy()
@@ -164,10 +164,6 @@ def _columns(table: pd.DataFrame) -> dict[str, list]:
             columns[name] = [round(float(v), 5) if np.isfinite(v) else None for v in values]
         else:
             columns[name] = [str(v) for v in values] if values.dtype.kind == "O" else values.tolist()
-    if "head" in table:
-        columns["name"] = [
-            str(Component.named(*row)) for row in zip(table["layer"], table["site"], table["head"], strict=True)
-        ]
     return columns
 
 
@@ -203,11 +199,10 @@ def _examples(results: Results, kept: np.ndarray) -> list[dict[str, Any]]:
     if results.examples is None:
         return []
     ids = results.effects["prompt_id"].values[kept].tolist()
-    labels = ("ablated_layer", "ablated_site", "ablated_head")
     examples = []
     for index in range(results.examples.sizes["example"]):
         example = results.examples.isel(example=index)
-        name = str(Component.named(*(example[label].item() for label in labels)))
+        name = example_name(example)
         if example["prompt_id"].item() in ids and name in results.ablated_names:
             runs = _rounded(example["ablated_unembed"].values)
             prompt, ablated = ids.index(example["prompt_id"].item()), results.ablated_names.index(name)

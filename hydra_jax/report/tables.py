@@ -7,9 +7,9 @@ import textwrap
 import numpy as np
 import pandas as pd
 
+from hydra_jax.analysis import names
 from hydra_jax.analysis.bootstrap import Estimate
 from hydra_jax.analysis.results import Results
-from hydra_jax.core.edits import Component
 from hydra_jax.errors import UserError
 
 STRONGEST = 12
@@ -34,7 +34,7 @@ def strongest(results: Results) -> str:
     chosen = summary.nlargest(STRONGEST, "direct_effect").sort_index()
     shown = pd.DataFrame(
         {
-            "ablated": [str(Component.named(row.layer, row.site, row.head)) for row in chosen.itertuples()],
+            "ablated": chosen["name"],
             "direct effect": interval(chosen, "direct_effect"),
             "total effect": interval(chosen, "total_effect"),
             "restored": interval(chosen, "restored_share", "{:.0%}"),
@@ -45,8 +45,8 @@ def strongest(results: Results) -> str:
     )
     return (
         f"the {len(shown)} of {len(summary)} components with the largest direct effect under {results.kind} ablation:\n"
-        "means over prompts in logits (95% interval); restored = 1 - total / direct, left out where direct may be 0\n\n"
-        + shown.to_string(index=False)
+        "means over prompts in logits (95% interval); restored = 1 - total / direct, left out where direct is not"
+        " clearly above 0\n\n" + shown.to_string(index=False)
     )
 
 
@@ -56,10 +56,12 @@ def one_prompt(results: Results) -> str:
     Raises:
       UserError: if the sweep has no examples.
     """
-    if results.examples is None:
+    if results.examples is None or not results.examples.sizes["example"]:
         raise UserError("examples.zarr: is not there; run the sweep again, it goes on from what is finished")
     example = results.examples.isel(example=0)
-    ablated = Component.named(*(example[f"ablated_{name}"].item() for name in ("layer", "site", "head")))
+    ablated = names.ablation(names.example_name(example))
+    first, single = ablated.components[0], ablated.single
+    what = "components" if single is None else "attention layer" if single.head < 0 else "attention head"
     before, after = example["delta_unembed"].values, example["ablated_unembed"].mean("replacement").values
     table = pd.DataFrame({"component": results.component_names, "before": before, "after": after})
     table["change"] = table["after"] - table["before"]
@@ -69,11 +71,11 @@ def one_prompt(results: Results) -> str:
     text = textwrap.shorten(example["text"].item(), WIDTH, placeholder=" ...")
     return (
         f"{text} ->{example['target_text'].item()} (p = {example['clean_probability'].item():.2f})\n"
-        f"{results.kind} ablation of {ablated}, the attention {'layer' if ablated.head < 0 else 'head'} of the largest"
-        f" direct effect, mean over {example.sizes['replacement']} replacements; contributions in logits:\n\n"
-        + table.iloc[ablated.index :].to_string(index=False, float_format="{:+.3f}".format)
+        f"{results.kind} ablation of {ablated}, the {what} of the largest direct"
+        f" effect, mean over {example.sizes['replacement']} replacements; contributions in logits:\n\n"
+        + table.iloc[first.index :].to_string(index=False, float_format="{:+.3f}".format)
         + f"\n\ndirect effect {direct:.3f}, total effect {total:.3f}; the final norm restores {norm:+.3f};"
-        f" components before {ablated} do not change"
+        f" components before {first} do not change"
     )
 
 

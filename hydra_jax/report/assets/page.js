@@ -113,7 +113,7 @@ const markers = () => data.sites.map((site, i) => [site, i]).filter(([site]) => 
 
 const figures = {
   layers: {
-    title: "What a layer contributes, and what its ablation costs", shown: !data.by_head, on: ["ablated"],
+    title: "What a layer contributes, and what its ablation costs", shown: !data.by_head && data.sites.length > 0, on: ["ablated"],
     caption: "Median over prompts, with quartiles. Where red is below blue, layers downstream repair part of the loss; above," +
       " they add to it. (Grey is all of a layer's contribution; what replaces it keeps some of that.) Click a layer to choose it.",
     draw() {
@@ -166,7 +166,7 @@ const figures = {
     },
   },
   agreement: {
-    title: "How well direct and total effect agree", shown: !data.by_head && P > 2, on: ["ablated"],
+    title: "How well direct and total effect agree", shown: !data.by_head && data.sites.length > 0 && P > 3, on: ["ablated"],
     caption: "R² over prompts between what a layer contributes and what its ablation costs, and the share of prompts in which the" +
       " loss is smaller than the direct effect. Bands are 95 % intervals.",
     draw() {
@@ -185,8 +185,10 @@ const figures = {
       const p = state.prompt, a = state.ablated, change = compensation(p, a), own = data.ablated[a];
       const clean = range(C).map((c) => contribution[p * C + c]);
       const after = clean.map((value, c) => value + change[c]);
-      if (own.head < 0) after[own.component] -= effect("direct_effect", p, a);
-      else after[own.component] += change[own.component] - effect("direct_effect", p, a);
+      // Of several ablated components the direct effect is known of all together alone.
+      if (own.components.length > 1) for (const c of own.components) after[c] = null;
+      else if (own.head < 0) after[own.components[0]] -= effect("direct_effect", p, a);
+      else after[own.components[0]] += change[own.components[0]] - effect("direct_effect", p, a);
       const traces = [];
       ["attn", "mlp"].forEach((site, panel) => {
         const indices = range(C).filter((c) => data.components[c].site === site);
@@ -207,11 +209,11 @@ const figures = {
         ` (p = ${data.prompts.probability[p].toFixed(2)}). Ablating ${own.name} takes ${value("direct_effect")} logits away directly;` +
         ` in the end the logit ${effect("total_effect", p, a) < 0 ? "rises" : "falls"} by ${value("total_effect").replace("-", "")}. Restored: by attention ${value("attn_compensation")}, by MLPs` +
         ` ${value("mlp_compensation")}, by the final norm ${value("norm_compensation")}.`;
-      return [traces, { ...panels(["attention", "MLP"], ["layer"], ["contribution (logits)"]), shapes: own.site === "attn" ? [marker("")] : [marker(2)] }];
+      return [traces, { ...panels(["attention", "MLP"], ["layer"], ["contribution (logits)"]), shapes: own.components.length > 1 ? [] : own.site === "attn" ? [marker("")] : [marker(2)] }];
     },
   },
   regress: {
-    title: "Compensation against direct effect", shown: P > 2, on: ["ablated", "prompt"],
+    title: "Compensation against direct effect", shown: P > 3, on: ["ablated", "prompt"],
     caption: "One point per prompt, for the chosen component, with the regression: a slope of 1 would restore everything.",
     draw() {
       const a = state.ablated, own = range(P);
@@ -219,23 +221,25 @@ const figures = {
       const x = own.map((p) => effect("direct_effect", p, a)), y = own.map(all);
       const slope = data.summary.slope[a], intercept = data.summary.intercept[a];
       const ends = [x.reduce((u, v) => Math.min(u, v)), x.reduce((u, v) => Math.max(u, v))];
-      const fit = (name) => `${data.summary[name][a]?.toFixed(2)} (${data.summary[name + "_low"][a]?.toFixed(2)} to ${data.summary[name + "_high"][a]?.toFixed(2)})`;
+      const number = (name) => data.summary[name][a]?.toFixed(2);
+      const fit = (name) => (number(name) ?? "unknown") + (number(name + "_low") ? ` (${number(name + "_low")} to ${number(name + "_high")})` : "");
       const traces = [{ type: "scatter", mode: "markers", name: chosenName(), x, y, meta: "both", customdata: own.map((p) => [p, a]),
         text: own.map((p) => hovers[p]), hovertemplate: "%{text}<br>direct %{x:.3f}, compensation %{y:.3f}<extra></extra>",
         marker: { size: 6, color: colour("blue"), opacity: 0.6 } },
       { type: "scatter", mode: "markers", name: "the chosen prompt", x: [x[state.prompt]], y: [y[state.prompt]], hoverinfo: "skip",
         marker: { size: 14, symbol: "star", color: colour("ink") } }];
-      if (slope !== null && P > 2) traces.push({ type: "scatter", mode: "lines", name: `slope ${fit("slope")}, R² ${fit("r2")}`, x: ends,
+      if (slope !== null) traces.push({ type: "scatter", mode: "lines", name: `slope ${fit("slope")}, R² ${fit("r2")}`, x: ends,
         y: ends.map((u) => intercept + slope * u), line: { color: colour("red"), width: 2 }, hoverinfo: "skip" });
       return [traces, { ...base(430), xaxis: axis("direct effect (logits)"), yaxis: axis("compensation (logits)") }];
     },
   },
   panels: {
-    title: "The same, layer by layer", shown: !data.by_head && P > 2, on: [],
+    title: "The same, layer by layer", shown: !data.by_head && data.sites.length > 0 && P > 3, on: [],
     caption: "Compensation against direct effect of every ablated layer, attention blue and MLP orange: some prompts drawn at random," +
       " and the regression over all. Click a panel's points to choose the component.",
     draw() {
-      const layers = [...new Set(data.ablated.map((a) => a.layer))], across = wide() ? 6 : 3, rows = Math.ceil(layers.length / across);
+      const singles = range(A).filter((a) => data.ablated[a].components.length === 1);
+      const layers = [...new Set(singles.map((a) => data.ablated[a].layer))], across = wide() ? 6 : 3, rows = Math.ceil(layers.length / across);
       const layout = { ...base(135 * rows + 50), showlegend: false, annotations: [] }, traces = [];
       const some = data.some;
       layers.forEach((layer, n) => {
@@ -245,7 +249,7 @@ const figures = {
         layout["yaxis" + id] = { ...axis("", small), domain: [1 - (row + 1) * h + 0.25 * h, 1 - row * h - 0.08 * h], anchor: "x" + id };
         layout.annotations.push({ text: "layer " + layer, showarrow: false, xref: `x${id} domain`, yref: `y${id} domain`, x: 0, y: 1,
           yshift: 10, xanchor: "left", font: { size: 10 } });
-        range(A).filter((a) => data.ablated[a].layer === layer).forEach((a) => {
+        singles.filter((a) => data.ablated[a].layer === layer).forEach((a) => {
           const shade = data.ablated[a].site === "attn" ? "blue" : "orange", x = some.map((p) => effect("direct_effect", p, a));
           const y = some.map((p) => effect("attn_compensation", p, a) + effect("mlp_compensation", p, a) + effect("norm_compensation", p, a));
           traces.push({ type: "scatter", mode: "markers", x, y, xaxis: "x" + id, yaxis: "y" + id, meta: "both",
@@ -261,7 +265,7 @@ const figures = {
     },
   },
   regression: {
-    title: "Slope and R² by layer", shown: !data.by_head && P > 2, on: ["ablated"],
+    title: "Slope and R² by layer", shown: !data.by_head && data.sites.length > 0 && P > 3, on: ["ablated"],
     caption: "Regression of compensation on direct effect over prompts: all of it, and what downstream attention, downstream MLPs and" +
       " the final norm do. Bands are 95 % intervals.",
     draw() {
@@ -301,7 +305,7 @@ const figures = {
     },
   },
   erasure: {
-    title: "Erasure", shown: P > 2, on: [],
+    title: "Erasure", shown: P > 3, on: [],
     caption: "What each MLP contributes, clean and with the strongest attention layers ablated: below zero it pushes the target down;" +
       " a change above zero means that it pushes down less once there is less to erase. Bands are 95 % intervals.",
     draw() {
@@ -316,7 +320,7 @@ const figures = {
     },
   },
   kinds: {
-    title: "Kinds of ablation side by side", shown: data.kinds.length > 1, on: [],
+    title: "Kinds of ablation side by side", shown: data.kinds.length > 1 && data.kinds_sites.length > 0, on: [],
     caption: `The ${data.kinds_prompts} prompts that all sweeps have, with the write replaced by another prompt's (resample), by the` +
       " mean over prompts, by zero, or by noise. Means over prompts.",
     draw() {
@@ -337,14 +341,17 @@ const figures = {
     title: "Attention heads", shown: data.heads !== null, on: [],
     caption: "Heads ablated one by one: the strongest, with 95 % intervals, and the mean direct effect and repair of every head.",
     draw() {
-      const t = data.heads, order = range(t.name.length).sort((i, j) => t.direct_effect[j] - t.direct_effect[i]).slice(0, 20).reverse();
+      const t = data.heads, own = range(t.name.length).filter((i) => t.head[i] >= 0), order = [...own].sort((i, j) => t.direct_effect[j] - t.direct_effect[i]).slice(0, 20).reverse();
       const bars = [["direct_effect", "direct effect", "blue"], ["total_effect", "total effect", "red"]].map(([name, label, shade]) => ({
         type: "bar", orientation: "h", name: label, y: order.map((i) => t.name[i]), x: order.map((i) => t[name][i]), marker: { color: colour(shade) },
         error_x: { type: "data", symmetric: false, array: order.map((i) => t[name + "_high"][i] - t[name][i]),
           arrayminus: order.map((i) => t[name][i] - t[name + "_low"][i]), thickness: 1, width: 2 },
         hovertemplate: `%{y}: ${label} %{x:.3f}<extra></extra>` }));
-      const layers = [...new Set(t.layer)], H = t.name.length / layers.length;
-      const z = (of) => layers.map((_, l) => range(H).map((h) => of(l * H + h)));
+      const layers = [...new Set(own.map((i) => t.layer[i]))], H = own.reduce((most, i) => Math.max(most, t.head[i] + 1), 0);
+      const z = (of) => layers.map((layer) => range(H).map((h) => {
+        const i = own.find((k) => t.layer[k] === layer && t.head[k] === h);
+        return i === undefined ? null : of(i);
+      }));
       const map = (title, of, panel) => ({ type: "heatmap", z: z(of), x: range(H), y: layers, xaxis: "x" + panel, yaxis: "y" + panel,
         zmin: -data.heads_reach, zmax: data.heads_reach, showscale: panel === 3, colorbar: { thickness: 10, title: { text: "logits" } },
         colorscale: diverging,

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from hydra_jax.analysis import cascades, interactions
+from hydra_jax.analysis.names import is_whole
+from hydra_jax.analysis.positions import has_positions
 from hydra_jax.analysis.results import Results
-from hydra_jax.report.figures import components, layers, motifs, prompts
+from hydra_jax.analysis.stats import FIT, FREE_TOTAL
+from hydra_jax.report.figures import cascade, components, layers, motifs, pairs, positions, prompts, sets
 from hydra_jax.report.figures.style import STYLE
 from hydra_jax.store import files
 
@@ -18,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "pdf")
-FIT = 3
-"""The fewest prompts from which there is something to regress."""
 
 
 def figures_of(
@@ -34,28 +36,53 @@ def figures_of(
     """
     examples = results.examples
     drawn: dict[str, Callable[[], Figure]] = {}
+    singles = bool(results.sites)
+    by_layer = singles and not results.by_head
     if results.by_head:
         heads = heads or results
-    else:
+    if by_layer:
         drawn["effects_by_layer"] = lambda: layers.effects_by_layer(results)
     drawn["direct_against_total"] = lambda: prompts.direct_against_total(results)
-    if examples is not None:
+    if examples is not None and examples.sizes["example"]:
         drawn["single_prompts"] = lambda: prompts.single_prompts(examples)
     several = results.effects.sizes["prompt"] >= FIT
-    if several:
+    if several and singles:
         drawn["compensation_by_layer"] = lambda: prompts.compensation_by_layer(results)
-    if several and not results.by_head:
+    if several and by_layer:
         drawn["regression"] = lambda: layers.regression(results)
     drawn["compensation"] = lambda: components.compensation_matrix(results)
     if several:
         drawn["erasure"] = lambda: layers.erasure(results)
-    if len(kinds) > 1:
+    drawn |= _where_there(results)
+    if len(kinds) > 1 and singles:
         drawn["kinds"] = lambda: layers.kinds(kinds)
     if heads is not None:
         head_sweep = heads
         drawn["heads"] = lambda: components.heads(head_sweep)
     drawn["causal_motifs"] = motifs.causal_motifs
     return drawn
+
+
+def _where_there(results: Results) -> dict[str, Callable[[], Figure]]:
+    """The figures of what only some sweeps ask for."""
+    drawn: dict[str, Callable[[], Figure]] = {}
+    if results.has_sets or (results.by_head and is_whole(results.effects).any()):
+        drawn["sets"] = lambda: sets.sets(results)
+    if interactions.pairs(results.effects):
+        drawn["interactions"] = lambda: pairs.interactions(results)
+    if cascades.has_cascades(results.effects):
+        drawn["cascade"] = lambda: cascade.cascade(results)
+    if FREE_TOTAL in results.effects:
+        drawn["frozen_against_free"] = lambda: sets.frozen_against_free(results)
+    if "head_compensation" in results.effects:
+        drawn["head_responders"] = lambda: components.head_responders(results)
+    if has_positions(results.effects):
+        drawn["positions"] = lambda: positions.positions(results)
+    return drawn
+
+
+OPTIONAL = ("sets", "interactions", "cascade", "frozen_against_free", "head_responders", "positions")
+"""Names of the figures of what only some sweeps ask for."""
 
 
 def draw(

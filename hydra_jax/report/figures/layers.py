@@ -30,6 +30,7 @@ def _by_site(results: Results, rows: int, height: float) -> tuple[Figure, np.nda
         axis.set_title(f"{SITE_NAMES[site]} ablated")
     for axis in axes[-1]:
         axis.set_xlabel("layer")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     return figure, axes
 
 
@@ -50,7 +51,7 @@ def effects_by_layer(results: Results) -> Figure:
             dashes = "--" if name == "delta_unembed" else "-"
             axis.plot(layers, middle, color=COLOURS[name], marker="o", markersize=3, linestyle=dashes, label=label)
         zero_line(axis)
-    axes[0, 0].set_ylabel("logits of the target token")
+    axes[0, 0].set_ylabel(results.unit)
     axes[0, 0].legend(loc="upper left")
     figure.suptitle(
         f"What a layer contributes, and what its ablation costs\n{results.caption}, median and quartiles over prompts"
@@ -79,7 +80,10 @@ def regression(results: Results) -> Figure:
 
 def _clip(axes: np.ndarray, values: np.ndarray) -> None:
     """Keep the scale to what most layers do: where a layer writes next to nothing, slopes run away."""
-    low, high = np.nanquantile(values, [0.03, 0.97])
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return
+    low, high = np.quantile(values, [0.03, 0.97])
     margin = 0.3 * (high - low) + 0.05
     axes[0].set_ylim(low - margin, high + margin)
 
@@ -98,7 +102,7 @@ def erasure(results: Results) -> Figure:
     for axis, title in ((left, "contribution"), (right, "change under ablation")):
         zero_line(axis)
         axis.set(title=title, xlabel="MLP layer")
-    left.set_ylabel("logits of the target token")
+    left.set_ylabel(results.unit)
     left.legend(loc="upper left", fontsize=8)
     figure.suptitle(
         "Erasure: below zero an MLP pushes the target down; a change above zero pushes it down less\n"

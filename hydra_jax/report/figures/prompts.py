@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from hydra_jax.analysis.names import example_name, is_set
 from hydra_jax.analysis.results import Results
 from hydra_jax.analysis.stats import PARTS
-from hydra_jax.core.edits import SITES, WHOLE
+from hydra_jax.core.edits import SET, SITES, WHOLE
 from hydra_jax.report.figures.style import COLOURS, MOST_POINTS, SITE_NAMES, band, blank, zero_line
 
 if TYPE_CHECKING:
@@ -23,9 +24,11 @@ PANELS = 36
 
 def direct_against_total(results: Results) -> Figure:
     """Every prompt and ablated layer, direct against total effect; below, by layer, R^2 and the share above."""
-    figure = blank((5.5 * len(results.sites), 8.5))
-    axes = figure.subplots(2, len(results.sites), squeeze=False, height_ratios=(5, 2.4))
-    for column, site in enumerate(results.sites):
+    panels = [*results.sites, *([SET] if results.has_sets else [])]
+    by_layer = bool(results.sites) and not results.by_head
+    figure = blank((max(5.5 * len(panels), 6.5), 8.5 if by_layer else 6))
+    axes = figure.subplots(2 if by_layer else 1, len(panels), squeeze=False, height_ratios=(5, 2.4)[: 1 + by_layer])
+    for column, site in enumerate(panels):
         axis = axes[0, column]
         indices = results.ablated(site)
         direct, total = (results.means[name].values[:, indices].ravel() for name in ("direct_effect", "total_effect"))
@@ -54,17 +57,20 @@ def direct_against_total(results: Results) -> Figure:
             ylim=limits,
             aspect="equal",
         )
-        if not results.by_head:
+        if by_layer and site != SET:
             rows = results.summary[results.summary["site"] == site]
             band(axes[1, column], rows, "total_r2", COLOURS["all"], "R² of delta_unembed and total effect")
             band(axes[1, column], rows, "share_direct_above_total", COLOURS["norm"], "share of prompts repaired")
             axes[1, column].set(ylim=(-0.02, 1.02), xlabel="layer")
-        else:
+            axes[1, column].xaxis.get_major_locator().set_params(integer=True)
+        elif by_layer:
             axes[1, column].set_visible(False)
     axes[0, 0].set_ylabel("total effect (logits)")
-    if not results.by_head:
+    if by_layer:
         axes[1, 0].legend(loc="upper left", fontsize=8)
-    figure.colorbar(points, ax=axes[0], label="ablated layer", shrink=0.8)
+    figure.colorbar(
+        points, ax=axes[0], label="ablated layer" + (" (the first of several)" if results.has_sets else ""), shrink=0.8
+    )
     figure.suptitle(f"Direct against total effect of each ablation in each prompt\n{results.caption}")
     return figure
 
@@ -73,7 +79,8 @@ def compensation_by_layer(results: Results) -> Figure:
     """Compensation against direct effect with the regression, a small panel per layer."""
     from matplotlib.lines import Line2D
 
-    layers = np.unique(results.effects["ablated_layer"].values)
+    single = ~is_set(results.effects)
+    layers = np.unique(results.effects["ablated_layer"].values[single])
     if len(layers) > PANELS:
         layers = layers[np.linspace(0, len(layers) - 1, PANELS).round().astype(int)]
     columns = min(6, len(layers))
@@ -83,7 +90,7 @@ def compensation_by_layer(results: Results) -> Figure:
     direct = results.means["direct_effect"].values
     compensation = np.sum([results.means[f"{part}compensation"].values for part in PARTS[1:]], axis=0)
     for axis, layer in zip(axes.flat, layers, strict=False):
-        for index in np.flatnonzero(results.effects["ablated_layer"].values == layer):
+        for index in np.flatnonzero((results.effects["ablated_layer"].values == layer) & single):
             colour = COLOURS[str(results.effects["ablated_site"].values[index])]
             x, y = direct[:, index], compensation[:, index]
             shown = np.random.default_rng(0).permutation(x.size)[: MOST_POINTS // 20]
@@ -123,6 +130,10 @@ def single_prompts(examples: xr.Dataset) -> Figure:
 
 def _one_prompt(figure: Figure, example: xr.Dataset, kind: str, legend: bool) -> None:
     layer, site, head = (example[f"ablated_{name}"].item() for name in ("layer", "site", "head"))
+    if site in SITES:
+        named = f"{SITE_NAMES[site]} {layer}" + ("" if head == WHOLE else f", head {head},")
+    else:
+        named = example_name(example)
     axes = figure.subplots(1, len(SITES), sharey=True)
     for axis, name in zip(axes, SITES, strict=True):
         chosen = example.isel(component=np.flatnonzero(example["site"].values == name))
@@ -138,13 +149,12 @@ def _one_prompt(figure: Figure, example: xr.Dataset, kind: str, legend: bool) ->
         axis.set(xlabel=f"{SITE_NAMES[name]} layer")
     axes[0].set_ylabel("contribution (logits)")
     if legend:
-        axes[SITES.index(site)].legend(loc="upper left", fontsize=8)
-    named_head = "" if head == WHOLE else f", head {head},"
+        axes[SITES.index(site) if site in SITES else 0].legend(loc="upper left", fontsize=8)
     text = textwrap.fill(f"“{example['text'].item()}”", width=110, max_lines=2)
     drop, direct = float(example["total_effect"].mean()), float(example["direct_effect"].mean())
     figure.suptitle(
         f"{text} → “{example['target_text'].item().strip()}” (p = {example['clean_probability'].item():.2f})\n"
-        f"{kind} ablation of {SITE_NAMES[site]} {layer}{named_head} takes {direct:.2f} logits away directly;"
+        f"{kind} ablation of {named} takes {direct:.2f} logits away directly;"
         f" in the end the logit {'falls' if drop >= 0 else 'rises'} by {abs(drop):.2f}",
         fontsize=10,
     )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
+
+from hydra_jax.core.edits import SET
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
-SITE_NAMES = {"attn": "attention", "mlp": "MLP"}
+SITE_NAMES = {"attn": "attention", "mlp": "MLP", SET: "several components"}
 COLOURS = {
     "clean": "#3b4a5c",
     "ablated": "#c1354a",
@@ -42,6 +46,24 @@ STYLE: dict[Any, Any] = {
 }
 
 
+P = ParamSpec("P")
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Return a function that draws a figure in this style, whatever the style around it."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        import matplotlib as mpl
+
+        with mpl.rc_context(STYLE):
+            figure = draw(*args, **kwargs)
+            figure.draw_without_rendering()  # ticks and their texts are made only now
+        return figure
+
+    return drawn
+
+
 def blank(size: tuple[float, float]) -> Figure:
     """Return an empty figure of a size in inches. Matplotlib is imported here, so only where something is drawn."""
     from matplotlib.figure import Figure
@@ -60,6 +82,23 @@ def band(axis: Axes, rows: pd.DataFrame, name: str, colour: str, label: str | No
         axis.vlines(rows["layer"], rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.5, linewidth=3)
     axis.fill_between(rows["layer"], rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.2, linewidth=0)
     axis.plot(rows["layer"], rows[name], color=colour, marker="o", markersize=2.5, linewidth=1.3, label=label)
+
+
+def bars(
+    axis: Axes, heights: np.ndarray, rows: pd.DataFrame, name: str, colour: str, label: str, width: float = 0.38
+) -> None:
+    """Draw a statistic as horizontal bars with its interval, a whisker where there is one."""
+    ends = rows[[f"{name}_low", f"{name}_high"]].to_numpy(float)
+    errors = np.nan_to_num(np.abs(ends - rows[[name]].to_numpy(float)).T)
+    axis.barh(heights, rows[name], width, xerr=errors, color=colour, label=label, error_kw={"lw": 0.8})
+
+
+def image(axis: Axes, matrix: np.ndarray, limit: float) -> AxesImage:
+    """Draw a matrix in diverging colours from -limit to limit; what is not known stays empty."""
+    shown = np.ma.masked_invalid(matrix)
+    return axis.imshow(
+        shown, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest", rasterized=True
+    )
 
 
 def reach(values: np.ndarray, share: float = 0.98) -> float:
