@@ -14,6 +14,9 @@ if typing.TYPE_CHECKING:
     from hydra_jax.api.sweeps import ablate, cascade, interactions, sweep
     from hydra_jax.core.programs import Program
     from hydra_jax.errors import UserError
+    from hydra_jax.report import plots as plot
+    from hydra_jax.report import report
+    from hydra_jax.store.datasets import concat, save
     from hydra_jax.store.effects import open_effects
     from hydra_jax.text.prompts import Prompt, builtin
     from hydra_jax.text.prompts import read as read_prompts
@@ -29,13 +32,17 @@ __all__ = [
     "ablate",
     "builtin",
     "cascade",
+    "concat",
     "contributions",
     "interactions",
     "intervene",
     "load",
     "open_effects",
+    "plot",
     "program",
     "read_prompts",
+    "report",
+    "save",
     "summary",
     "sweep",
     "trace",
@@ -49,18 +56,22 @@ _HOMES = {
     "ablate": ("hydra_jax.api.sweeps", "ablate"),
     "builtin": ("hydra_jax.text.prompts", "builtin"),
     "cascade": ("hydra_jax.api.sweeps", "cascade"),
+    "concat": ("hydra_jax.store.datasets", "concat"),
     "contributions": ("hydra_jax.api.looks", "contributions"),
     "interactions": ("hydra_jax.api.sweeps", "interactions"),
     "intervene": ("hydra_jax.api.programs", "intervene"),
     "load": ("hydra_jax.weights.load", "load"),
     "open_effects": ("hydra_jax.store.effects", "open_effects"),
+    "plot": ("hydra_jax.report.plots", ""),
     "program": ("hydra_jax.api.programs", "program"),
     "read_prompts": ("hydra_jax.text.prompts", "read"),
+    "report": ("hydra_jax.report", "report"),
+    "save": ("hydra_jax.store.datasets", "save"),
     "summary": ("hydra_jax.analysis.stats", "summary"),
     "sweep": ("hydra_jax.api.sweeps", "sweep"),
     "trace": ("hydra_jax.api.looks", "trace"),
 }
-"""The home of each public name: its module, and its name there.
+"""The home of each public name: its module, and its name there, "" for the module itself.
 
 They are imported on first use: JAX and xarray take a second, for which a command's --help need not wait.
 """
@@ -86,7 +97,8 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, inner = _HOMES[name]
-    value = getattr(importlib.import_module(module), inner)
+    home = importlib.import_module(module)
+    value = getattr(home, inner) if inner else home
     globals()[name] = value  # so that this is called once a name
     return value
 

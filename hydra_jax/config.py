@@ -33,6 +33,8 @@ AUTO, TOP, ANSWER, FOIL = "auto", "top", "answer", "foil"
 TARGETS = TOP, ANSWER
 MATCHES = RELATION, LENGTH = "relation", "length"
 LAST, ALL = "last", "all"
+GIVEN = "given in Python"
+"""The source of prompts that no file has."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,12 @@ PLAN = [
 @pytest.fixture
 def effects():
     dataset = toy_effects.rich(prompts=4, replacements=2, cuts=3, positions=1)
-    dataset["cut"][:] = -1
+    dataset["cut_component"][:] = -1
     for name in ("cut_logit", "cut_probability", "cut_rank", "cut_compensation"):
         dataset[name][:] = np.nan
     for prompt, cuts in enumerate(PLAN):
         for step, (component, logit, probability, ranks) in enumerate(cuts):
-            dataset["cut"][prompt, step] = component
+            dataset["cut_component"][prompt, step] = component
             dataset["cut_logit"][prompt, step] = logit + np.array([-0.1, 0.1])
             dataset["cut_probability"][prompt, step] = probability
             dataset["cut_rank"][prompt, step] = np.array(ranks)
@@ -103,6 +103,6 @@ def test_survival_of_the_clean_run_is_told_only_where_it_is_known(effects):
 def test_a_sweep_without_cascades_is_refused_in_one_line(effects):
     with pytest.raises(UserError, match=r"cascade: the sweep made none; sweep with --config\.ablation\.cascade"):
         cascades.cascade(effects.drop_vars("cut_rank"))
-    effects["cut"][:] = -1
+    effects["cut_component"][:] = -1
     with pytest.raises(UserError, match="no prompt was cut"):
         cascades.survived(effects)

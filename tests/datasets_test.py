@@ -201,8 +201,8 @@ def test_means_over_cascades_and_heads_are_weighted_too():
         toy_effects.rich(prompts=6, positions=1, replacements=2),
         toy_effects.rich(prompts=6, positions=1, replacements=6),
     ]
-    for name in ("cut", "cut_logit", "cut_probability", "cut_rank", "cut_compensation"):
-        if name in ("cut", "cut_compensation"):
+    for name in ("cut_component", "cut_logit", "cut_probability", "cut_rank", "cut_compensation"):
+        if name in ("cut_component", "cut_compensation"):
             parts[1][name][:] = parts[0][name].values + (name == "cut_compensation")
         else:
             parts[1][name][:] = parts[0][name].values[:, :, :1]
@@ -215,7 +215,7 @@ def test_means_over_cascades_and_heads_are_weighted_too():
         np.testing.assert_allclose(whole[name], expected, atol=1e-6)
     np.testing.assert_allclose(whole["cut_compensation"], parts[0]["cut_compensation"].values + 6 / 8, rtol=1e-5)
     assert whole["kl"].sizes["replacement"] == whole["cut_rank"].sizes["replacement"] == 8
-    parts[1]["cut"][0, 0] = 1 - parts[1]["cut"][0, 0]
+    parts[1]["cut_component"][0, 0] = 1 - parts[1]["cut_component"][0, 0]
     with pytest.raises(UserError, match=r"cascades cut other components.*drop_vars"):
         datasets.concat(parts, "replacement")
 

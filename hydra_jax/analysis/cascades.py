@@ -13,7 +13,7 @@ from hydra_jax.analysis.bootstrap import LEVEL, Bootstrap, Estimate, interval
 from hydra_jax.analysis.names import component_names
 from hydra_jax.errors import UserError
 
-VARIABLES = ("cut", "cut_logit", "cut_probability", "cut_rank", "cut_compensation")
+VARIABLES = ("cut_component", "cut_logit", "cut_probability", "cut_rank", "cut_compensation")
 
 
 def has_cascades(effects: xr.Dataset) -> bool:
@@ -117,7 +117,8 @@ def cascade_steps(effects: xr.Dataset) -> pd.DataFrame:
       UserError: if the sweep has no cascades, or no prompt is finished.
     """
     effects, _ = _ready(effects, Bootstrap(np.ones((1, 1))), 0, 0)
-    names, cut = np.array(component_names(effects), dtype=object), effects["cut"].transpose("prompt", "cut").values
+    names = np.array(component_names(effects), dtype=object)
+    cut = effects["cut_component"].transpose("prompt", "cut").values
     repair = repairs(effects)
     tables = []
     for step in range(cut.shape[1]):
@@ -148,7 +149,7 @@ def _ready(effects: xr.Dataset, draws: Bootstrap | None, samples: int, seed: int
 
 def _made(effects: xr.Dataset) -> np.ndarray:
     """Return whether each cut was made, and has values: [P, K]."""
-    cut = effects["cut"].transpose("prompt", "cut").values >= 0
+    cut = effects["cut_component"].transpose("prompt", "cut").values >= 0
     return cut & np.isfinite(_values(effects["cut_logit"])).any(axis=2)
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from hydra_jax.config import AblationConfig, PromptsConfig, ReadoutConfig
+from hydra_jax.config import GIVEN, AblationConfig, PromptsConfig, ReadoutConfig
 from hydra_jax.core.edits import SITES, WHOLE, Component
 from hydra_jax.core.programs import known
 from hydra_jax.errors import UserError, shown
@@ -101,7 +101,7 @@ def several(prompts: Any) -> tuple[list[Prompt], str]:
     """Return the prompts that are given, and a few words on where they are from."""
     if prompts is None:
         return prompt_sets.builtin(), "built-in facts"
-    return prompt_sets.as_prompts(prompts), "given in Python"
+    return prompt_sets.as_prompts(prompts), GIVEN
 
 
 def one(prompt: Any) -> list[Prompt]:

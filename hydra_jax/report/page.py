@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from hydra_jax.analysis import findings
 from hydra_jax.analysis.names import is_set
 from hydra_jax.analysis.positions import has_positions, is_single_text
 from hydra_jax.analysis.results import Results
-from hydra_jax.config import ANSWER, LAST_STEP, TOP
+from hydra_jax.config import ANSWER, AUTO, GIVEN, LAST_STEP, TOP, ReadoutConfig
 from hydra_jax.report import figures, tables, templates
 from hydra_jax.report.figures.style import SITE_NAMES
 from hydra_jax.report.payload import payload
@@ -173,7 +174,9 @@ def _subtitle(results: Results) -> str:
     if results.has_sets:
         what = " and of ".join(filter(None, [what, f"{is_set(effects).sum()} sets of components together,"]))
     read = results.protocol.get("readout", {}).get("target") or prompts.get("target") or TOP
-    target = {ANSWER: "the answer", TOP: "the model's most likely next token"}.get(read, f"the token {read!r}")
+    likeliest = "the model's most likely next token"
+    words = {ANSWER: "the answer", TOP: likeliest, AUTO: "the answer" if results.has_foils else likeliest}
+    target = words.get(read, f"the token {read!r}")
     less = "those of a foil" if results.has_foils else "the mean logit"
     where = results.prompts if has_positions(effects) else f"the last token of {results.prompts}"
     return (
@@ -229,12 +232,14 @@ def _command(protocol: dict[str, Any]) -> str:
             for seed, count in zip(protocol["seed"], counts, strict=True)
         ]
         return "\n".join(map(_command, parts))
+    if protocol["prompts"]["source"] == GIVEN:
+        return "It was made in Python, by hydra_jax.sweep of prompts that were given there."
     ablation, readout = protocol["ablation"], protocol.get("readout", {})
     chosen = ("kind", "replacements") if ablation.get("components") else ("kind", "replacements", "sites", "layers")
     asked = {f"ablation.{key}": ablation[key] for key in chosen}
     asked |= {f"ablation.{key}": ablation[key] for key in ABLATION if ablation.get(key)}
-    usual = {"target": TOP, "foil": "", "metrics": "", "responders": "components"}
-    asked |= {f"readout.{key}": readout[key] for key in usual if (readout.get(key) or usual[key]) != usual[key]}
+    usual = dataclasses.asdict(ReadoutConfig())
+    asked |= {f"readout.{key}": readout[key] for key in usual if readout.get(key, usual[key]) != usual[key]}
     asked |= {key: protocol[key] for key in ("dtype", "precision", "seed")}
     prompts = protocol["prompts"]
     usual_prompts = {"kind": "records", "limit": 0, "target": TOP, "positions": "last"}

@@ -206,7 +206,9 @@ def _replacements(parts: list[xr.Dataset]) -> xr.Dataset:
             raise UserError(f"datasets[{number}]: has other prompts than datasets[0]; give sweeps of the same prompts")
         places = {name: place for place, name in enumerate(part["prompt_id"].values)}
         parts[number] = part = _reordered(part, np.array([places[name] for name in ids]))
-        if "cut" in part and not np.array_equal(part["cut"].values, parts[0]["cut"].values):
+        if "cut_component" in part and not np.array_equal(
+            part["cut_component"].values, parts[0]["cut_component"].values
+        ):
             cascades = sorted(name for name, variable in VARIABLES.items() if variable.option == CASCADE)
             raise UserError(
                 f"datasets[{number}]: its cascades cut other components than those of datasets[0]; leave them out with"
@@ -219,7 +221,7 @@ def _replacements(parts: list[xr.Dataset]) -> xr.Dataset:
     whole = _together(parts, "replacement", protocol)
     for name in set(whole.variables) & VARIABLES.keys():
         variable = VARIABLES[str(name)]
-        if variable.clean or "replacement" in variable.dims or name == "cut":
+        if variable.clean or "replacement" in variable.dims or name == "cut_component":
             continue
         if name == NON_FINITE:
             whole[name] = parts[0][name].copy(

@@ -89,7 +89,7 @@ VARIABLES = {
         ("prompt", "ablated", "attn_layer", "head"),
         option=HEADS,
     ),
-    "cut": Variable(
+    "cut_component": Variable(
         "the component that is ablated at a step beside those before it; -1: nothing repaired any more",
         ("prompt", "cut"),
         units="",
@@ -191,7 +191,7 @@ def named_cuts(effects: xr.Dataset) -> xr.Dataset:
     replacements.
     """
     components = [*map(str, all_components(effects.sizes["component"] // len(SITES))), ""]
-    names = np.array(components, object)[effects["cut"].values]
+    names = np.array(components, object)[effects["cut_component"].values]
     kept = (effects["cut_rank"] == 0).mean("replacement") > 1 / 2
     survived = kept.cumprod("cut").sum("cut").astype(int)
     survived.attrs = {"long_name": "cuts in a row that the answer survives"}

@@ -100,7 +100,7 @@ class _Cuts:
             "delta_unembed": clean.contributions[:, 0],
         }
         said = {name: values[: self._count] for name, values in whole.items()}
-        return {"cut": cut, **named, "cut_compensation": answers} | said
+        return {"cut_component": cut, **named, "cut_compensation": answers} | said
 
     def _ablated(self, sets: Sequence[tuple[int, ...]]) -> tuple[Effects, Metrics]:
         """Return the effects of each prompt's set in that prompt, [P, R]."""

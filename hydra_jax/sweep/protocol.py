@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra_jax.config import SweepConfig
+from hydra_jax.config import GIVEN, SweepConfig
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.version import __version__
@@ -37,7 +37,7 @@ class Given:
     target: Any = None
     foil: Any = None
     positions: Any = None
-    source: str = "given in Python"
+    source: str = GIVEN
 
 
 def protocol(

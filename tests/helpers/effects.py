@@ -64,7 +64,7 @@ def effects(
     for name, array in clean.items():
         dataset[name][:] = array
     for name in set(dataset.variables) & {name for name, one in variables.VARIABLES.items() if one.option}:
-        dataset[name][:] = variables.NO_CUT if name == "cut" else np.nan if name.startswith("cut") else 0
+        dataset[name][:] = variables.NO_CUT if name == "cut_component" else np.nan if name.startswith("cut") else 0
     dataset["direct_effect"][:] = direct
     dataset["attn_compensation"][:] = compensation
     dataset["mlp_compensation"][:] = 0
@@ -129,7 +129,7 @@ def rich(prompts=24, replacements=3, layers=4, cuts=3, heads=4, positions=4, see
     lasting = random.integers(1, cuts + 1, prompts)
     for cut in range(cuts):
         here = lasting > cut
-        dataset["cut"][here, cut] = random.integers(0, 2 * layers, here.sum())
+        dataset["cut_component"][here, cut] = random.integers(0, 2 * layers, here.sum())
         dataset["cut_logit"][here, cut] = 1 - 0.4 * (cut + 1) + random.normal(0, 0.2, (here.sum(), replacements))
         dataset["cut_probability"][here, cut] = 0.8 * 0.5 ** (cut + 1)
         dataset["cut_rank"][here, cut] = random.integers(0, 2, (here.sum(), replacements)) * (cut + 1)
