@@ -4,6 +4,7 @@
     python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16
     python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16 --sweep=1209 --sites=attn
     python -m launch.benchmark --shape=llama-7b --config.dtype=bfloat16 --sweep=1209 --stream=8 --config.rows=4096
+    python -m launch.benchmark --sweep=102 --sites=attn --pairs --metrics=log_probability,kl
     python -m launch.benchmark --devices=1,2
     python -m launch.benchmark --peers
     python -m launch.benchmark --training=tiny
@@ -12,6 +13,7 @@
 --sweep makes a whole sweep of so many prompts, of the first of config.lengths, and says where its time goes. --stream
 makes it with layers that come out of this host's memory one after another, too, on devices of so many GB; random
 weights are made layer by layer then. Blocks of fewer rows leave room for more prompts, for which layers are read once.
+--pairs makes it with every pair of its components, too, and --metrics with readings of the whole distribution.
 --devices measures how rates grow with devices, and counts what passes between them; config.mesh.model of them share
 the model.
 --peers wants a machine that does nothing else: by default PyTorch's threads spin while they wait for one another, which
@@ -53,6 +55,8 @@ STREAM = flags.DEFINE_float(
     "stream", None, "make that sweep with layers from host memory, too, on devices of so many GB", lower_bound=1e-3
 )
 SITES = flags.DEFINE_string("sites", "attn,mlp", "of that sweep, as --config.ablation.sites of launch.sweep")
+PAIRS = flags.DEFINE_bool("pairs", False, "make that sweep with every pair of components, too")
+METRICS = flags.DEFINE_string("metrics", "", "make that sweep with metrics, too, as --config.readout.metrics")
 TRACE = flags.DEFINE_string("trace", None, "directory for a profile of that sweep, for Perfetto or TensorBoard")
 DEVICES = flags.DEFINE_list("devices", None, "measure scaling over so many devices instead, as in 1,2,4")
 LOADING = flags.DEFINE_bool("loading", False, "measure the memory of loading instead: 3 GB on disk, 5 of memory")
@@ -72,8 +76,9 @@ def main() -> None:
     chosen = [name for name, (_, value) in asked.items() if value]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)}: are different things to measure; ask for one at a time")
-    if STREAM.value and not SWEEP.value:
-        raise UserError("--stream: is of a sweep; give --sweep, a number of prompts, beside it")
+    for name, value in (("--stream", STREAM.value), ("--pairs", PAIRS.value), ("--metrics", METRICS.value)):
+        if value and not SWEEP.value:
+            raise UserError(f"{name}: is of a sweep; give --sweep, a number of prompts, beside it")
     (asked[chosen[0]][0] if chosen else measure_kernels)()
 
 
@@ -109,9 +114,18 @@ def measure_sweep(prompts: int) -> None:
         if STREAM.value:
             figures = measure_streaming(measured, devices, STREAM.value)
         else:
-            swept = measured(mesh.lay(devices, model_params()))
+            params = mesh.lay(devices, model_params())
+            swept = measured(params)
+            print(f"\n{swept}\n", flush=True)
             figures = dataclasses.asdict(swept)
-            print(f"\n{swept}\n")
+            if PAIRS.value:
+                pairs = measured(params, ablation=dataclasses.replace(ablation, interactions=True))
+                print(f"{pairs}\n\n{sweep.cost_of_pairs(swept, pairs)}\n", flush=True)
+                figures = {"single": figures, "pairs": dataclasses.asdict(pairs)}
+            if METRICS.value:
+                read = measured(params, metrics=METRICS.value)
+                print(f"{read}\n\n{sweep.cost_of_metrics(swept, read, params)}\n", flush=True)
+                figures = {**figures, "metrics": dataclasses.asdict(read)}
     write("sweep", {"machine": on, "config": config.to_dict(), "figures": figures})
 
 

@@ -33,7 +33,7 @@ def test_the_command_of_a_sweep_names_what_was_asked():
     protocol = toy_effects.protocol(toy_effects.rich(prompts=4))
     protocol["ablation"] |= {"components": "attn 1, mlp 2", "freeze": "norm", "interactions": True, "cascade": 3}
     protocol["ablation"] |= {"paired": False, "match": ""}
-    protocol["readout"] = {"target": "answer", "foil": "", "metrics": "kl,rank", "responders": "heads"}
+    protocol["readout"] = {"target": "answer", "foil": "auto", "metrics": "kl,rank", "responders": "heads"}
     protocol["prompts"] |= {"positions": "every", "correct_only": True}
     command = report._command(protocol)
     for setting in (

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 
 from hydra_jax.benchmarks.kernels import layer_products, peak_gb
 from hydra_jax.benchmarks.timing import apart, timed
-from hydra_jax.config import AblationConfig, SweepConfig
+from hydra_jax.config import AblationConfig, ReadoutConfig, SweepConfig
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
@@ -23,7 +23,7 @@ from hydra_jax.sweep.clean import CleanPass
 from hydra_jax.sweep.items import Item
 from hydra_jax.sweep.plan import Plan, asked, kept
 from hydra_jax.sweep.readout import NONE
-from hydra_jax.sweep.roofline import intervention_flops
+from hydra_jax.sweep.roofline import ablation_flops
 from hydra_jax.text.padding import padded_length
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.weights.model import Model
@@ -44,7 +44,8 @@ class Swept:
       kernel_seconds: time of rows through layers in them, and of their effects.
       prefill_seconds: time of clean runs in the same walks, and of handing layers over.
       sources_seconds: time of bringing replacements to the device, which a sweep may hide behind the rest.
-      flops: operations of the rows' matrix products, per second of kernel_seconds.
+      operations: of the rows' matrix products.
+      flops: the same per second of kernel_seconds.
       gemm_flops: rate of bare products of the same shapes, on one device by itself, times the number of devices.
       waited_seconds: time of waiting for streamed layers, part of `seconds`; 0 where layers are on the devices.
       read_bytes: of the layers that were streamed in that time.
@@ -61,6 +62,7 @@ class Swept:
     kernel_seconds: float
     prefill_seconds: float
     sources_seconds: float
+    operations: int
     flops: float
     gemm_flops: float
     waited_seconds: float
@@ -95,6 +97,30 @@ class Swept:
         )
 
 
+def cost_of_pairs(single: Swept, pairs: Swept) -> str:
+    """Compare a sweep of single components and their pairs with one of single components, in a line.
+
+    A pair's rows begin at the first of the two, so that on average they go through more layers: rates are of rows, and of
+    the operations that rows want.
+    """
+    rates = [(one.interventions / one.seconds, one.operations / one.seconds / 1e9) for one in (single, pairs)]
+    return (
+        f"with pairs: {rates[1][0]:,.0f} rows/s, without {rates[0][0]:,.0f}; useful operations {rates[1][1]:,.0f} and"
+        f" {rates[0][1]:,.0f} GFLOP/s, {rates[1][1] / rates[0][1]:.0%}"
+    )
+
+
+def cost_of_metrics(plain: Swept, measured: Swept, params: Params) -> str:
+    """Compare a sweep that reads the whole distribution with one that does not, in a line."""
+    operations = 2 * params.config.width * params.config.vocab_size * measured.interventions
+    computed = operations / measured.gemm_flops
+    more = measured.seconds - plain.seconds
+    return (
+        f"metrics: {measured.seconds:.2f} s, without {plain.seconds:.2f}; {more:.2f} s more, {computed:.2f} computed"
+        f" (2 D V a row, {operations / 1e12:,.3g} TFLOP, at the rate of bare products)"
+    )
+
+
 def cost_of_streaming(resident: Swept, streamed: Swept) -> str:
     """Compare a sweep whose layers are streamed with one whose layers are on the devices, in a line."""
     more = streamed.seconds / resident.seconds - 1
@@ -114,6 +140,7 @@ def measure(
     seed: int = 0,
     layers: Streamed | None = None,
     limit: float = 0.0,
+    metrics: str = "",
 ) -> Swept:
     """Sweep three times, and measure the second and, step by step, the third time.
 
@@ -126,6 +153,7 @@ def measure(
       seed: the seed of the tokens.
       layers: what streams them; None where they are among `params`.
       limit: GB that a device may use in all; 0 for no limit.
+      metrics: as of `ReadoutConfig`.
     """
     mesh, c = meshes.mesh_of(params), params.config
     tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
@@ -134,7 +162,14 @@ def measure(
     items = [Item(Prompt(f"{n:07}", "?"), tuple(row), text_id=f"{n:07}") for n, row in enumerate(tokens.tolist())]
     streamed = model.layers.streamed
     # Random weights lose precision: what is timed does not stop for it.
-    config = SweepConfig(ablation=ablation, seed=seed, rows=rows, identity_tolerance=0.999, non_finite=1.0)
+    config = SweepConfig(
+        ablation=ablation,
+        readout=ReadoutConfig(metrics=metrics),
+        seed=seed,
+        rows=rows,
+        identity_tolerance=0.999,
+        non_finite=1.0,
+    )
     sizer = BatchSizer(c, mesh, asked(config, c, streamed), left(limit, c, mesh, streamed))
 
     def clean_pass() -> Bank:
@@ -162,7 +197,7 @@ def measure(
     draws = ablation.draws
     at_once = min(chunks[0].stop, sizer.prompts(longest))
     block = min(sizer.asked.texts, -(-at_once // sizer.least)) * draws
-    flops = prompts * draws * sum(intervention_flops(c, one.components[0], length) for one in plan.ablations)
+    operations = prompts * draws * sum(ablation_flops(c, one, length) for one in plan.ablations)
     return Swept(
         prompts=prompts,
         length=length,
@@ -174,7 +209,8 @@ def measure(
         kernel_seconds=spent.kernel,
         prefill_seconds=spent.clean,
         sources_seconds=spent.sources,
-        flops=flops / spent.kernel,
+        flops=operations / spent.kernel,
+        operations=operations,
         gemm_flops=mesh.size * _gemm_flops(params, block, spent.kernel / 4),
         waited_seconds=waited,
         read_bytes=read,

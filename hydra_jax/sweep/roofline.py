@@ -8,7 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from hydra_jax.core.edits import ATTN, Component
+from hydra_jax.core.edits import ATTN, WHOLE, Ablation, Component
 from hydra_jax.models.config import ModelConfig
 
 COPIED_BYTES = 2**28
@@ -53,6 +53,15 @@ def intervention_flops(config: ModelConfig, component: Component, length: int) -
     mixing = 2 * config.heads * config.head_dim * length
     layers = config.layers - 1 - component.layer
     return 2 * (layers * (attention + mixing + mlp) + (mlp if _same_layer(config, component) else 0))
+
+
+def ablation_flops(config: ModelConfig, ablation: Ablation, length: int) -> int:
+    """Return the matrix-product operations of one ablation of a set: of all downstream of the first but the others."""
+    attention, mlp = _weights(config)
+    first, *others = ablation.components
+    mixing = 2 * config.heads * config.head_dim * length
+    clamped = sum(attention + mixing if one.site == ATTN else mlp for one in others if one.head == WHOLE)
+    return intervention_flops(config, first, length) - 2 * clamped
 
 
 def intervention_bytes(config: ModelConfig, component: Component, length: int, prompts: int, draws: int) -> int:
