@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-from hydra_jax.config import GIVEN, AblationConfig, PromptsConfig, ReadoutConfig
+from hydra_jax.config import GIVEN
 from hydra_jax.core.edits import SITES, WHOLE, Component
 from hydra_jax.core.programs import known
 from hydra_jax.errors import UserError, shown
@@ -16,39 +14,11 @@ from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
 from hydra_jax.weights.model import Model
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 Names = str | Component | Sequence[Any] | None
 """Components by name; a list in a list is ablated together."""
 
 Token = str | int | Sequence[str | int] | None
 """A token to read: a word, its text, its id, or a list with one for each prompt."""
-
-_GROUPS = {"ablation": AblationConfig, "prompts": PromptsConfig, "readout": ReadoutConfig}
-_SETTING = re.compile(
-    "|".join(
-        rf"\b{group}\.(?=({'|'.join(field.name for field in dataclasses.fields(kind))})\b)"
-        for group, kind in _GROUPS.items()
-    )
-)
-"""The first parts of settings' names, which arguments do not have."""
-
-
-def speaks_of_arguments(question: Callable[P, T]) -> Callable[P, T]:
-    """Return a function whose errors speak of its arguments, where those of a command speak of settings and flags."""
-
-    @functools.wraps(question)
-    def asked(*arguments: P.args, **named: P.kwargs) -> T:
-        try:
-            return question(*arguments, **named)
-        except UserError as error:
-            message = _SETTING.sub("", re.sub(r"(--)?\bconfig\.|--(?=workdir\b)", "", str(error)))
-            if message == str(error):
-                raise
-            raise UserError(message) from error
-
-    return asked
 
 
 def as_setting(argument: str, names: Any) -> str:

@@ -6,13 +6,13 @@ from typing import Any
 
 import xarray as xr
 
-from hydra_jax.api.arguments import Token, one, speaks_of_arguments
+from hydra_jax.api.arguments import Token, one
 from hydra_jax.config import AUTO, LAST
 from hydra_jax.core.edits import Kind
 from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import Asked, BatchSizer, left
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, speaks_of_arguments
 from hydra_jax.models.transformer import Contrast
 from hydra_jax.sweep import activations
 from hydra_jax.sweep import contributions as attribution

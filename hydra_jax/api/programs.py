@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from hydra_jax.api.arguments import distinct, several, speaks_of_arguments
+from hydra_jax.api.arguments import distinct, several
 from hydra_jax.config import LAST, LAYERS, METRICS, RESPONDERS, TOP, AblationConfig
 from hydra_jax.core import programs as core_programs
 from hydra_jax.core.edits import Kind
 from hydra_jax.core.prefill import MOST_LIKELY
 from hydra_jax.core.programs import Program, Word, checked
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, speaks_of_arguments
 from hydra_jax.parsing import one_of
 from hydra_jax.sweep import interventions
 from hydra_jax.sweep.draws import Pool, few

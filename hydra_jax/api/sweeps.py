@@ -19,7 +19,6 @@ from hydra_jax.api.arguments import (
     distinct,
     one,
     several,
-    speaks_of_arguments,
     with_sources,
 )
 from hydra_jax.config import ALL, AUTO, LAST, LAYERS, sweep_config
@@ -29,7 +28,7 @@ from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer, left
-from hydra_jax.errors import UserError
+from hydra_jax.errors import UserError, speaks_of_arguments
 from hydra_jax.store import effects as store
 from hydra_jax.store.variables import named_cuts
 from hydra_jax.sweep.ablations import ablate_each

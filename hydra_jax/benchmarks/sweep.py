@@ -100,8 +100,8 @@ class Swept:
 def cost_of_pairs(single: Swept, pairs: Swept) -> str:
     """Compare a sweep of single components and their pairs with one of single components, in a line.
 
-    A pair's rows begin at the first of the two, so that on average they go through more layers: rates are of rows and of
-    the operations that rows want.
+    A pair's rows begin at the first of the two, and so go through more layers on average: rates are of rows, and of the
+    operations that rows want.
     """
     rates = [(one.interventions / one.seconds, one.operations / one.seconds / 1e9) for one in (single, pairs)]
     return (

@@ -10,7 +10,7 @@ import jax
 
 from hydra_jax.config import LAST_STEP
 from hydra_jax.engine.memory import free_bytes
-from hydra_jax.errors import UserError, shown
+from hydra_jax.errors import UserError, shown, speaks_of_arguments
 from hydra_jax.weights import source
 from hydra_jax.weights.in_memory import PretrainedModel, is_model
 from hydra_jax.weights.model import Model
@@ -41,7 +41,8 @@ def load(
 ) -> Model: ...
 
 
-def load(  # type: ignore[misc]  # as a str in the tokenizer's place is the dtype
+@speaks_of_arguments  # type: ignore[misc]  # as a str in the tokenizer's place is the dtype
+def load(
     name: Any,
     tokenizer: Any = None,
     precision: str = "highest",
