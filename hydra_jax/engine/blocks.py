@@ -123,12 +123,16 @@ def advance(
     moved: Bool[Array, "N S"],
     recorded: Bool[Array, "N S"],
     reading: Int[Array, " N"],
+    clamped: Bool[Array, "P S"] | None,
     sites: tuple[int, ...],
     layout: Layout,
     by_head: bool,
 ) -> tuple[Float[Array, "P N D"], Float[Array, "P N S"], Float[Array, "P N H"] | None]:
-    """Move the rows of the first `count` of `blocks` through the sites of a stage, block after block."""
-    texts = clean, places, readout
+    """Move the rows of the first `count` of `blocks` through the sites of a stage, block after block.
+
+    Where texts differ in what they clamp, `clamped` ones are neither moved nor recorded.
+    """
+    texts = clean, places, readout, clamped
 
     def block(index: Int[Array, ""], state: Any) -> Any:
         shift = state[0]
@@ -144,7 +148,8 @@ def advance(
             return jax.lax.dynamic_slice_in_dim(leaf, start, layout.rows)
 
         def text(texts: Any, shift: Float[Array, "n D"]) -> Any:
-            clean, places, readout = texts
+            clean, places, readout, clamped = texts
+            free: Any = True if clamped is None else ~clamped
 
             def one(
                 shift: Float[Array, " D"], at: Int[Array, ""], moved: Bool[Array, " S"], recorded: Bool[Array, " S"]
@@ -152,7 +157,7 @@ def advance(
                 # Rows that share a reading share all that is computed of it.
                 place: Any = at if layout.readings > 1 else 0
                 here = clean.at(place), places[place], readout[place]
-                return one_row.move(layer, *here, shift, moved, recorded, sites, by_head)
+                return one_row.move(layer, *here, shift, moved & free, recorded & free, sites, by_head)
 
             return jax.vmap(one)(shift, of_rows(reading), of_rows(moved), of_rows(recorded))
 
@@ -175,10 +180,13 @@ def clamp(
     start: Int[Array, ""],
     values: Float[Array, "P M D"],
     reading: Int[Array, " M"],
+    clamped: Bool[Array, " P"] | None,
     site: int,
 ) -> tuple[Float[Array, "P N D"], Float[Array, "P N"]]:
-    """Set a write of a program's rows to its values."""
+    """Set a write of a program's rows to its values; where texts differ, of those in which it is `clamped`."""
     change = values - clean.writes[:, :, site][:, reading]
+    if clamped is not None:
+        change = jnp.where(clamped[:, None, None], change, 0)
     part = (change * readout[:, reading]).sum(axis=-1)
     return _added(shift, change, start), _added(direct, -part, start)
 

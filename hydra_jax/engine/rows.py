@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from hydra_jax.core.edits import ATTN, Component, Kind, WriteStatistics
 from hydra_jax.core.effects import Effects
@@ -40,7 +40,14 @@ class Rows:
     """
 
     def __init__(
-        self, texts: Texts, programs: Program, draws: int, contrasts: Contrast, at_once: int, by_head: bool = False
+        self,
+        texts: Texts,
+        programs: Program,
+        draws: int,
+        contrasts: Contrast,
+        at_once: int,
+        by_head: bool = False,
+        clamps: Bool[np.ndarray, "P L 2"] | None = None,
     ) -> None:
         """Begin at the clean runs.
 
@@ -51,6 +58,8 @@ class Rows:
           contrasts: [P, Q, K], what is read.
           at_once: rows in a block, about.
           by_head: whether is recorded what each head of attention changes.
+          clamps: where there is one program and texts differ in what they clamp: those of its clamped writes that each
+            does; its others follow.
         """
         c, self._mesh, self._texts = texts.params.config, texts.mesh, texts
         on_device = len(texts.positions) // texts.mesh.shape[meshes.DATA]
@@ -61,9 +70,13 @@ class Rows:
         self._living = programs.living(c.parallel)
         # Blocks compute what follows or is probed; of the others among the living nothing is computed, or by `clamp`.
         whole = ~(programs.by_heads[..., None] & (np.arange(2) == ATTN))
-        computed = self._living & whole & np.isin(programs.writes, (Word.FOLLOW, Word.PROBE))
+        follows = programs.writes == Word.FOLLOW
+        if clamps is not None:
+            follows = follows | (programs.writes == Word.CLAMP)
+        computed = self._living & whole & (follows | (programs.writes == Word.PROBE))
         self._recorded = layout.per_row(computed)
-        self._moved = layout.per_row(computed & (programs.writes == Word.FOLLOW))
+        self._moved = layout.per_row(computed & follows)
+        self._clamps = clamps
         self._reading = layout.reading().astype(np.int32)
         self.readout, _ = texts.contrast(contrasts)
         self.shift, self.direct = self._program(blocks.zeros, (), rows=layout.total)(self.readout)
@@ -94,8 +107,13 @@ class Rows:
                     new = values(Component(number, site))
                     run = self._program(blocks.clamp, (4, 6), (0, 1), site=site)
                     self.shift, self.direct = run(
-                        self.shift, self.direct, clean, self.readout, self._start(which), new, self._of_program()
+                        *(self.shift, self.direct, clean, self.readout, self._start(which), new, self._of_program()),
+                        self._clamped(number, site),
                     )
+
+    def _clamped(self, number: int, sites: int | list[int]) -> Bool[Array, P * S] | None:
+        """Return whether each text clamps sites of a layer, on its device; None where all texts do alike."""
+        return None if self._clamps is None else self._texts.put(self._clamps[:, number, sites])
 
     def wait(self, number: int) -> None:
         """Wait until the rows are through a layer, or all of those before it where it is -1."""
@@ -141,7 +159,7 @@ class Rows:
         run = self._program(blocks.advance, (0, 5, 6, 7, 8, 9), (4,), sites=sites, layout=layout, by_head=by_head)
         self.shift, changes, of_heads = run(
             *(layer, clean, self._texts.positions, self.readout, self.shift),
-            *(listed, np.int32(len(active)), moved, recorded, self._reading),
+            *(listed, np.int32(len(active)), moved, recorded, self._reading, self._clamped(number, list(sites))),
         )
         self._changes.append(changes)
         if by_head:

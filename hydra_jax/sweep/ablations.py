@@ -50,6 +50,7 @@ class Part:
         places: np.ndarray,
         contrasts: Contrast,
         responding_heads: bool,
+        clamps: np.ndarray | None,
     ) -> None:
         """Begin; for arguments see `Walked`."""
         items = [plan.items[index] for index in prompts]
@@ -57,7 +58,7 @@ class Part:
         self._contrasts, self._by_head = contrasts, bool(programs.by_heads.any())
         self.texts = Texts(plan.model.params, tokens, places, plan.sizer.sizes(tokens.shape[1]))
         draws, at_once = plan.ablation.draws, plan.sizer.asked.at_once
-        self.rows = Rows(self.texts, programs, draws, contrasts, at_once, responding_heads)
+        self.rows = Rows(self.texts, programs, draws, contrasts, at_once, responding_heads, clamps)
         self._values = Draws(
             *(self.texts.mesh, self.rows.layout, plan.ablation.kind, self.texts.put(plan.keys[prompts])),
             lambda component: sources(prompts, component),
@@ -103,6 +104,7 @@ class Walked:
         places: np.ndarray | None = None,
         contrasts: Contrast | None = None,
         responding_heads: bool = False,
+        clamps: np.ndarray | None = None,
     ) -> None:
         """Walk.
 
@@ -115,6 +117,7 @@ class Walked:
           places: [P, Q], the tokens after which they are read; None for the last ones.
           contrasts: [P, Q, K], what is read; None for the plan's.
           responding_heads: whether is recorded what each head changes.
+          clamps: [P, L, 2], where prompts differ in what one program clamps: see `engine.rows.Rows`.
         """
         model, c = plan.model, plan.model.config
         self._heads = c.heads
@@ -125,7 +128,8 @@ class Walked:
 
         def part(some: np.ndarray) -> Part:
             asked = jax.tree.map(lambda leaf: leaf[some], contrasts)
-            return Part(plan, prompts[some], programs, sources, places[some], asked, responding_heads)
+            own = None if clamps is None else clamps[some]
+            return Part(plan, prompts[some], programs, sources, places[some], asked, responding_heads, own)
 
         # Of one size, whatever the number of prompts: what is computed at once does not hang on memory.
         slices = np.split(np.arange(len(prompts)), plan.sizer.parts(len(prompts)))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from hydra_jax.core.edits import all_components
-from hydra_jax.core.effects import Effects
-from hydra_jax.core.metrics import Metrics
-from hydra_jax.core.programs import Program, program, together
+from hydra_jax.core.programs import program, together
 from hydra_jax.engine.batching import fill_up
 from hydra_jax.engine.rows import Rows
 from hydra_jax.store.variables import NO_CUT
@@ -19,104 +17,74 @@ from hydra_jax.sweep.ablations import Walked
 from hydra_jax.sweep.plan import Plan
 from hydra_jax.sweep.sources import Sources
 
-AT_ONCE = 8
-"""Prompts that are cut at once: each has a set of its own, and all are run with all of these."""
-
 
 def cascade(
-    plan: Plan,
-    part: slice,
-    sources: Sources,
-    progress: Callable[[float], object] = lambda done: None,
+    plan: Plan, part: slice, size: int, sources: Sources, progress: Callable[[float], object] = lambda done: None
 ) -> dict[str, np.ndarray]:
     """Cut, in some of a plan's prompts, one component after another, and return the variables of a result store.
 
     The first is `plan.start`, or what contributes most in the clean run; each next one the component whose
     contribution grew most, on average over replacements, in the run without those before it. Where none grew, the
-    cascade ends.
+    cascade ends. Every step is one walk of all the prompts, each with its own cuts.
 
     Args:
       plan: the sweep; its components are all writes.
       part: which of its prompts.
+      size: how many they are filled up to, so that all walks of a sweep share their compilations.
       sources: of replacements.
       progress: told of how many more interventions are done.
 
     Returns:
       Those of cascades, and those of the clean run.
     """
-    size = min(plan.sizer.fill_up(AT_ONCE), plan.sizer.fill_up(part.stop - part.start))
-    groups = [range(first, min(first + size, part.stop)) for first in range(part.start, part.stop, size)]
-    found = []
-    for group in groups:
-        found.append(_Cuts(plan, group, size, sources).made())
-        progress(len(group) * plan.ablation.cascade * plan.ablation.draws)
-    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+    steps, draws, count = plan.ablation.cascade, plan.ablation.draws, part.stop - part.start
+    prompts = np.array(fill_up(range(part.start, part.stop), size))
+    clamps = np.zeros((size, plan.model.config.layers, 2), bool)
+    clean = _walk(plan, prompts, sources, clamps)
+    cut = np.full((count, steps), NO_CUT, np.int16)
+    logits, probabilities, ranks = (np.full((count, steps, draws), np.nan, np.float32) for _ in range(3))
+    answers = np.full((count, steps, plan.model.config.components), np.nan, np.float32)
+    rising = np.nan_to_num(clean.contributions[:count, 0])
+    if plan.start is not None:
+        rising[:] = 0
+        rising[:, plan.start.index] = 1
+    frozen = [one.index for one in plan.ablation.frozen(plan.model.config)]
+    going = np.arange(count)
+    for step in range(steps):
+        rising[:, frozen] = 0
+        going = going[rising[going].max(axis=1) > 0]
+        if going.size:
+            cut[going, step] = rising[going].argmax(axis=1)
+            clamps.reshape(size, -1)[going, cut[going, step]] = True
+            effects, metrics = _ablated(_walk(plan, prompts, sources, clamps), going)
+            rising[going] = answers[going, step] = _mean_of_finite(effects.compensation.reshape(len(going), draws, -1))
+            logits[going, step] = clean.reading.centred_logit[going] - effects.total_effect
+            probabilities[going, step] = clean.reading.probability[going] * np.exp(-metrics.log_probability_drop)
+            ranks[going, step] = metrics.target_rank
+        progress(count * draws)
+    named = {"cut_logit": logits, "cut_probability": probabilities, "cut_rank": ranks, "cut_compensation": answers}
+    whole: dict[str, Any] = {
+        "clean_logit": clean.reading.centred_logit[:, 0],
+        "clean_probability": clean.reading.probability[:, 0],
+        "final_scale": clean.reading.final_scale[:, 0],
+        "delta_unembed": clean.contributions[:, 0],
+    }
+    return {"cut_component": cut, **named, **{name: values[:count] for name, values in whole.items()}}
 
 
-class _Cuts:
-    """The cuts of a few prompts."""
+def _walk(plan: Plan, prompts: np.ndarray, sources: Sources, clamps: np.ndarray) -> Walked:
+    """Walk prompts with one program, of which each clamps its own writes, [P, L, 2]."""
+    config = plan.model.config
+    cut = [one for one in all_components(config.layers) if clamps[:, one.layer, one.site].any()]
+    programs = together([program(config, cut, plan.ablation.frozen_names)])
+    return Walked(plan, prompts, programs, sources, lambda done: None, clamps=clamps)
 
-    def __init__(self, plan: Plan, group: Sequence[int], size: int, sources: Sources) -> None:
-        self._plan, self._count, self._sources = plan, len(group), sources
-        self._prompts = np.array(fill_up(list(group), size))
-        self._components = all_components(plan.model.config.layers)
 
-    def made(self) -> dict[str, np.ndarray]:
-        """Return the variables, [P, K, ...]."""
-        plan, steps = self._plan, self._plan.ablation.cascade
-        shape = self._count, steps, plan.ablation.draws
-        cut = np.full(shape[:2], NO_CUT, np.int16)
-        logits, probabilities, ranks = (np.full(shape, np.nan, np.float32) for _ in range(3))
-        answers = np.full((*shape[:2], len(self._components)), np.nan, np.float32)
-        clean = self._walk([program(plan.model.config, freeze=plan.ablation.frozen_names)])
-        logit, probability = clean.reading.centred_logit[:, 0], clean.reading.probability[:, 0]
-        rising = np.nan_to_num(clean.contributions[: self._count, 0])
-        if plan.start is not None:
-            rising[:] = 0
-            rising[:, plan.start.index] = 1
-        frozen = [one.index for one in plan.ablation.frozen(plan.model.config)]
-        sets: list[tuple[int, ...]] = [()] * self._count
-        going = np.ones(self._count, bool)
-        for step in range(steps):
-            rising[:, frozen] = 0
-            going &= rising.max(axis=1) > 0
-            if not going.any():
-                break
-            for index in np.flatnonzero(going):
-                cut[index, step] = rising[index].argmax()
-                sets[index] = (*sets[index], int(cut[index, step]))
-            effects, metrics = self._ablated(sets)
-            rising = _mean_of_finite(np.asarray(effects.compensation).reshape(*shape[::2], -1))
-            for index in np.flatnonzero(going):
-                answers[index, step] = rising[index]
-                logits[index, step] = logit[index] - effects.total_effect[index]
-                probabilities[index, step] = probability[index] * np.exp(-metrics.log_probability_drop[index])
-                ranks[index, step] = metrics.target_rank[index]
-        named = {"cut_logit": logits, "cut_probability": probabilities, "cut_rank": ranks}
-        whole: dict[str, Any] = {
-            "clean_logit": logit,
-            "clean_probability": probability,
-            "final_scale": clean.reading.final_scale[:, 0],
-            "delta_unembed": clean.contributions[:, 0],
-        }
-        said = {name: values[: self._count] for name, values in whole.items()}
-        return {"cut_component": cut, **named, "cut_compensation": answers} | said
-
-    def _ablated(self, sets: Sequence[tuple[int, ...]]) -> tuple[Effects, Metrics]:
-        """Return the effects of each prompt's set in that prompt, [P, R]."""
-        config, frozen = self._plan.model.config, self._plan.ablation.frozen_names
-        different = sorted(set(sets), key=lambda each: (min(each, default=config.components), each))
-        # As many programs always: a walk of another number would be compiled anew.
-        every = fill_up(different, len(self._prompts))
-        clamps = [[self._components[index] for index in each] for each in every]
-        walked = self._walk([program(config, clamp, frozen) for clamp in clamps])
-        effects: Effects = walked.each(Rows.effects)
-        metrics: Metrics = walked.each(lambda rows, reading: rows.metrics(reading, walked.logits_at_once))
-        place = np.arange(self._count), np.array([different.index(each) for each in sets]), 0
-        return jax.tree.map(lambda leaf: leaf[place], (effects, metrics))
-
-    def _walk(self, programs: Sequence[Program]) -> Walked:
-        return Walked(self._plan, self._prompts, together(programs), self._sources, lambda done: None)
+def _ablated(walked: Walked, prompts: np.ndarray) -> tuple[Any, Any]:
+    """Return the effects and the metrics of some of the prompts that were walked, [P, R] each."""
+    effects = walked.each(Rows.effects)
+    metrics = walked.each(lambda rows, reading: rows.metrics(reading, walked.logits_at_once))
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[prompts, 0, 0], (effects, metrics))
 
 
 def _mean_of_finite(values: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ def ablate_chunk(
         prompts = slice(chunk.start + part.start, chunk.start + part.stop)
         found = ablate(plan, prompts, size, sources, progress) if plan.ablations else {}
         if plan.ablation.cascade:
-            found = cascade(plan, prompts, sources, progress) | found
+            found = cascade(plan, prompts, size, sources, progress) | found
         for name, values in found.items():
             columns[name][part] = values
     _leave_out(columns, plan.ablation.draws)
