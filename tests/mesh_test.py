@@ -89,7 +89,7 @@ def test_nothing_passes_between_devices_that_take_other_prompts(shape):
         chosen = np.arange(layout.blocks, dtype=np.int32), np.int32(layout.blocks)
         reading = layout.reading().astype(np.int32)
         programs[SITES[site]] = advance.lower(
-            layer, clean, texts.positions, rows.readout, rows.shift, *chosen, flags, flags, reading
+            layer, clean, texts.positions, rows.readout, rows.shift, *chosen, flags, flags, reading, None
         )
     write = "all-reduce", layout.texts_at_once * layout.rows * 4 * c.width
     of_texts = "all-reduce", texts.stream.nbytes // on.shape[DATA]

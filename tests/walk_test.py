@@ -207,6 +207,27 @@ def test_values_are_replacements_drawn_by_text_and_component(kind, component, at
             np.testing.assert_allclose(found[text, row], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("block", ["llama 3", "pythia", "gemma 2"])
+@pytest.mark.parametrize("at_once", [3, 8, 64])
+def test_texts_may_differ_in_what_one_program_clamps(block, at_once):
+    """Each text's rows are those of a program of its own."""
+    params = toy_models.block(block)
+    clamps = np.random.default_rng(at_once).random((len(TOKENS), LAYERS, 2)) < 0.3
+    clamps[0] = False
+
+    def cut(flags):
+        return [one for one in all_components(LAYERS) if flags[one.layer, one.site]]
+
+    asked = program(params.config, cut(clamps.any(axis=0)), freeze=["norm"])
+    together = walks.walk(params, TOKENS, PLACES, [asked], at_once, clamps=clamps)
+    for text, flags in enumerate(clamps):
+        alone = program(params.config, cut(flags), freeze=["norm"])
+        here = slice(text, text + 1)
+        expected = walks.walk(params, TOKENS[here], PLACES[here], [alone], at_once, names=[text])
+        of_text = jax.tree.map(lambda leaf, here=here: np.asarray(leaf)[here], together.effects)
+        assert_same(of_text, expected.effects)
+
+
 def test_what_heads_change_adds_up_to_what_attention_does():
     params = toy_models.block("gemma 2")
     found = walks.walk(params, TOKENS, PLACES, ablations(params.config), by_head=True)

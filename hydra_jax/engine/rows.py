@@ -111,7 +111,7 @@ class Rows:
                         self._clamped(number, site),
                     )
 
-    def _clamped(self, number: int, sites: int | list[int]) -> Bool[Array, P * S] | None:
+    def _clamped(self, number: int, sites: int | list[int]) -> Bool[Array, "*shape"] | None:
         """Return whether each text clamps sites of a layer, on its device; None where all texts do alike."""
         return None if self._clamps is None else self._texts.put(self._clamps[:, number, sites])
 

@@ -48,7 +48,9 @@ def contrasts(names, readings):
     return Contrast((np.stack([first, first + 7], axis=-1) % 61).astype(np.int32), weights.astype(np.float32))
 
 
-def walk(params, tokens, places, programs, at_once=8, names=None, kind=Kind.RESAMPLE, by_head=False, read=None):
+def walk(
+    params, tokens, places, programs, at_once=8, names=None, kind=Kind.RESAMPLE, by_head=False, read=None, clamps=None
+):
     """Walk texts [P, T], read after those tokens at `places` [P, Q], with rows of every program.
 
     Args:
@@ -60,13 +62,14 @@ def walk(params, tokens, places, programs, at_once=8, names=None, kind=Kind.RESA
       names: numbers that texts go by; None for their indices.
       kind: of the values of clamps.
       by_head: whether is recorded what each head changes.
+      clamps: as of `Rows`.
       read: contrasts; None for those of `contrasts`.
     """
     c, names = params.config, range(len(tokens)) if names is None else names
     assert [first_clamp(one) for one in programs] == sorted(first_clamp(one) for one in programs)
     read = read or contrasts(names, places.shape[1])
     texts = Texts(params, tokens, places)
-    rows = Rows(texts, together(programs), DRAWS, read, at_once, by_head)
+    rows = Rows(texts, together(programs), DRAWS, read, at_once, by_head, clamps)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), np.array(names, np.uint32))
     values = Draws(
         *(texts.mesh, rows.layout, kind, texts.put(keys)),
