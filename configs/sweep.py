@@ -40,7 +40,7 @@ def get_config(model: str = "smollm2-135m") -> config_dict.ConfigDict:
             paired=False,  # each prompt's one replacement is its own counterfactual, its source
             match="",  # draw replacements only from prompts of the same relation, or length
             interactions=False,  # also every pair of what is ablated, together
-            cascade=0,  # cuts one after another: what contributes most, then what repaired most, and so on
+            cascade=0,  # cuts one after another: the strongest attention, then what repaired most, and so on
         ),
         readout=dict(
             target="auto",  # the token whose logit is read: top (the most likely next), answer, a token's text

@@ -110,7 +110,7 @@ class AblationConfig:
       paired: each prompt's replacement is its own counterfactual, its `source`.
       match: "relation" or "length" to draw replacements only from prompts alike; "" for all.
       interactions: also every pair of what is ablated, together.
-      cascade: cuts, one after another: what contributes most, then what repaired most, and so on; 0 for none.
+      cascade: cuts, one after another: the strongest attention, then what repaired most, and so on; 0 for none.
     """
 
     kind: Kind = Kind.RESAMPLE

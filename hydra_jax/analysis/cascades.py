@@ -1,4 +1,4 @@
-"""Cascades: the strongest component is ablated, then whoever repairs most, and so on, until the answer is gone."""
+"""Cascades: the strongest attention is ablated, then whoever repairs most, and so on, until the answer is gone."""
 
 from __future__ import annotations
 

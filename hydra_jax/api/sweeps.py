@@ -101,7 +101,7 @@ def sweep(
         ones from the end), a substring whose last token is meant, or a list for each prompt.
       responders: "layers", or "heads" to record what each attention head changes, too.
       interactions: also every pair of what is ablated, together.
-      cascade: the number of cuts, one after another, of what contributes most, then of what repaired most.
+      cascade: the number of cuts, one after another, the strongest attention first, as `cascade` does.
       sites: "attn", "mlp", "attn,mlp", or "heads" for each attention head by itself.
       layers: "all", or e.g. "0,5,10-14".
       edges: also compute direct edges, at about the cost of the rest.
@@ -331,12 +331,12 @@ def cascade(
     seed: int = 0,
     progress: bool = False,
 ) -> xr.Dataset:
-    """Cut what contributes most, then what repaired that most, and so on, in each prompt for itself.
+    """Cut the strongest attention, then what repaired it most, and so on, in each prompt for itself.
 
     Args:
       model: from `load`.
       prompts: as of `sweep`; where they are too few to draw from, built-in facts are.
-      start: the first cut in every prompt, as in "attn 23"; None for what contributes most in the clean run.
+      start: the first cut in every prompt, as in "attn 23"; None for the attention that contributes most.
       steps: the most cuts.
       freeze: as of `sweep`, and so are all that follow.
       kind: "resample", "mean", "zero" or "noise".

@@ -44,7 +44,7 @@ TEXTS = {
     ),
     "cascade": (
         "Cascades",
-        "The strongest component is cut, then whoever repairs most, and so on. Left and middle: what is left of the"
+        "The strongest attention is cut, then whoever repairs most, and so on. Left and middle: what is left of the"
         " answer after each cut; right: who moved then, red repairs.",
     ),
     "frozen_against_free": (

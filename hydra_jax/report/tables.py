@@ -79,6 +79,45 @@ def one_prompt(results: Results) -> str:
     )
 
 
+def pairs(results: Results) -> str:
+    """The pairs of ablations that are most more, or less, than their sum."""
+    assert results.interactions is not None
+    chosen = results.interactions.head(STRONGEST)
+    shown = pd.DataFrame(
+        {
+            "both": chosen["first"] + " + " + chosen["second"],
+            "interaction": interval(chosen, "interaction", "{:+.2f}"),
+            "together": chosen["joint_effect"].map("{:.2f}".format),
+            "the first": chosen["first_effect"].map("{:.2f}".format),
+            "the second": chosen["second_effect"].map("{:.2f}".format),
+            "the second after the first": chosen["effect_after"].map("{:.2f}".format),
+        }
+    )
+    return (
+        f"the {len(shown)} of {len(results.interactions)} pairs with the largest interaction: total effects in logits of"
+        " both together,\nless each alone (95% interval)\n\n" + shown.to_string(index=False)
+    )
+
+
+def cuts(results: Results) -> str:
+    """What is left of the answer after each cut of a cascade."""
+    assert results.cascade is not None
+    table = results.cascade
+    shown = pd.DataFrame(
+        {
+            "cuts": table["cuts"],
+            "prompts cut": table["prompts"],
+            "logit": interval(table, "logit"),
+            "probability": interval(table, "probability"),
+            "answer survives": interval(table, "survives", "{:.0%}"),
+        }
+    )
+    return (
+        "the strongest attention cut, then what repaired it most, and so on; a prompt in which nothing repairs any more\n"
+        "stays as it is (means over prompts, 95% interval)\n\n" + shown.to_string(index=False)
+    )
+
+
 def findings(results: Results) -> str:
     """The findings and their verdicts, one paragraph each."""
     paragraphs = [

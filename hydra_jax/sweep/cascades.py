@@ -1,4 +1,4 @@
-"""Cascades: what contributes most is cut, then what repaired that most, and so on, in each prompt for itself."""
+"""Cascades: the strongest attention is cut, then what repaired it most, and so on, in each prompt for itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hydra_jax.core.edits import all_components
+from hydra_jax.core.edits import MLP, SITES, all_components
 from hydra_jax.core.programs import program, together
 from hydra_jax.engine.batching import fill_up
 from hydra_jax.engine.rows import Rows
@@ -23,9 +23,10 @@ def cascade(
 ) -> dict[str, np.ndarray]:
     """Cut, in some of a plan's prompts, one component after another, and return the variables of a result store.
 
-    The first is `plan.start`, or what contributes most in the clean run; each next one the component whose
-    contribution grew most, on average over replacements, in the run without those before it. Where none grew, the
-    cascade ends. Every step is one walk of all the prompts, each with its own cuts.
+    The first is `plan.start`, or the attention that contributes most in the clean run: the last MLP often contributes
+    more, but has nothing downstream that could repair it. Each next one is the component whose contribution grew most,
+    on average over replacements, in the run without those before it. Where none grew, the cascade ends. Every step is
+    one walk of all the prompts, each with its own cuts.
 
     Args:
       plan: the sweep; its components are all writes.
@@ -45,7 +46,9 @@ def cascade(
     logits, probabilities, ranks = (np.full((count, steps, draws), np.nan, np.float32) for _ in range(3))
     answers = np.full((count, steps, plan.model.config.components), np.nan, np.float32)
     rising = np.nan_to_num(clean.contributions[:count, 0])
-    if plan.start is not None:
+    if plan.start is None:
+        rising[:, MLP :: len(SITES)] = 0
+    else:
         rising[:] = 0
         rising[:, plan.start.index] = 1
     frozen = [one.index for one in plan.ablation.frozen(plan.model.config)]

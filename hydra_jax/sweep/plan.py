@@ -44,7 +44,7 @@ class Plan:
       tolerance: how far the identity of `core.effects` may be from holding, in logits.
       non_finite: the share of interventions whose values may be no numbers.
       components: those whose values are kept, in forward order.
-      start: the first cut of every cascade; None for what contributes most.
+      start: the first cut of every cascade; None for the attention that contributes most.
     """
 
     model: Model

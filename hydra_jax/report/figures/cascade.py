@@ -49,7 +49,7 @@ def cascade(results: Results) -> Figure:
     right.set(xlabel="cut", title="who moved then")
     figure.colorbar(drawn, ax=right, label="change of contribution (logits); red repairs")
     figure.suptitle(
-        "Cascades: the strongest component is cut, then whoever repairs most, and so on\n"
+        "Cascades: the strongest attention is cut, then whoever repairs most, and so on\n"
         f"{results.caption}; a prompt in which nothing repairs any more stays as it is"
     )
     return figure
