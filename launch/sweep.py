@@ -60,9 +60,9 @@ def main() -> None:
         print(f"\n{tables.one_prompt(finished)}")
     else:
         print(f"\n{tables.strongest(finished)}\n\nthe paper's findings in this model:\n\n{tables.findings(finished)}")
-        for asked, table in ((finished.interactions, tables.pairs), (finished.cascade, tables.cuts)):
-            if asked is not None:
-                print(f"\n{table(finished)}")
+    for asked, table in ((finished.interactions, tables.pairs), (finished.cascade, tables.cuts)):
+        if asked is not None:
+            print(f"\n{table(finished)}")
     print(f"\nresults in {workdir}: {store.NAME} (xarray.open_zarr), tables, figures")
     print(f"the page to open: {paths[-1]}")
 

@@ -69,8 +69,10 @@ def one_prompt(results: Results) -> str:
         float(example[name].mean()) for name in ("direct_effect", "total_effect", "norm_compensation")
     )
     text = textwrap.shorten(example["text"].item(), WIDTH, placeholder=" ...")
+    foil = example["foil_text"].item() if "foil_text" in example.coords else ""
+    read = example["target_text"].item() + (f" less{foil}" if foil else "")
     return (
-        f"{text} ->{example['target_text'].item()} (p = {example['clean_probability'].item():.2f})\n"
+        f"{text} ->{read} (p = {example['clean_probability'].item():.2f})\n"
         f"{results.kind} ablation of {ablated}, the {what} of the largest direct"
         f" effect, mean over {example.sizes['replacement']} replacements; contributions in logits:\n\n"
         + table.iloc[first.index :].to_string(index=False, float_format="{:+.3f}".format)
@@ -94,8 +96,8 @@ def pairs(results: Results) -> str:
         }
     )
     return (
-        f"the {len(shown)} of {len(results.interactions)} pairs with the largest interaction: total effects in logits of"
-        " both together,\nless each alone (95% interval)\n\n" + shown.to_string(index=False)
+        f"the {len(shown)} of {len(results.interactions)} pairs with the largest interaction: the total effect, in logits,"
+        " of both\ntogether, less that of each alone (95% interval)\n\n" + shown.to_string(index=False)
     )
 
 
@@ -113,8 +115,8 @@ def cuts(results: Results) -> str:
         }
     )
     return (
-        "the strongest attention cut, then what repaired it most, and so on; a prompt in which nothing repairs any more\n"
-        "stays as it is (means over prompts, 95% interval)\n\n" + shown.to_string(index=False)
+        "the strongest attention cut, then what repaired it most, and so on; a prompt in which nothing repairs any\n"
+        "more stays as it is (means over prompts, 95% interval)\n\n" + shown.to_string(index=False)
     )
 
 

@@ -301,7 +301,6 @@ def _everything(
     prompt = plan.items[index].prompt
     target, foil = plan.tokens[index].tolist()
     labels = {name: values.item() for name, (_, values) in variables.ablated_labels([ablation]).items()}
-    foils = {} if foil == NONE else {"foil_text": plan.model.tokenizer.decode([foil])}
     return xr.Dataset(
         {
             "delta_unembed": ("component", contributions, {"long_name": "contribution, clean run"}),
@@ -315,7 +314,7 @@ def _everything(
             "prompt_id": prompt.id,
             "text": prompt.text,
             "target_text": plan.model.tokenizer.decode([target]),
-            **foils,
+            "foil_text": "" if foil == NONE else plan.model.tokenizer.decode([foil]),
             "clean_logit": float(reading.centred_logit),
             "clean_probability": float(reading.probability),
             **labels,

@@ -16,7 +16,7 @@ BLOCK = 256
 
 EXAMPLES = 4
 COORDINATES = (
-    *("prompt_id", "text", "target_text", "clean_logit", "clean_probability"),
+    *("prompt_id", "text", "target_text", "foil_text", "clean_logit", "clean_probability"),
     *("ablated_name", "ablated_layer", "ablated_site", "ablated_head"),
 )
 

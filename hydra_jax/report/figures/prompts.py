@@ -152,8 +152,10 @@ def _one_prompt(figure: Figure, example: xr.Dataset, kind: str, legend: bool) ->
         axes[SITES.index(site) if site in SITES else 0].legend(loc="upper left", fontsize=8)
     text = textwrap.fill(f"“{example['text'].item()}”", width=110, max_lines=2)
     drop, direct = float(example["total_effect"].mean()), float(example["direct_effect"].mean())
+    foil = example["foil_text"].item().strip() if "foil_text" in example.coords else ""
+    less = f" less “{foil}”" if foil else ""
     figure.suptitle(
-        f"{text} → “{example['target_text'].item().strip()}” (p = {example['clean_probability'].item():.2f})\n"
+        f"{text} → “{example['target_text'].item().strip()}”{less} (p = {example['clean_probability'].item():.2f})\n"
         f"{kind} ablation of {named} takes {direct:.2f} logits away directly;"
         f" in the end the logit {'falls' if drop >= 0 else 'rises'} by {abs(drop):.2f}",
         fontsize=10,
