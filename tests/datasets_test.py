@@ -112,7 +112,7 @@ REFUSED = {
     "means": (lambda effects: effects.mean("replacement", keep_attrs=True), "source|finished|select with"),
     "a variable gone": (lambda effects: effects.drop_vars("total_effect"), "no total_effect"),
     "another format": (lambda effects: effects.assign_attrs(format=1), "format 1"),
-    "nothing ablated": (lambda effects: effects.isel(ablated=[]), "nothing ablated"),
+    "nothing ablated": (lambda effects: effects.isel(ablated=[]), "no ablations"),
     "holes": (lambda effects: effects.assign(kl=effects["total_effect"].where(effects["source"] > 3)), "kl has values"),
     "a prompt twice": (lambda effects: effects.isel(prompt=[0, 1, 0]), "'0' is there twice"),
 }

@@ -73,6 +73,16 @@ def cascade(
     return pd.DataFrame(rows)
 
 
+def labelled(effects: xr.Dataset) -> xr.Dataset:
+    """Return a finished sweep with cascades, and for people `cut_name` (prompt, cut) and `survived` (prompt).
+
+    `cut_name` is the component of a cut, "" where there was none.
+    """
+    names = np.array([*component_names(effects), ""], dtype=object)[effects["cut_component"].values]
+    said = {"long_name": "cuts in a row that the answer survives"}
+    return effects.assign(cut_name=(("prompt", "cut"), names), survived=("prompt", survived(effects), said))
+
+
 def survived(effects: xr.Dataset) -> np.ndarray:
     """Return how many cuts in a row, from the first, each prompt's answer survives: [P], of the finished prompts.
 
@@ -144,6 +154,8 @@ def _ready(effects: xr.Dataset, draws: Bootstrap | None, samples: int, seed: int
     effects = stats.finished(effects)
     if not _made(effects)[:, 0].any():
         raise UserError("cascade: no prompt was cut; sweep other components or prompts")
+    if draws is None and not effects.sizes["ablated"]:  # nothing else has draws that these should share
+        draws = Bootstrap.draw(effects.sizes["prompt"], samples, np.random.default_rng(seed))
     return effects, draws or stats.bootstrap(effects, samples, seed).draws
 
 

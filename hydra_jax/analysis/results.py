@@ -13,6 +13,7 @@ import pandas as pd
 import xarray as xr
 
 from hydra_jax.analysis import cascades, interactions, names, positions, stats
+from hydra_jax.analysis.bootstrap import Bootstrap
 from hydra_jax.analysis.findings import Finding, findings
 from hydra_jax.core.edits import SITES, WHOLE
 from hydra_jax.errors import UserError
@@ -47,6 +48,11 @@ class Results:
     def resampled(self) -> stats.Resampled:
         """The sweep's statistics and their resamples, which every interval comes from."""
         return stats.bootstrap(self.effects, self.samples, self.seed)
+
+    @property
+    def draws(self) -> Bootstrap | None:
+        """The prompts that resamples draw; None where there are no ablations, only cascades."""
+        return self.resampled.draws if self.effects.sizes["ablated"] else None
 
     @functools.cached_property
     def summary(self) -> pd.DataFrame:
@@ -91,7 +97,7 @@ class Results:
     def cascade(self) -> pd.DataFrame | None:
         """The table of `cascades.cascade`; None without cascades."""
         has_cascades = cascades.has_cascades(self.effects)
-        return cascades.cascade(self.effects, self.resampled.draws) if has_cascades else None
+        return cascades.cascade(self.effects, self.draws, self.samples, self.seed) if has_cascades else None
 
     @functools.cached_property
     def positions(self) -> pd.DataFrame | None:

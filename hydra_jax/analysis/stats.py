@@ -181,6 +181,11 @@ def bootstrap(effects: xr.Dataset, samples: int = 1000, seed: int = 0) -> Resamp
       UserError: if no prompt is finished.
     """
     effects = finished(effects)
+    if not effects.sizes["ablated"]:
+        raise UserError(
+            "dataset: has cascades and no ablations, of which statistics are; see its cuts, or hj.plot.cascade, or ask"
+            " hj.sweep for ablations and cascades together"
+        )
     names = [*variables.EFFECTS, *(name for name in OPTIONAL if name in effects)]
     arrays = {name: effects[name].transpose("prompt", "replacement", ...).values for name in names}
     parts = [arrays[f"{part}compensation"] for part in PARTS[1:]]

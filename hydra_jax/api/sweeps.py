@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from hydra_jax.analysis import cascades
 from hydra_jax.analysis import interactions as analysis
 from hydra_jax.api.arguments import (
     Names,
@@ -30,7 +31,6 @@ from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer, left
 from hydra_jax.errors import UserError, speaks_of_arguments
 from hydra_jax.store import effects as store
-from hydra_jax.store.variables import named_cuts
 from hydra_jax.sweep.ablations import ablate_each
 from hydra_jax.sweep.bank import Bank
 from hydra_jax.sweep.chunks import fill, in_memory
@@ -388,4 +388,4 @@ def cascade(
         others = facts_beside(chosen[0].text, replacements, seed)
     given = Given(model, with_sources(chosen, paired), others, target, foil, positions, source)
     inputs = Inputs.of(config, model, given.prompts, given)
-    return named_cuts(_swept(inputs, given, progress, first, cuts_alone=True))
+    return cascades.labelled(_swept(inputs, given, progress, first, cuts_alone=True))

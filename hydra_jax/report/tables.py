@@ -96,13 +96,13 @@ def pairs(results: Results) -> str:
         }
     )
     return (
-        f"the {len(shown)} of {len(results.interactions)} pairs with the largest interaction: the total effect, in logits,"
-        " of both\ntogether, less that of each alone (95% interval)\n\n" + shown.to_string(index=False)
+        f"the {len(shown)} of {len(results.interactions)} pairs with the largest interaction: the total effect of both"
+        " together,\nin logits, less that of each alone (95% interval)\n\n" + shown.to_string(index=False)
     )
 
 
 def cuts(results: Results) -> str:
-    """What is left of the answer after each cut of a cascade."""
+    """The remains of the answer after each cut of a cascade."""
     assert results.cascade is not None
     table = results.cascade
     shown = pd.DataFrame(

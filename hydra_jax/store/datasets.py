@@ -17,7 +17,7 @@ from hydra_jax.errors import UserError, reason, shown
 from hydra_jax.parsing import differences
 from hydra_jax.store import effects as store
 from hydra_jax.store import files
-from hydra_jax.store.variables import CASCADE, NON_FINITE, TEXT, VARIABLES
+from hydra_jax.store.variables import CASCADE, CUT_LABELS, NON_FINITE, TEXT, VARIABLES
 
 CHUNK = 256
 """Prompts that are written together."""
@@ -106,6 +106,7 @@ def checked(dataset: xr.Dataset, what: str) -> xr.Dataset:
         )
     if dataset.attrs["format"] != store.FORMAT:
         raise UserError(f"{what}: is of format {dataset.attrs['format']}, not {store.FORMAT}; sweep anew")
+    dataset = dataset.drop_vars(CUT_LABELS, errors="ignore")
     foreign = sorted(map(str, set(dataset.data_vars) - VARIABLES.keys() - FRAME))
     foreign += sorted(map(str, set(dataset.coords) - COORDINATES - VARIABLES.keys()))
     if foreign:
@@ -131,7 +132,10 @@ def checked(dataset: xr.Dataset, what: str) -> xr.Dataset:
     except Exception as error:  # of zarr and its codecs, where it is still in a store
         raise UserError(f"{what}: cannot be read ({reason(error)}); {store.RESUME}") from error
     if not dataset.sizes["prompt"] or not dataset.sizes["ablated"]:
-        raise UserError(f"{what}: has no finished prompt, or nothing ablated; finish the sweep or select more")
+        raise UserError(
+            f"{what}: has no finished prompt, or no ablations; finish the sweep or select more, and ask hj.sweep for"
+            " ablations and cascades together"
+        )
     _unique(dataset["prompt_id"].values, what)
     whole = xr.Dataset(
         {name: _typed(dataset[name].variable, name) for name in map(str, dataset.data_vars)},

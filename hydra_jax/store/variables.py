@@ -53,6 +53,9 @@ class Variable:
 NOTHING = -2
 """The integer that stands where nothing was written yet."""
 
+CUT_LABELS = "cut_name", "survived"
+"""The variables that make cascades readable for people, in memory alone: see `analysis.cascades.labelled`."""
+
 NO_CUT = -1
 """The component of a cut that was not made, as nothing repaired any more."""
 
@@ -181,21 +184,6 @@ def frame(
         ),
     }
     return xr.Dataset(variables, coordinates)
-
-
-def named_cuts(effects: xr.Dataset) -> xr.Dataset:
-    """Return a sweep with cascades, and for people `cut_name` and `survived`.
-
-    `cut_name` (prompt, cut) is the component of a cut, "" where there was none; `survived` (prompt), the number of
-    cuts in a row from the first after which the target is still the most likely token, in more than half of the
-    replacements.
-    """
-    components = [*map(str, all_components(effects.sizes["component"] // len(SITES))), ""]
-    names = np.array(components, object)[effects["cut_component"].values]
-    kept = (effects["cut_rank"] == 0).mean("replacement") > 1 / 2
-    survived = kept.cumprod("cut").sum("cut").astype(int)
-    survived.attrs = {"long_name": "cuts in a row that the answer survives"}
-    return effects.assign(cut_name=(("prompt", "cut"), names), survived=survived)
 
 
 def shapes(sizes: Mapping[Hashable, int], options: Collection[str]) -> dict[str, tuple[int, ...]]:

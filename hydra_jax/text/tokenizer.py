@@ -175,8 +175,8 @@ def encoded(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int,
 def answer_tokens(tokenizer: Tokenizer, text: str, answer: str) -> tuple[int, ...]:
     """Return the tokens that may begin an answer where it continues a text.
 
-    There is one for each way to write it there (`spellings`), the usual one first. A token that is a space alone begins
-    anything; where the answer can be written so that its own first letter is read, that is taken.
+    There is one for each way to write it there (`spellings`), the usual one first. Before a number it is in some
+    tokenizers the space alone.
 
     Raises:
       UserError: if the tokenizer is damaged, or has no token for it.
@@ -190,8 +190,7 @@ def answer_tokens(tokenizer: Tokenizer, text: str, answer: str) -> tuple[int, ..
             found += _inside(tokenizer, written, f"answer {shown(answer)}")[:1]
     if not found:
         raise UserError(f"answer {shown(answer)}: has no token in this model; reword or remove it")
-    telling = [token for token in found if tokenizer.decode([token], skip_special_tokens=False).strip()]
-    return tuple(dict.fromkeys(telling or found))
+    return tuple(dict.fromkeys(found))
 
 
 def spelled(candidates: Sequence[int], top: int) -> int:

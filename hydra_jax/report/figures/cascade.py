@@ -38,7 +38,7 @@ def cascade(results: Results) -> Figure:
     left.set(xlabel="cuts", ylabel=results.unit, title="left of the logit")
     _line(middle, table, "probability", COLOURS["direct_effect"], "probability of the target")
     _line(middle, table, "survives", COLOURS["norm"], "share of prompts whose answer survives")
-    survived = cascades.survival(results.effects, results.resampled.draws)["mean"]
+    survived = cascades.survival(results.effects, results.draws, results.samples, results.seed)["mean"]
     middle.set(xlabel="cuts", ylim=(-0.02, 1.02), title=f"cuts survived: {survived.text()}")
     for axis in (left, middle):
         axis.legend(fontsize=8)
