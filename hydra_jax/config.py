@@ -5,11 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from hydra_jax.core.edits import ATTN, SITES, Ablation, Component, Kind
-from hydra_jax.core.programs import NORM, components_of
+from hydra_jax.core.edits import ATTN, SITES, Ablation, Component, Kind, pairs
+from hydra_jax.core.programs import NORM, ablation_of, components_of
 from hydra_jax.errors import UserError, shown
 from hydra_jax.limits import MOST, MOST_BOOTSTRAP, MOST_CUTS, MOST_REPLACEMENTS, MOST_SEED
 from hydra_jax.models.config import AS_STORED, DTYPES, PRECISIONS, ModelConfig
@@ -165,7 +165,10 @@ class AblationConfig:
         """
         frozen = self.frozen(model)
         if self.components:
-            found = [_together(model, name) for name in self.components.split(",")]
+            try:
+                found = [ablation_of(model, name) for name in self.components.split(",")]
+            except UserError as error:
+                raise UserError(f"config.ablation.components: {error}") from error
             for ablation in found:
                 if clash := [one for one in ablation.components if any(map(one.overlaps, frozen))]:
                     raise UserError(
@@ -174,7 +177,9 @@ class AblationConfig:
         else:
             found = [Ablation.of(c) for c in self._everywhere(model) if not any(map(c.overlaps, frozen))]
         if self.interactions:
-            found += _pairs(found)
+            if len(found) < 2:
+                raise UserError("config.ablation.interactions: are of two components or more; name others")
+            found += pairs(found)
         twice = [str(one) for one, count in collections.Counter(found).items() if count > 1]
         if twice:
             raise UserError(f"config.ablation.components: {twice[0]} is named twice; name it once")
@@ -189,9 +194,13 @@ class AblationConfig:
           UserError: if one is not the model's, or is named twice.
         """
         found: list[Component] = []
-        for name in _names(self.freeze):
-            found += [] if name == NORM else components_of(model, name)
-        twice = [str(one) for one, count in collections.Counter(found).items() if count > 1]
+        try:
+            for name in _names(self.freeze):
+                found += [] if name == NORM else components_of(model, name)
+        except UserError as error:
+            raise UserError(f"config.ablation.freeze: {error}") from error
+        twice = [str(other) for one, other in itertools.combinations(found, 2) if one.overlaps(other)]
+        twice += [NORM] if _names(self.freeze).count(NORM) > 1 else []
         if twice:
             raise UserError(f"config.ablation.freeze: {twice[0]} is named twice; name it once")
         return set(found)
@@ -357,27 +366,6 @@ def sweep_config(config: Mapping[str, Any]) -> SweepConfig:
 def _names(text: str) -> list[str]:
     """Return names that are separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _together(model: ModelConfig, names: str) -> Ablation:
-    """Return the ablation of components that are named together, as in "attn 23 + mlp 29"."""
-    found = [component for name in names.split("+") for component in components_of(model, name)]
-    for one, other in itertools.combinations(found, 2):
-        if one.overlaps(other):
-            raise UserError(f"config.ablation.components: {other} is named twice in {shown(names)}; name it once")
-    return Ablation.of(*found)
-
-
-def _pairs(ablations: Sequence[Ablation]) -> list[Ablation]:
-    """Return all pairs of ablations, each made together."""
-    pairs = []
-    for first, second in itertools.combinations(ablations, 2):
-        if any(one.overlaps(other) for one, other in itertools.product(first.components, second.components)):
-            raise UserError(
-                f"config.ablation.interactions: {first} and {second} have a component in common; name others"
-            )
-        pairs.append(Ablation.of(*first.components, *second.components))
-    return pairs
 
 
 def _layers(text: str, layers: int) -> set[int]:

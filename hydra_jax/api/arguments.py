@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from hydra_jax.config import GIVEN
 from hydra_jax.core.edits import SITES, WHOLE, Component
@@ -30,18 +33,37 @@ def as_setting(argument: str, names: Any) -> str:
     if names is None:
         return ""
     if isinstance(names, str | Component):
-        return str(names)
+        return _name(argument, names)
     if not isinstance(names, Sequence | set | frozenset):
         raise UserError(f"{argument}: is {shown(names)}; give names, or a list of them")
     return ", ".join(_joined(argument, one) for one in names)
 
 
+def components_setting(names: Names) -> str:
+    """Return what is to be ablated as the text of a setting, "" for None; for errors see `as_setting`."""
+    text = as_setting("components", names)
+    if names is not None and not text.strip():
+        raise UserError("components: are none; give names, or None for all that sites and layers say")
+    return text
+
+
 def _joined(argument: str, names: Any) -> str:
     if isinstance(names, str | Component):
-        return str(names)
+        return _name(argument, names)
     if isinstance(names, Sequence) and names and all(isinstance(one, str | Component) for one in names):
-        return " + ".join(map(str, names))
+        named = [_name(argument, one) for one in names]
+        if several := [name for name in named if "," in name]:
+            raise UserError(f"{argument}: {shown(several[0])} is several names; give each by itself in the list")
+        return " + ".join(named)
     raise UserError(f"{argument}: {shown(names)} is no name, nor a list of names; give e.g. 'attn 23'")
+
+
+def _name(argument: str, name: str | Component) -> str:
+    if isinstance(name, Component) and name.site not in range(len(SITES)):
+        raise UserError(f"{argument}: a component has site {name.site}; give 0 for attention or 1 for an MLP")
+    if isinstance(name, str) and not name.strip():
+        raise UserError(f"{argument}: a name is empty; give e.g. 'attn 23'")
+    return str(name)
 
 
 def component(model: Model, site: Names, layer: int | None, head: int | None) -> Names:
@@ -50,6 +72,8 @@ def component(model: Model, site: Names, layer: int | None, head: int | None) ->
     Raises:
       UserError: if the parts do not fit together.
     """
+    if not isinstance(site, str | Component | Sequence):
+        raise UserError(f"site: {shown(site)} is no name of components; give e.g. 'attn 23', or a list of names")
     if layer is None and head is None:
         return known(model.config, site) if isinstance(site, str) and site in SITES else site
     if not isinstance(site, str):
@@ -71,7 +95,10 @@ def several(prompts: Any) -> tuple[list[Prompt], str]:
     """Return the prompts that are given, and a few words on where they are from."""
     if prompts is None:
         return prompt_sets.builtin(), "built-in facts"
-    return prompt_sets.as_prompts(prompts), GIVEN
+    found = prompt_sets.as_prompts(prompts)
+    if not found:
+        raise UserError("prompts: there are none; give one or more")
+    return found, GIVEN
 
 
 def one(prompt: Any) -> list[Prompt]:
@@ -94,7 +121,18 @@ def distinct(sources: Any) -> list[Prompt]:
         and not isinstance(sources, str)
     ):
         sources = list(dict.fromkeys(sources))
-    return prompt_sets.as_prompts(sources)
+    try:
+        found = prompt_sets.as_prompts(sources)
+    except UserError as error:
+        raise UserError(re.sub("^prompts", "sources", str(error))) from error
+    if not found:
+        raise UserError("sources: there are none; give one or more, or None for the prompts themselves")
+    return found
+
+
+def is_paired(paired: Any) -> bool:
+    """Return whether prompts are paired with counterfactuals: their own, or those that are given."""
+    return bool(paired) if isinstance(paired, bool | np.bool_) else True
 
 
 def with_sources(prompts: Sequence[Prompt], paired: bool | Sequence[str]) -> list[Prompt]:
@@ -103,8 +141,10 @@ def with_sources(prompts: Sequence[Prompt], paired: bool | Sequence[str]) -> lis
     Raises:
       UserError: if there is not one for each.
     """
-    if isinstance(paired, bool):
+    if isinstance(paired, bool | np.bool_):
         return list(prompts)
+    if isinstance(paired, np.ndarray):
+        paired = paired.tolist()
     if isinstance(paired, str) or not isinstance(paired, Sequence) or len(paired) != len(prompts):
         given = (
             f"{len(paired)} texts" if isinstance(paired, Sequence) and not isinstance(paired, str) else shown(paired)

@@ -17,7 +17,9 @@ from hydra_jax.api.arguments import (
     Token,
     as_setting,
     component,
+    components_setting,
     distinct,
+    is_paired,
     one,
     several,
     with_sources,
@@ -29,7 +31,7 @@ from hydra_jax.engine import mesh as meshes
 from hydra_jax.engine.batching import evenly
 from hydra_jax.engine.cluster import Cluster
 from hydra_jax.engine.memory import BatchSizer, left
-from hydra_jax.errors import UserError, speaks_of_arguments
+from hydra_jax.errors import UserError, shown, speaks_of_arguments
 from hydra_jax.store import effects as store
 from hydra_jax.sweep.ablations import ablate_each
 from hydra_jax.sweep.bank import Bank
@@ -119,6 +121,7 @@ def sweep(
     Raises:
       UserError: if an argument is out of range or a prompt cannot be swept.
     """
+    positions = LAST if positions is None else positions
     config = sweep_config(
         {
             "model": model.name,
@@ -131,9 +134,9 @@ def sweep(
                 "sites": sites,
                 "layers": layers,
                 "edges": edges,
-                "components": as_setting("components", components),
+                "components": components_setting(components),
                 "freeze": as_setting("freeze", freeze),
-                "paired": bool(paired) or not isinstance(paired, bool),
+                "paired": is_paired(paired),
                 "match": match,
                 "interactions": interactions,
                 "cascade": cascade,
@@ -256,6 +259,8 @@ def ablate(
     """
     if (site is None) == (components is None):
         raise UserError("components: say what is ablated; give a name, as in 'attn 23', or a list of names")
+    if site is None and (layer is not None or head is not None):
+        raise UserError("components: say the layer and the head themselves; give layer and head beside site='attn'")
     name = component(model, site, layer, head) if site is not None else components
     together = name if name is None or isinstance(name, str | Component) else [list(name)]
     config = sweep_config(
@@ -264,9 +269,9 @@ def ablate(
                 "kind": kind,
                 "replacements": replacements,
                 "edges": False,
-                "components": as_setting("components", together),
+                "components": components_setting(together),
                 "freeze": as_setting("freeze", freeze),
-                "paired": bool(paired) or not isinstance(paired, bool),
+                "paired": is_paired(paired),
                 "match": match,
             },
             "readout": {"metrics": as_setting("metrics", metrics), "responders": responders},
@@ -305,7 +310,7 @@ def interactions(model: Model, prompts: Any, components: Sequence[Any], **words:
     Raises:
       UserError: as `sweep`, and if there are fewer than two components, or two of them overlap.
     """
-    if isinstance(components, str | Component) or len(components) < 2:
+    if not isinstance(components, Sequence) or isinstance(components, str) or len(components) < 2:
         raise UserError("components: are fewer than two; give a list of those to pair")
     return analysis.interactions(
         sweep(model, prompts, components=components, interactions=True, **{"edges": False, **words})
@@ -359,6 +364,10 @@ def cascade(
     Raises:
       UserError: as `sweep`.
     """
+    if steps < 1:
+        raise UserError(f"steps: is {steps}; give 1 or more")
+    if not isinstance(start, str | Component | None):
+        raise UserError(f"start: is {shown(start)}; give one component, as in 'attn 23'")
     config = sweep_config(
         {
             "model": model.name,
@@ -367,7 +376,7 @@ def cascade(
                 "replacements": replacements,
                 "edges": False,
                 "freeze": as_setting("freeze", freeze),
-                "paired": bool(paired) or not isinstance(paired, bool),
+                "paired": is_paired(paired),
                 "match": match,
                 "cascade": steps,
             },
@@ -375,11 +384,11 @@ def cascade(
             "seed": seed,
         }
     )
-    if steps < 1:
-        raise UserError(f"steps: is {steps}; give 1 or more")
     first = None if start is None else known(model.config, start)
     if first is not None and first.head != WHOLE:
         raise UserError(f"start: {first} is a head; give attention or an MLP, as in 'attn {first.layer}'")
+    if first is not None and any(map(first.overlaps, config.ablation.frozen(model.config))):
+        raise UserError(f"start: {first} is both cut and frozen; leave it out of freeze")
     chosen, source = several(prompts)
     others: Any = None
     if sources is not None:

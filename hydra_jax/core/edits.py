@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -154,6 +155,22 @@ class Ablation:
             else:
                 names.append(str(first))
         return " + ".join(names)
+
+
+def pairs(ablations: Sequence[Ablation]) -> list[Ablation]:
+    """Return all pairs of ablations, each made together.
+
+    Raises:
+      UserError: if two have a component in common.
+    """
+    found = []
+    for first, second in itertools.combinations(ablations, 2):
+        if any(one.overlaps(other) for one, other in itertools.product(first.components, second.components)):
+            raise UserError(
+                f"config.ablation.interactions: {first} and {second} have a component in common; name others"
+            )
+        found.append(Ablation.of(*first.components, *second.components))
+    return found
 
 
 def all_components(layers: int) -> list[Component]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ import flax.struct
 import numpy as np
 from jaxtyping import Bool, Int
 
-from hydra_jax.core.edits import ATTN, SITES, WHOLE, Component, all_components, parse
+from hydra_jax.core.edits import ATTN, SITES, WHOLE, Ablation, Component, all_components, parse
 from hydra_jax.errors import UserError, shown
 from hydra_jax.models.config import ModelConfig
 
@@ -165,6 +166,19 @@ def components_of(config: ModelConfig, name: str | Component) -> list[Component]
       UserError: if the model has none such.
     """
     return [_checked(config, component) for component in (parse(name) if isinstance(name, str) else [name])]
+
+
+def ablation_of(config: ModelConfig, names: str) -> Ablation:
+    """Return the ablation of components that are named together, as in "attn 23 + mlp 29".
+
+    Raises:
+      UserError: if the model has none such, or one is named twice.
+    """
+    found = [component for name in names.split("+") for component in components_of(config, name)]
+    for one, other in itertools.combinations(found, 2):
+        if one.overlaps(other):
+            raise UserError(f"{other} is named twice in {shown(names.strip())}; name it once")
+    return Ablation.of(*found)
 
 
 def _checked(config: ModelConfig, component: Component) -> Component:

@@ -265,7 +265,7 @@ def ablate_each(plan: Plan, ablations: Sequence[tuple[int, Ablation]]) -> list[x
     if names := _asked_metrics(plan):
         metrics = walked.each(lambda rows, reading: rows.metrics(reading, walked.logits_at_once, variants))
         kept = [variables.METRICS[name][0] for name in names]
-        more |= {name: (("replacement",), getattr(metrics, name)[:, :, 0]) for name in kept}
+        more |= {name: (("replacement",), getattr(metrics, name)[:, :, 0].astype(np.float32)) for name in kept}
     if by_head:
         heads = walked.each(lambda rows, reading: rows.head_changes(reading, variants))
         more["head_compensation"] = ("replacement", "attn_layer", "head"), heads[:, :, 0]

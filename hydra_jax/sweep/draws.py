@@ -60,7 +60,12 @@ class Pool:
         """
         counts = np.array([self.others(item) for item in items])
         if (few := np.flatnonzero(counts < draws)).size:
-            check_enough(int(counts[few[0]]) + 1, draws)
+            if not self._match:
+                check_enough(int(counts[few[0]]) + 1, draws)
+            raise UserError(
+                f"config.ablation.match: prompt {items[few[0]].prompt.name} has {counts[few[0]]} others of its"
+                f" {self._match} to draw from, not {draws}; lower ablation.replacements, or give more prompts alike"
+            )
         ranks = draw_ranks(prompt_keys(seed, [item.prompt.id for item in items]), counts, draws)
         drawn = np.empty_like(ranks)
         for row, item in enumerate(items):

@@ -63,12 +63,14 @@ def itemise(model: Model, prompts: Sequence[Prompt], positions: Positions = LAST
         at a position.
     """
     whole = uncut(model, prompts)
-    several = not (isinstance(positions, str) and positions != ALL)
-    return [
-        _cut(item, place, several)
-        for item, places in zip(whole, places_of(model, whole, positions), strict=True)
-        for place in places
-    ]
+    every = places_of(model, whole, positions)
+    own = isinstance(positions, str) and positions == LAST
+    several = not own and (positions == ALL or any(len(places) > 1 for places in every))
+    found = []
+    for item, places in zip(whole, every, strict=True):
+        for place in places:
+            found.append(_cut(item, place, own, several, _asked(item, positions, place, len(places))))
+    return found
 
 
 def uncut(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
@@ -112,13 +114,27 @@ def _places(model: Model, item: Item, positions: Sequence[int | str]) -> list[in
     return found
 
 
-def _cut(whole: Item, place: int, several: bool = False) -> Item:
-    """Return the item that is read after a token: before the last one, what is right is the text's next token."""
+def _asked(item: Item, positions: Positions, place: int, count: int) -> int | str | None:
+    """Return the position that an item is read at as it was asked for, for another text to be read there, too."""
+    if isinstance(positions, str):
+        return item.prompt.position if positions == LAST else place if positions == ALL else positions
+    return positions[0] if count == 1 and len(positions) == 1 and isinstance(positions[0], str) else place
+
+
+def _cut(whole: Item, place: int, own: bool, several: bool, position: int | str | None) -> Item:
+    """Return the item that is read after a token.
+
+    Where it is read is the prompt's `own` affair, or asked of all: then before the last token what is right is the
+    text's next one. Of `several` tokens each has an id of its own.
+    """
     last = place == len(whole.tokens) - 1
-    answers = whole.answers if last or not several else (whole.tokens[place + 1],)
-    prompt = dataclasses.replace(whole.prompt, id=f"{whole.prompt.id}@{place}") if several else whole.prompt
+    name = f"{whole.prompt.id}@{place}" if several else whole.prompt.id
     return dataclasses.replace(
-        whole, prompt=prompt, tokens=whole.tokens[: place + 1], answers=answers, foils=whole.foils if last else ()
+        whole,
+        prompt=dataclasses.replace(whole.prompt, id=name, position=position),
+        tokens=whole.tokens[: place + 1],
+        answers=whole.answers if last or own else (whole.tokens[place + 1],),
+        foils=whole.foils if last or own else (),
     )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hydra_jax.config import GIVEN, SweepConfig
 from hydra_jax.text import prompts as prompt_sets
 from hydra_jax.text.prompts import Prompt
@@ -48,7 +50,7 @@ def protocol(
     ablation = dataclasses.asdict(config.ablation)
     more: dict[str, Any] = {}
     if given and given.sources is not None:
-        more["sources_sha256"] = prompt_sets.content_hash(given.sources)
+        more["sources"] = prompt_sets.content_hash(given.sources)
     asked = {"target": config.readout.target, "foil": config.readout.foil, "positions": config.prompts.positions}
     for name in asked:
         value = getattr(given, name, None)
@@ -85,5 +87,6 @@ def _source(config: SweepConfig, given: Given | None) -> str:
 
 def _said(value: Any) -> str:
     """Return what was asked for as text: a long list as a hash of it."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    plain = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    text = plain if isinstance(plain, str) else json.dumps(plain, default=lambda one: one.tolist())
     return text if len(text) <= 60 else f"one for each, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
