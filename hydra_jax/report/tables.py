@@ -37,6 +37,7 @@ def strongest(results: Results) -> str:
             "ablated": chosen["name"],
             "direct effect": interval(chosen, "direct_effect"),
             "total effect": interval(chosen, "total_effect"),
+            **({"nothing frozen": interval(chosen, "free_total_effect")} if "free_total_effect" in chosen else {}),
             "restored": interval(chosen, "restored_share", "{:.0%}"),
             "by attention": chosen["attn_compensation"].map("{:+.2f}".format),
             "by MLPs": chosen["mlp_compensation"].map("{:+.2f}".format),
