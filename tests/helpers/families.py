@@ -1,5 +1,7 @@
 """Tiny random models of every family as `transformers` makes and publishes them, all switches on."""
 
+import functools
+
 import numpy as np
 import torch
 import transformers
@@ -192,5 +194,12 @@ def divisor(model, final):
 def contribution(model, write, final, target):
     """What `write` [..., D] adds to the centred logit of `final` [D], the final norm's divisor held."""
     gain = final_norm(model).weight.detach().numpy() + (1 if "gemma" in model.config.model_type else 0)
-    unembedding = model.get_output_embeddings().weight.detach().numpy()
-    return centred(model, write) / divisor(model, final) * gain @ (unembedding[target] - unembedding.mean(axis=0))
+    unembedding, mean = unembeddings(model)
+    return centred(model, write) / divisor(model, final) * gain @ (unembedding[target] - mean)
+
+
+@functools.lru_cache(maxsize=1)
+def unembeddings(model):
+    """The directions of all tokens, [V, D], and their mean, which takes long enough of a real model."""
+    weight = model.get_output_embeddings().weight.detach().numpy()
+    return weight, weight.mean(axis=0)

@@ -1,12 +1,11 @@
 """Programs against PyTorch: whole passes of `transformers` models whose hooks set the last token's writes and heads."""
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from hydra_jax.core.edits import ATTN, WHOLE, Kind
+from hydra_jax.core.edits import WHOLE, Kind
 from hydra_jax.core.programs import Word, program
 from hydra_jax.models.transformer import Contrast
 from hydra_jax.text.tokenizer import encode
@@ -15,9 +14,7 @@ from hydra_jax.weights.load import load
 pytest.importorskip("torch", reason="tests/parity/requirements.txt is not installed")
 pytest.importorskip("transformers", reason="tests/parity/requirements.txt is not installed")
 
-import torch
-
-from tests.helpers import families, programs
+from tests.helpers import families, hooks, programs
 
 TEXTS = [list(range(5, 60, 4)), list(range(40, 13, -3)), list(range(100, 177, 7))]
 TARGETS, FOILS = np.array([7, 120, 33]), np.array([201, 8, 55])
@@ -56,157 +53,6 @@ REAL = {
     "a path": dict(clamp=["attn 23"], follow=["mlp 29"], rest=Word.FREEZE),
     "direct edges": dict(clamp=["attn 23"], rest=Word.PROBE),
 }
-
-
-class Seen(NamedTuple):
-    """The last token of one pass.
-
-    Attributes:
-      computed: [L, 2, D], the writes that modules computed.
-      written: [L, 2, D], those that took their place.
-      mixed: [L, H, head_dim], what the heads' projection read.
-      shares: [L, H, D], each head's part of what attention computed.
-      final: [D], the stream that the final norm reads.
-      logits: [V], before any soft-cap.
-    """
-
-    computed: np.ndarray
-    written: np.ndarray
-    mixed: np.ndarray
-    shares: np.ndarray
-    final: np.ndarray
-    logits: np.ndarray
-
-
-def watched(model, ids, writes=None, mixed=None):
-    """One pass in which some writes, by (layer, site), and inputs of heads, by (layer, head), are set."""
-    kind, writes, mixed = model.config.model_type, writes or {}, mixed or {}
-    heads = model.config.num_attention_heads
-    seen, handles = {}, []
-
-    def last(tensors):
-        return (tensors[0] if isinstance(tensors, tuple) else tensors).reshape(len(ids), -1)[-1]  # a view
-
-    def set_heads(layer, module, arguments):
-        of_heads = last(arguments).reshape(heads, -1)
-        for (number, head), value in mixed.items():
-            if number == layer:
-                of_heads[head] = torch.tensor(value)
-        seen["mixed", layer] = of_heads.clone()
-
-    def project(layer, module, arguments, output):
-        alone = torch.eye(heads)[:, :, None] * seen["mixed", layer]
-        of_each = torch.nn.functional.linear if hasattr(module, "in_features") else torch.matmul  # GPT-2's is [in, out]
-        seen["shares", layer] = of_each(alone.reshape(heads, -1), module.weight)
-        seen["projected", layer] = last(output).clone()
-
-    def write(place, module, arguments, output):
-        seen["computed", place] = last(output).clone()
-        if place in writes:
-            last(output)[:] = torch.tensor(writes[place])
-        seen["written", place] = last(output).clone()
-
-    def finish(module, arguments, output):
-        seen["final"], seen["normed"] = last(arguments).clone(), last(output).clone()
-
-    for number, layer in enumerate(families.layers(model)):
-        projection = layer.get_submodule(families.PROJECTIONS.get(kind, "self_attn.o_proj"))
-        handles.append(projection.register_forward_pre_hook(functools.partial(set_heads, number)))
-        handles.append(projection.register_forward_hook(functools.partial(project, number)))
-        for site, name in enumerate(families.WRITES.get(kind, ("self_attn", "mlp"))):
-            hook = functools.partial(write, (number, site))
-            handles.append(layer.get_submodule(name).register_forward_hook(hook))
-    handles.append(families.final_norm(model).register_forward_hook(finish))
-    with torch.no_grad():
-        model(torch.tensor([ids]))
-        for handle in handles:
-            handle.remove()
-        layers = range(len(families.layers(model)))
-        logits = model.get_output_embeddings()(seen["normed"])
-        # A post-norm multiplies each number of the heads' sum, and so of each share.
-        shares = [seen["shares", n] * (seen["computed", (n, ATTN)] / seen["projected", n]) for n in layers]
-        of_sites = (
-            torch.stack([torch.stack([seen[what, (n, site)] for site in range(2)]) for n in layers])
-            for what in ("computed", "written")
-        )
-        of_layers = torch.stack([seen["mixed", n] for n in layers]), torch.stack(shares)
-    return Seen(*(part.numpy() for part in (*of_sites, *of_layers, seen["final"], logits)))
-
-
-def with_divisor(model, seen, divisor):
-    """The logits of a pass whose final norm had divided by `divisor`, before any soft-cap."""
-    norm = families.final_norm(model)
-    bias = norm.bias if getattr(norm, "bias", None) is not None else torch.zeros(())
-    with torch.no_grad():
-        normed = norm(torch.from_numpy(seen.final)) - bias
-        normed = normed * float(families.divisor(model, seen.final) / divisor) + bias
-        return model.get_output_embeddings()(normed).numpy()
-
-
-class Expected(NamedTuple):
-    """The effects of a row, as `Effects` and `Metrics` name them; changes of components and heads, [L, 2], [L, H]."""
-
-    total_effect: float
-    direct_effect: float
-    norm_compensation: float
-    compensation: np.ndarray
-    head_changes: np.ndarray
-    log_probability_drop: float
-    kl: float
-
-
-def expected(model, ids, clean, asked, values, target, foil):
-    """Run one row by hooks, beside its clean run; `values` returns what a component's clamp takes."""
-    scale = families.divisor(model, clean.final)
-
-    def contrast(logits):
-        return logits[target] - (logits.mean() if foil is None else logits[foil])
-
-    def adds(vector):
-        of_target = families.contribution(model, vector, clean.final, target)
-        return of_target - (0 if foil is None else families.contribution(model, vector, clean.final, foil))
-
-    def says(logits):
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        return torch.log_softmax(torch.from_numpy(cap * np.tanh(logits / cap) if cap else logits), 0).numpy()
-
-    writes = {place: clean.written[place] for place in map(tuple, np.argwhere(asked.writes != Word.FOLLOW))}
-    heads = {place: clean.mixed[place] for place in map(tuple, np.argwhere(asked.heads == Word.FREEZE))}
-    for component in programs.clamped(asked):
-        if component.head == WHOLE:
-            writes[component.layer, component.site] = values(component)
-        else:
-            heads[component.layer, component.head] = values(component)
-    row = watched(model, ids, writes, heads)
-
-    changes = adds(row.computed - clean.computed)
-    direct = -sum(
-        adds(row.written[place] - clean.written[place])
-        for place in np.ndindex(asked.writes.shape)
-        if asked.writes[place] == Word.CLAMP
-    )
-    changes[np.isin(asked.writes, (Word.CLAMP, Word.FREEZE))] = 0
-    for layer in np.flatnonzero((asked.heads == Word.CLAMP).any(axis=1)):
-        alone = {place: heads[place] for place in heads if place[0] == layer and asked.heads[place] == Word.CLAMP}
-        part = adds(watched(model, ids, {}, alone).written[layer, ATTN] - clean.written[layer, ATTN])
-        direct -= part
-        changes[layer, ATTN] -= part
-    of_heads = adds(row.shares - clean.shares)
-    unrecorded = np.isin(asked.writes[:, ATTN], (Word.CLAMP, Word.FREEZE)) | asked.by_heads
-    of_heads[unrecorded] = 0
-
-    frozen = with_divisor(model, row, scale)
-    logits = frozen if asked.norm == Word.FREEZE else row.logits
-    before, after = says(clean.logits), says(logits)
-    return Expected(
-        total_effect=contrast(clean.logits) - contrast(logits),
-        direct_effect=direct,
-        norm_compensation=contrast(logits) - contrast(frozen),
-        compensation=changes,
-        head_changes=of_heads,
-        log_probability_drop=before[target] - after[target],
-        kl=(np.exp(before) * (before - after)).sum(),
-    )
 
 
 def values_of(every, kind):
@@ -253,13 +99,13 @@ def compare(params, model, texts, asked, kind, targets, foils, tolerance):
     read = Contrast.target(targets[:, None], None if foils is None else foils[:, None])
     values, draws = sources_of(params, tokens, places, kind)
     ran = programs.run(params, tokens, places, asked, read, values, draws, kind)
-    every = [watched(model, ids) for ids in texts]
+    every = [hooks.watched(model, ids)[0] for ids in texts]
     value = values_of(every, kind)
     rows = {}
     for text, which, draw in np.ndindex(len(texts), len(asked), draws):
         foil = None if foils is None else foils[text]
         at = functools.partial(value, text=text, draw=draw)
-        by_hooks = expected(model, texts[text], every[text], asked[which], at, targets[text], foil)
+        [by_hooks] = hooks.expected(model, texts[text], every[text], [(asked[which], at)], targets[text], foil)
         row = text, which, 0, draw
         found = {
             name: getattr(where, name)[row]
