@@ -1,5 +1,6 @@
 """Questions for sweeps of a tiny model whose tokens are words, and the comparison of their answers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, models
@@ -24,6 +25,8 @@ RECORDS = [
     for n, (text, source) in enumerate(zip(TEXTS, SOURCES, strict=True))
 ]
 
+_forward = jax.jit(forward)
+
 
 def model(block="llama 3"):
     """A model of four layers, of one of `models.BLOCKS`."""
@@ -39,7 +42,7 @@ def tokens(text):
 
 def writes(model, text):
     """What every component writes at a text's last token, by name."""
-    trace = forward(model.params, jnp.array(tokens(text), jnp.int32))[1]
+    trace = _forward(model.params, jnp.array(tokens(text), jnp.int32))[1]
     both = np.stack([trace.attn_out[:, -1], trace.mlp_out[:, -1]], axis=1)
     return {str(one): both[one.layer, one.site] for one in all_components(model.config.layers)}
 
@@ -54,7 +57,7 @@ def logits(model, text, values=None):
             mask[one.layer, one.site, -1] = True
             given[one.layer, one.site, 0] = values[str(one)]
     edits = Edits(jnp.asarray(mask), jnp.asarray(given))
-    return np.asarray(forward(model.params, jnp.array(ids, jnp.int32), edits)[0][-1], np.float64)
+    return np.asarray(_forward(model.params, jnp.array(ids, jnp.int32), edits)[0][-1], np.float64)
 
 
 def centred(row):
