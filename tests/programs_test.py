@@ -133,6 +133,8 @@ def plain(block, text, asked, values):
             part = unembedding.adds(projected(params, layer, alone) - clean[here], sigma)
             changes[here] = unembedding.adds(written[here] - clean[here], sigma) - part
             direct -= part
+            after, before = (shares(params, layer, one)[0] for one in (mixed, alone))
+            of_heads[layer] = unembedding.adds(after - before, sigma) * (asked.heads[layer] == Word.FOLLOW)
         elif word in (Word.FOLLOW, Word.PROBE):
             changes[here] = unembedding.adds(computed - clean[here], sigma)
             if word == Word.FOLLOW:

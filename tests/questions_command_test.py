@@ -26,7 +26,7 @@ ASKED = {
         "--config.ablation.components=attn 0, mlp 0 + attn 1.2, layer 1",
         "--config.readout.target= in",
         "--config.readout.foil= the",
-        "--config.readout.metrics=log_probability, kl, top_changed",
+        "--config.readout.metrics=log_probability, kl, rank, top_changed",
         "--config.readout.responders=heads",
     ],
     "pairs": [
@@ -58,7 +58,7 @@ CHANGED = {
 }
 VARIABLES = {
     "sets": {"log_probability_drop", "kl", "top_changed", "head_compensation"},
-    "pairs": {"free_total_effect", "cut", "cut_logit", "cut_compensation", "top_changed"},
+    "pairs": {"free_total_effect", "cut_component", "cut_logit", "cut_compensation", "top_changed"},
     "everywhere": set(),
     "counterfactuals": {"kl"},
 }
@@ -213,7 +213,6 @@ def test_a_command_that_cannot_be_is_refused_in_a_line(inputs, tmp_path, case):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="examples hold ranks as int32, which is refused when they are read")
 def test_examples_with_ranks_are_read(inputs, tmp_path):
     """As every command that ends with a page does."""
     model = hj.load(str(inputs / "tiny.gguf"))

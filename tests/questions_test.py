@@ -157,7 +157,7 @@ def test_fewer_prompts_are_answered_in_the_order_of_the_input(model, question):
     assert (some["source"].values < 4).all()
 
 
-@pytest.mark.parametrize("question", few(QUESTIONS.keys() - {"pairs", "cascade"}, "drawn"))
+@pytest.mark.parametrize("question", few(sorted(QUESTIONS.keys() - {"pairs", "cascade"}), "drawn"))
 def test_an_ablation_among_others_is_the_same_alone(model, answers, question):
     whole = answers(question)
     for place, components in enumerate(RICH["components"]):
@@ -244,7 +244,7 @@ def test_with_all_downstream_frozen_the_direct_effect_is_left(model):
     np.testing.assert_allclose(found["total_effect"], found["direct_effect"], atol=1e-5)
 
 
-@pytest.mark.parametrize("question", few(QUESTIONS.keys() - {"cascade"}, "drawn"))
+@pytest.mark.parametrize("question", few(sorted(QUESTIONS.keys() - {"cascade"}), "drawn"))
 def test_with_a_foil_the_effects_are_those_of_the_target_less_the_foils(model, question):
     both, target, foil = (
         asked(model, question, **told)

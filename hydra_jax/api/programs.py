@@ -89,8 +89,8 @@ def intervene(
       foil: a token, by its text or id, whose logit is subtracted; None or "" for none.
       metrics: any of "log_probability" and "rank", of the (first) target, "kl" and "top_changed", as of `sweep`: the
         variables `log_probability_drop`, `target_rank`, `kl`, `top_changed`.
-      responders: "layers", or "heads" to record what each head of attention changes, too. Where a program clamps or
-        freezes heads of a layer, that layer's heads are left at 0.
+      responders: "layers", or "heads" to record what each head of attention changes, too: 0 for those that are clamped
+        or frozen.
       seed: of every draw.
       rows: rows of a block, moved at once; 0 for the device's default.
       progress: whether to show bars.

@@ -364,8 +364,8 @@ def cascade(
     Raises:
       UserError: as `sweep`.
     """
-    if steps < 1:
-        raise UserError(f"steps: is {steps}; give 1 or more")
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"steps: is {shown(steps)}; give 1 or more")
     if not isinstance(start, str | Component | None):
         raise UserError(f"start: is {shown(start)}; give one component, as in 'attn 23'")
     config = sweep_config(

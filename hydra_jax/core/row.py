@@ -108,9 +108,19 @@ def clamp_heads(
     clamped = pieces.heads_delta(layer, clean.mixed, values, heads == Word.CLAMP)
     if mixed is None:
         return clamped, clamped
-    mixed = jnp.where((heads == Word.FREEZE)[:, None], clean.mixed, mixed)
-    mixed = jnp.where((heads == Word.CLAMP)[:, None], values, mixed)
+    mixed = with_words(clean.mixed, mixed, heads, values)
     return pieces.attn_write(layer, mixed) - clean.writes[ATTN], clamped
+
+
+def with_words(
+    clean: Float[Array, "H head_dim"],
+    mixed: Float[Array, "H head_dim"],
+    heads: Int[Array, " H"],
+    values: Float[Array, "H head_dim"],
+) -> Float[Array, "H head_dim"]:
+    """Return what heads mix where some are frozen at the clean run's, and some clamped to values; see `clamp_heads`."""
+    mixed = jnp.where((heads == Word.FREEZE)[:, None], clean, mixed)
+    return jnp.where((heads == Word.CLAMP)[:, None], values, mixed)
 
 
 def head_changes(

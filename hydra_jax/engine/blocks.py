@@ -21,6 +21,7 @@ from hydra_jax.core.edits import ATTN, WHOLE, Kind, WriteStatistics, replacement
 from hydra_jax.core.effects import Effects, effects
 from hydra_jax.core.metrics import Metrics, log_probabilities, metrics
 from hydra_jax.core.prefill import LayerClean, Reading
+from hydra_jax.core.programs import Word
 from hydra_jax.core.row import Row
 from hydra_jax.engine.batching import round_up
 from hydra_jax.models.pieces import LayerParams
@@ -203,8 +204,9 @@ def clamp_heads(
     words: Int[Array, " H"],
     start: Int[Array, ""],
     reading: Int[Array, " M"],
-) -> tuple[Float[Array, "P N D"], Float[Array, "P N"], Float[Array, "P N S"]]:
-    """Set heads of a program's rows: see `core.row.clamp_heads`."""
+    of_heads: Float[Array, "P N H"] | None,
+) -> tuple[Float[Array, "P N D"], Float[Array, "P N"], Float[Array, "P N S"], Float[Array, "P N H"] | None]:
+    """Set heads of a program's rows: see `core.row.clamp_heads`; where heads are recorded, those that follow are."""
 
     def text(clean: LayerClean, places: Int[Array, " Q"], readout: Float[Array, "Q D"], rows: Any) -> Any:
         def one(at: Int[Array, ""], row: Any) -> Any:
@@ -213,13 +215,22 @@ def clamp_heads(
             if entering is not None:
                 mixed = one_row.follow(layer, here, places[at], ATTN, entering).mixed
             change, clamped = one_row.clamp_heads(layer, here, mixed, words, values)
-            return change, -clamped @ readout[at], (change - clamped) @ readout[at]
+            of_each = None
+            if of_heads is not None:
+                # Beside the clamps alone: where a post-norm follows, these rescale the others' shares.
+                alone = one_row.with_words(here.mixed, here.mixed, words, values)
+                after = alone if mixed is None else one_row.with_words(here.mixed, mixed, words, values)
+                changed, scaled = (one_row.head_changes(layer, here, readout[at], each) for each in (after, alone))
+                of_each = jnp.where(words == Word.FOLLOW, changed - scaled, 0)
+            return change, -clamped @ readout[at], (change - clamped) @ readout[at], of_each
 
         return jax.vmap(one)(reading, rows)
 
-    change, part, followed = jax.vmap(text)(clean, places, readout, set_and_entering)
+    change, part, followed, of_each = jax.vmap(text)(clean, places, readout, set_and_entering)
     recorded = jnp.zeros((*followed.shape, changes.shape[-1])).at[..., 0].set(followed)  # attention is a stage's first
-    return _added(shift, change, start), _added(direct, part, start), _added(changes, recorded, start)
+    if of_heads is not None:
+        of_heads = _added(of_heads, of_each, start)
+    return _added(shift, change, start), _added(direct, part, start), _added(changes, recorded, start), of_heads
 
 
 def _added(whole: Float[Array, "P N *rest"], part: Float[Array, "P M *rest"], start: Int[Array, ""]) -> Any:

@@ -193,10 +193,13 @@ class Rows:
         for head in clamped:
             mixed = put(mixed, np.int32(head), values(Component(number, ATTN, int(head))))
         run = self._program(blocks.clamp_heads, (0, 8, 9, 10), (4, 5, 6))
-        self.shift, self.direct, self._changes[-1] = run(
+        of_heads = self._of_heads[-1] if self._by_head else None
+        self.shift, self.direct, self._changes[-1], of_heads = run(
             *(layer, clean, self._texts.positions, self.readout, self.shift, self.direct, self._changes[-1]),
-            *((mixed, entering), words.astype(np.int32), self._start(which), self._of_program()),
+            *((mixed, entering), words.astype(np.int32), self._start(which), self._of_program(), of_heads),
         )
+        if of_heads is not None:
+            self._of_heads[-1] = of_heads
 
     def _cut(self, rows: Float[Array, "P N D"], which: int) -> Float[Array, "P M D"]:
         return self._program(blocks.cut, (1,), count=self.layout.of_program)(rows, self._start(which))

@@ -43,6 +43,8 @@ class Pool:
 
     def others(self, item: Item) -> int:
         """Return the number of prompts that an item may draw from."""
+        if self._match == RELATION and not item.prompt.relation:  # nothing says what it is like
+            return 0
         return len(self._groups.get(self._key(item), ())) - len(self._own_ranks(item))
 
     def _own_ranks(self, item: Item) -> list[int]:

@@ -63,14 +63,14 @@ def itemise(model: Model, prompts: Sequence[Prompt], positions: Positions = LAST
         at a position.
     """
     whole = uncut(model, prompts)
-    every = places_of(model, whole, positions)
+    every = _asked_places(model, whole, positions)
     own = isinstance(positions, str) and positions == LAST
     several = not own and (positions == ALL or any(len(places) > 1 for places in every))
-    found = []
-    for item, places in zip(whole, every, strict=True):
-        for place in places:
-            found.append(_cut(item, place, own, several, _asked(item, positions, place, len(places))))
-    return found
+    return [
+        _cut(item, place, own, several, asked)
+        for item, places in zip(whole, every, strict=True)
+        for place, asked in places.items()
+    ]
 
 
 def uncut(model: Model, prompts: Sequence[Prompt]) -> list[Item]:
@@ -91,6 +91,11 @@ def places_of(model: Model, items: Sequence[Item], positions: Positions) -> list
     Raises:
       UserError: if a text has no such place, or the same one twice.
     """
+    return [list(places) for places in _asked_places(model, items, positions)]
+
+
+def _asked_places(model: Model, items: Sequence[Item], positions: Positions) -> list[dict[int, Any]]:
+    """Return the places in each text and, by them, how each was asked for: see `places_of`."""
     if not isinstance(positions, str) and not isinstance(positions, Sequence):
         raise UserError(f"positions: are {shown(positions)}; give 'last', 'all', a list of places, or a substring")
     if isinstance(positions, str):
@@ -98,27 +103,20 @@ def places_of(model: Model, items: Sequence[Item], positions: Positions) -> list
     elif any(not isinstance(one, str) and isinstance(one, Sequence) for one in positions):
         if len(positions) != len(items):
             raise UserError(f"positions: are given for {len(positions)} prompts of {len(items)}; give a list for each")
-        return [places_of(model, [item], [*one])[0] for item, one in zip(items, positions, strict=True)]
+        return [_asked_places(model, [item], [*one])[0] for item, one in zip(items, positions, strict=True)]
     if not positions:
         raise UserError("positions: are none; give 'last', 'all', a list of places, or a substring")
     return [_places(model, item, positions) for item in items]
 
 
-def _places(model: Model, item: Item, positions: Sequence[int | str]) -> list[int]:
+def _places(model: Model, item: Item, positions: Sequence[int | str]) -> dict[int, Any]:
     if positions == [ALL]:
-        return list(range(len(item.tokens)))
+        return {place: place for place in range(len(item.tokens))}
     asked = [item.prompt.position if one == LAST else one for one in positions]
     found = [place_of(model.tokenizer, dataclasses.replace(item.prompt, position=one), item.tokens) for one in asked]
     if len(set(found)) < len(found):
         raise UserError(f"positions: mean a token of prompt {item.prompt.name} twice; give each once")
-    return found
-
-
-def _asked(item: Item, positions: Positions, place: int, count: int) -> int | str | None:
-    """Return the position that an item is read at as it was asked for, for another text to be read there, too."""
-    if isinstance(positions, str):
-        return item.prompt.position if positions == LAST else place if positions == ALL else positions
-    return positions[0] if count == 1 and len(positions) == 1 and isinstance(positions[0], str) else place
+    return dict(zip(found, asked, strict=True))
 
 
 def _cut(whole: Item, place: int, own: bool, several: bool, position: int | str | None) -> Item:
@@ -162,7 +160,7 @@ def _tokens(model: Model, prompt: Prompt) -> tuple[int, ...]:
 def counterfactuals(model: Model, items: Sequence[Item]) -> list[Item]:
     """Return each item's own source: its counterfactual text, read where the item is.
 
-    That is at the same place where both texts have as many tokens, else where the prompt's position says.
+    That is at the same place where both texts have as many tokens, else where the position that is asked for says.
 
     Raises:
       UserError: if an item has none, or it is the prompt itself, or cannot be read there.

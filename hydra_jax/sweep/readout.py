@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,9 +53,13 @@ class Readout:
             asked = AUTO if argument == "target" else ""
         if isinstance(asked, str | int | np.integer):
             return [self._spec(argument, asked, words)] * count
-        if not isinstance(asked, Sequence | np.ndarray) or len(asked) != count:
-            size = f"{len(asked)} of them" if hasattr(asked, "__len__") else shown(asked)
-            raise UserError(f"{argument}: is {size} for {count} prompts; give one for all, or one for each")
+        if isinstance(asked, set | Mapping) or not hasattr(asked, "__len__"):
+            raise UserError(f"{argument}: {shown(asked)} is no token; give its text, as in ' Paris', or its id")
+        asked = list(asked)
+        if len(asked) != count:
+            raise UserError(
+                f"{argument}: is {len(asked)} of them for {count} prompts; give one for all, or one for each"
+            )
         return [self._spec(argument, one, words) for one in asked]
 
     def _spec(self, argument: str, asked: Any, words: Sequence[str]) -> Spec:

@@ -151,8 +151,10 @@ class Asked:
             return [[both.seen(source) for source in words["sources"] if source != text]]
         if "paired" in words:
             source = words["paired"][number]
-            alike = len(both.ids(source)) == len(both.ids(text))
-            return [[both.seen(source, self.places[number] if alike else -1)]]
+            if len(both.ids(source)) == len(both.ids(text)):
+                return [[both.seen(source, self.places[number])]]
+            asked = words["positions"][number][0] if "positions" in words else -1
+            return [[both.seen(source, place_of(both, source, asked))]]
         if "sources" in words:
             return [[both.seen(source)] for source in words["sources"]]
         drawn = self.found["source"].values[number]

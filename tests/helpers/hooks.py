@@ -172,7 +172,8 @@ def expected(model, ids, clean, rows, target, foil, place=-1):
     seen = watched(model, ids, [*edits, *(edit for _, _, edit in alone)], place)
     parts = [{} for _ in rows]
     for (row, layer, _), ran in zip(alone, seen[len(rows) :], strict=True):
-        parts[row][layer] = adds(model, ran.written[layer, ATTN] - clean.written[layer, ATTN], clean, target, foil)
+        changes = ran.written[layer, ATTN] - clean.written[layer, ATTN], ran.shares[layer] - clean.shares[layer]
+        parts[row][layer] = [adds(model, change, clean, target, foil) for change in changes]
     return [
         _effects(model, clean, ran, asked, of_heads, target, foil)
         for ran, (asked, _), of_heads in zip(seen, rows, parts, strict=False)
@@ -192,16 +193,21 @@ def _edit(clean, asked, values):
 
 
 def _effects(model, clean, row, asked, of_heads, target, foil):
-    """The effects of a row; `of_heads` is by layer what the heads clamped there change by themselves."""
+    """The effects of a row; `of_heads` is by layer what the heads clamped there change by themselves.
+
+    That is of the whole write, and of each head's share: a post-norm rescales those of the others, too.
+    """
     read = functools.partial(adds, model, clean=clean, target=target, foil=foil)
     changes = read(row.computed - clean.computed)
     clamps = asked.writes == Word.CLAMP
-    direct = -read(row.written - clean.written)[clamps].sum() - sum(of_heads.values())
+    direct = -read(row.written - clean.written)[clamps].sum() - sum(part for part, _ in of_heads.values())
     changes[np.isin(asked.writes, (Word.CLAMP, Word.FREEZE))] = 0
-    for layer, part in of_heads.items():
-        changes[layer, ATTN] -= part
     head_changes = read(row.shares - clean.shares)
-    head_changes[np.isin(asked.writes[:, ATTN], (Word.CLAMP, Word.FREEZE)) | asked.by_heads] = 0
+    for layer, (part, shares) in of_heads.items():
+        changes[layer, ATTN] -= part
+        head_changes[layer] -= shares
+    head_changes[np.isin(asked.writes[:, ATTN], (Word.CLAMP, Word.FREEZE))] = 0
+    head_changes[asked.heads != Word.FOLLOW] = 0
 
     frozen = with_divisor(model, row, families.divisor(model, clean.final))
     logits = frozen if asked.norm == Word.FREEZE else row.logits

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import hydra_jax as hj
+from hydra_jax.core.edits import MLP
 from hydra_jax.core.programs import Word
 
 pytest.importorskip("torch", reason="tests/parity/requirements.txt is not installed")
@@ -222,6 +223,7 @@ def assert_cuts_equal_hooks(both, found, cuts, words):
     clean = both.seen(PROMPTS[0])
     rising = hooks.adds(both.theirs, clean.written, clean, target, foil)
     rising[both.program([], freeze).writes == Word.FREEZE] = 0
+    rising[:, MLP] = -np.inf  # an MLP is not the first
     rows = both.rows(PROMPTS[0], [(program, seen) for program in programs], foil=words.get("foil"))
     for step, (name, row) in enumerate(zip(cuts, rows, strict=True)):
         layer, site = np.unravel_index(rising.argmax(), rising.shape)
