@@ -306,3 +306,22 @@ def test_interactions_are_the_joint_effect_less_both(model, told):
     woken = found["woken"].sel(first="attn 1")
     np.testing.assert_allclose(woken.sel(second="mlp 2"), single["compensation"][:, 0, 5], atol=1e-5)
     np.testing.assert_allclose(woken.sel(second="attn 3.2"), single["head_compensation"][:, 0, 3, 2], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_source_that_is_not_swept_itself_is_drawn_from(model):
+    """Whether the model answers it right or not, and wherever the prompt of the same text is read."""
+    told = dict(components="mlp 1", edges=False, replacements=1)
+    tops = hj.sweep(model, TEXTS, kind="zero", **told)["target_text"].values
+    records = [one | {"answer": tops[number] if number % 2 else "w9"} for number, one in enumerate(RECORDS)]
+    for more in (dict(correct_only=True), dict(positions=[1])):
+        some = hj.sweep(model, records, sources=[one["prompt"] for one in RECORDS], **told, **more)
+        for number in range(some.sizes["prompt"]):
+            one = some.isel(prompt=number)
+            every = [
+                hj.sweep(model, records, sources=[text], **told, **more)
+                for text in TEXTS
+                if text != str(one["text"].values)
+            ]
+            own = [each.sel(prompt=each["prompt_id"] == one["prompt_id"])["total_effect"].values for each in every]
+            assert np.abs(np.concatenate(own) - one["total_effect"].values).min() < 1e-5

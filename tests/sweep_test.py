@@ -79,7 +79,7 @@ def planned(model, items, ablation, tolerance=1e-4, non_finite=0.0):
     passed = clean_pass(model, ablation)
     with passed.bar(len(items)) as bar:
         passed.run(items, bar)
-    tokens = np.array([(passed.bank.rows[item.prompt.id].top, -1) for item in items])
+    tokens = np.array([(passed.bank.rows[item.key].top, -1) for item in items])
     config = SweepConfig(ablation=ablation, identity_tolerance=tolerance, non_finite=non_finite)
     return plan.Plan.build(model, passed.bank, passed.sizer, config, items, tokens)
 
@@ -137,7 +137,7 @@ def test_values_on_the_devices_are_those_sent_to_them(model):
         prompts = np.array([2, 5, 5])
         found = there(prompts, component)
         np.testing.assert_array_equal(found, sent(prompts, component))
-        values = made.bank.values([made.pool_ids[index] for index in made.sources[5]])
+        values = made.bank.values([made.pool_keys[index] for index in made.sources[5]])
         np.testing.assert_array_equal(found[1], values[:, made.places[component]])
 
 

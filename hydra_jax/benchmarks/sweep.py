@@ -180,7 +180,7 @@ def measure(
 
     clean_pass()
     clean_seconds, bank = timed(clean_pass)
-    tops = [[bank.rows[item.prompt.id].top, NONE] for item in items]
+    tops = [[bank.rows[item.key].top, NONE] for item in items]
     plan = Plan.build(model, bank, sizer, config, items, np.array(tops))
     longest = padded_length(length, c.context)
     chunks = evenly(prompts, sizer.chunk(longest))

@@ -61,16 +61,17 @@ class CleanPass:
         """Return the bar of the whole pass."""
         return tqdm(total=total, desc="clean pass", unit=" prompts", disable=not self.progress)
 
-    def run(self, items: Sequence[Item], bar: tqdm, keep: Keep = lambda item, top: True) -> None:
+    def run(self, items: Sequence[Item], bar: tqdm, keep: Keep | None = None) -> None:
         """Make the clean runs of `items` that the bank does not have yet.
 
         Args:
           items: the prompts.
           bar: told of every prompt.
-          keep: says whose values are kept.
+          keep: says whose values are kept; None for all.
         """
         end = bar.n + len(items)
-        missing = sorted((item for item in items if item.prompt.id not in self.bank.rows), key=by_length)
+        wanted = {item.key: item for item in items if not self._has(item, keep)}
+        missing = sorted(wanted.values(), key=by_length)
         bar.update(len(items) - len(missing))
         alone = self.cluster.count == 1
         worker = Worker(0, 1, True) if alone else meshes.worker(meshes.mesh_of(self.model.params))
@@ -83,12 +84,18 @@ class CleanPass:
             chosen = missing[part]
             runs = functools.partial(self._runs, chosen)
             columns, values = self.sizer.run(runs, self.sizer.fill_up(parts[0].stop, clean=True), say)
-            kept = np.array([keep(item, top) for item, top in zip(chosen, columns["top"].tolist(), strict=True)])
+            tops = columns["top"].tolist()
+            kept = np.array([keep is None or keep(item, top) for item, top in zip(chosen, tops, strict=True)])
             if worker.leads:
-                self.bank.add([item.prompt.id for item in chosen], columns, kept, values[kept])
+                self.bank.add([item.key for item in chosen], columns, kept, values[kept])
             bar.update(min(len(chosen) * worker.count, end - bar.n))
         bar.update(end - bar.n)
         self.bank.refresh(self.cluster)
+
+    def _has(self, item: Item, keep: Keep | None) -> bool:
+        """Return whether the bank has an item's clean run and, where all values are kept, its values."""
+        row = self.bank.rows.get(item.key)
+        return row is not None and (keep is not None or row.part >= 0)
 
     def _runs(self, items: Sequence[Item], size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Run `items`, `size` at once: the columns of the bank's rows [P], and values [P, F]."""
@@ -173,7 +180,7 @@ def choose(clean: CleanPass, items: Sequence[Item], wanted: PromptsConfig, seed:
             block = items[start : start + step]
             clean.run(block, bar, keep)
             examined += block
-            kept += [item for item in block if keep(item, clean.bank.rows[item.prompt.id].top)]
+            kept += [item for item in block if keep(item, clean.bank.rows[item.key].top)]
             if limit and len(kept) >= limit:
                 break
         bar.total = bar.n

@@ -45,6 +45,11 @@ class Item:
     text_id: str = ""
 
     @property
+    def key(self) -> str:
+        """The name of its clean run: a text may be read after one token, and drawn from after another."""
+        return f"{self.prompt.id}\0{self.position}"
+
+    @property
     def position(self) -> int:
         """The place of the token after which it is read."""
         return len(self.tokens) - 1

@@ -111,9 +111,9 @@ class Plan:
         return [item.prompt.id for item in self.items]
 
     @functools.cached_property
-    def pool_ids(self) -> list[str]:
-        """The ids of the prompts that replacements come from."""
-        return [item.prompt.id for item in self.pool]
+    def pool_keys(self) -> list[str]:
+        """The names of the clean runs that replacements come from."""
+        return [item.key for item in self.pool]
 
     @property
     def targets(self) -> np.ndarray:
@@ -185,11 +185,11 @@ class Plan:
 
     @functools.cached_property
     def _own(self) -> dict[int, list[str]]:
-        """The ids of those in the pool that are a prompt itself, by its index, where the pool is apart."""
+        """The clean runs of those in the pool that are a prompt itself, by its index, where the pool is apart."""
         if not self.apart:
             return {}
         pool = Pool(self.pool)
-        found = {index: [self.pool_ids[own] for own in pool.own(item)] for index, item in enumerate(self.items)}
+        found = {index: [self.pool_keys[own] for own in pool.own(item)] for index, item in enumerate(self.items)}
         return {index: own for index, own in found.items() if own}
 
     def _blocks(self, size: int) -> Iterator[np.ndarray]:
@@ -197,7 +197,7 @@ class Plan:
 
         They come in order of id always, so that the order of prompts changes nothing.
         """
-        ids = sorted(self.pool_ids)
+        ids = sorted(self.pool_keys)
         step = max(1, BLOCK_BYTES // (8 * size))
         for start in range(0, len(ids), step):
             values = self.bank.values(ids[start : start + step]).astype(np.float64)

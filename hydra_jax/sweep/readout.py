@@ -103,7 +103,7 @@ class Readout:
 
     def _tokens(self, item: Item, bank: Bank) -> tuple[int, int]:
         target, foil = self._items[item.prompt.id]
-        top = bank.rows[item.prompt.id].top
+        top = bank.rows[item.key].top
         answer = spelled(item.answers, top) if item.answers else NONE
         other = NONE
         if item.foils:  # spelt as the answer is

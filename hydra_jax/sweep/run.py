@@ -272,7 +272,7 @@ def _prompts(config: SweepConfig) -> list[Prompt]:
 def examined_table(plan: Plan, examined: Sequence[Item]) -> pd.DataFrame:
     """Tabulate the prompts, a row each: what the model answered, whether that is right, whether the sweep has it."""
     swept = set(plan.ids)
-    rows = [(item, plan.bank.rows[item.prompt.id]) for item in examined]
+    rows = [(item, plan.bank.rows[item.key]) for item in examined]
     return pd.DataFrame(
         {
             "prompt_id": item.prompt.id,

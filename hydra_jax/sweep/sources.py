@@ -34,7 +34,7 @@ class Sources:
         self._nothing: jax.Array | None = None
         if not plan.ablation.kind.needs_sources:
             return
-        self._where = plan.bank.where(plan.pool_ids)
+        self._where = plan.bank.where(plan.pool_keys)
         size = sum(place.stop - place.start for place in plan.places.values())
         device = self._mesh.local_devices[0]
         taken = len(plan.pool) * size * np.dtype(plan.model.config.dtype).itemsize
