@@ -44,8 +44,8 @@ def swept(params):
 
 
 def ablated(params):
-    summarised = walk.program(mesh.mesh_of(params), summarise, (), edges=True)
-    return jax.device_get(summarised(swept(params).effects))
+    summarised = walk.program(mesh.mesh_of(params), summarise, (), variants=("", "edges"))
+    return jax.device_get(summarised(swept(params).effects, None, None))
 
 
 @pytest.mark.parametrize(
