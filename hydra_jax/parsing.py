@@ -67,7 +67,7 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 
 def _suggest(word: str, allowed: typing.Sequence[str]) -> str:
     near = difflib.get_close_matches(word, allowed, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(allowed)}"
+    return f"did you mean {str(near[0])!r}?" if near else f"give one of {', '.join(allowed)}"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -129,7 +129,7 @@ REFUSED = {
     "no places in one": (dict(positions=[[0], [], *[[0]] * 4]), "positions: are none; give 'last', 'all'"),
     "places of other prompts": (dict(positions=[[0], [1]]), "positions: are given for 2 prompts of 6; give a list"),
     "a place twice": (dict(positions=[2, -1]), "positions: mean a token of prompt 'w1 w5 w3' twice; give each once"),
-    "a number": (dict(positions=1), "positions: are 1; give 'last', 'all', a list of places, or a substring"),
+    "a number": (dict(positions=1.5), "positions: is 1.5; give 'last', 'all'"),
     "a place that is a switch": (dict(positions=[True]), "prompt 'w1 w5 w3': position True is no position; give an"),
     # The prompts.
     "an empty prompt": (dict(prompts=["w1", " "]), "prompts: prompt ' ' is empty; remove it or write its text"),

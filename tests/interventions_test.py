@@ -155,7 +155,7 @@ REFUSED = {
     "a token": (dict(target=99), "target: 99 is no token of tiny; give ids from 0 to"),
     "a foil": (dict(target=1, foil=-5), "target: -5 is no token"),
     "a target": (dict(target="w1 w2"), "target: 'w1 w2' is 2 tokens of tiny"),
-    "positions of no kind": (dict(positions=3), "positions: are 3; give 'last', 'all'"),
+    "positions of no kind": (dict(positions=3.5), "positions: is 3.5; give 'last', 'all'"),
     "a metric": (dict(metrics=["entropy"]), "metrics"),
     "responders": (dict(responders="neurons"), "responders"),
     "a kind": (dict(kind="random"), "kind"),

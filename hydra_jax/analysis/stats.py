@@ -214,8 +214,13 @@ def finished(effects: xr.Dataset) -> xr.Dataset:
     """Return the prompts whose effects are computed and all finite.
 
     Raises:
-      UserError: if there are none.
+      UserError: if there are none, or it is no sweep.
     """
+    if "finished" not in effects:
+        raise UserError(
+            "dataset: is no sweep; give what hj.sweep returned (of pairs hj.sweep(..., interactions=True), not"
+            " hj.interactions)"
+        )
     effects = effects.isel(prompt=np.flatnonzero(effects["finished"].values))
     if not effects.sizes["prompt"]:
         raise UserError("sweep: none of its prompts is finished; continue it first")

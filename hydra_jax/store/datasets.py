@@ -177,6 +177,12 @@ def concat(datasets: Sequence[xr.Dataset], dim: str = "prompt") -> xr.Dataset:
 def _prompts(parts: list[xr.Dataset]) -> xr.Dataset:
     _unique(np.concatenate([part["prompt_id"].values for part in parts]), "datasets")
     protocols = _agreeing(parts, ("prompts.sha256", "prompts.source"))
+    foils = [bool((part["foil_id"].values >= 0).any()) if "foil_id" in part.coords else False for part in parts]
+    if len(set(foils)) > 1:
+        raise UserError(
+            f"datasets[{foils.index(not foils[0])}]: reads another thing than datasets[0]: one of them has foils;"
+            " sweep both with foils, or with foil=''"
+        )
     first = 0
     for number, part in enumerate(parts):
         known = part["source"].values >= 0

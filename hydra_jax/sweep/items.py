@@ -21,9 +21,9 @@ from hydra_jax.weights.model import Model
 POOL = 64
 """Built-in facts that replacements for a single prompt come from."""
 
-Positions = str | Sequence[Any]
-"""The tokens after which texts are read: LAST, ALL, a substring whose last token is meant, a list of places and
-substrings for every text, or for each text a list of its own."""
+Positions = str | int | Sequence[Any]
+"""The tokens after which texts are read: LAST, ALL, a place, a substring whose last token is meant, a list of these for
+every text, or for each text a list of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,12 @@ def places_of(model: Model, items: Sequence[Item], positions: Positions) -> list
 
 def _asked_places(model: Model, items: Sequence[Item], positions: Positions) -> list[dict[int, Any]]:
     """Return the places in each text and, by them, how each was asked for: see `places_of`."""
-    if not isinstance(positions, str) and not isinstance(positions, Sequence):
-        raise UserError(f"positions: are {shown(positions)}; give 'last', 'all', a list of places, or a substring")
-    if isinstance(positions, str):
+    if isinstance(positions, str | int) and not isinstance(positions, bool):
         positions = [positions]
+    elif not isinstance(positions, Sequence):
+        raise UserError(
+            f"positions: is {shown(positions)}; give 'last', 'all', a place, a substring, or a list of them"
+        )
     elif any(not isinstance(one, str) and isinstance(one, Sequence) for one in positions):
         if len(positions) != len(items):
             raise UserError(f"positions: are given for {len(positions)} prompts of {len(items)}; give a list for each")

@@ -113,9 +113,9 @@ class _Sweep:
             self.model = given.model
             self.mesh = mesh = meshes.mesh_of(given.model.params)
         config = dataclasses.replace(config, dtype=self.model.config.dtype)
-        self.protocol = protocol(config, self.model, prompts, given)
         self.inputs = Inputs.of(config, self.model, prompts, given)
         self.config = config = self.inputs.config
+        self.protocol = protocol(config, self.model, prompts, given)
         self.digest = store.protocol_attributes(self.protocol)["protocol_sha256"]
         if config.example and config.example not in {item.prompt.id for item in self.inputs.items}:
             raise UserError(

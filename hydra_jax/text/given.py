@@ -35,6 +35,8 @@ def prompts(given: Any) -> list[Prompt]:
     if pandas is not None and isinstance(given, pandas.DataFrame):
         return _frame(given)
     if pandas is not None and isinstance(given, pandas.Series):
+        if "prompt" in given.index:  # a row of a DataFrame
+            raise UserError("prompts: is a Series with an entry 'prompt'; give it as a record, with .to_dict()")
         if given.dtype.kind not in "OUT" and not isinstance(given.dtype, pandas.CategoricalDtype | pandas.StringDtype):
             raise UserError(f"prompts: is a Series of {given.dtype}; give one of texts")
         elements = given.tolist()
