@@ -159,7 +159,7 @@ def measure(
     tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
     model = Model("made up", params, tokenizer, "", streamed=layers)
     tokens = np.random.default_rng(seed).integers(0, c.vocab_size, (prompts, length))
-    items = [Item(Prompt(f"{n:07}", "?"), tuple(row), text_id=f"{n:07}") for n, row in enumerate(tokens.tolist())]
+    items = [Item(Prompt(f"{n:07}", f"{n:07}"), tuple(row), text_id=f"{n:07}") for n, row in enumerate(tokens.tolist())]
     streamed = model.layers.streamed
     # Random weights lose precision: what is timed does not stop for it.
     config = SweepConfig(

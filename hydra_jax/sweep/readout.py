@@ -109,6 +109,9 @@ class Readout:
         if item.foils:  # spelt as the answer is
             like = item.answers.index(answer) if answer in item.answers and len(item.foils) == len(item.answers) else 0
             other = item.foils[like]
+            if other == answer:  # such as the space before two numbers: in another spelling they may differ
+                pairs = [pair for pair in zip(item.answers, item.foils, strict=False) if pair[0] != pair[1]]
+                answer, other = pairs[0] if pairs else (answer, other)
         if foil == AUTO:
             foil = other
         if target == AUTO:
