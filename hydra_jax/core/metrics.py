@@ -29,29 +29,53 @@ class Metrics(flax.struct.PyTreeNode):
     top_changed: jax.Array
 
 
-def log_probabilities(params: Params, resid: Float[Array, " D"], scale: Float[Array, ""]) -> Float[Array, " V"]:
-    """Return the next token's distribution, in nats, of a final stream that is divided by `scale`."""
-    return jax.nn.log_softmax(softcap(transformer.unembed(params, resid, scale), params.config.final_softcap))
+def logits_of(params: Params, resid: Float[Array, " D"], scale: Float[Array, ""]) -> Float[Array, " V"]:
+    """Return the next token's logits, soft-capped where the model does so, of a final stream divided by `scale`."""
+    return softcap(transformer.unembed(params, resid, scale), params.config.final_softcap)
+
+
+class Said(flax.struct.PyTreeNode):
+    """The clean run's next-token distribution at one token.
+
+    Attributes:
+      probabilities: [V], p.
+      entropy: [], in nats.
+      log_probability: [], of the target.
+    """
+
+    probabilities: jax.Array
+    entropy: jax.Array
+    log_probability: jax.Array
+
+    @classmethod
+    def of(cls, params: Params, clean: Reading) -> Said:
+        """Return that of a reading."""
+        logs = jax.nn.log_softmax(logits_of(params, clean.final, clean.final_scale))
+        probabilities = jnp.exp(logs)
+        return cls(probabilities, -(probabilities * logs).sum(), logs[clean.target])
 
 
 def metrics(
-    params: Params, clean: Reading, said: Float[Array, " V"], shift: Float[Array, " D"], frozen_norm: Bool[Array, ""]
+    params: Params, clean: Reading, said: Said, shift: Float[Array, " D"], frozen_norm: Bool[Array, ""]
 ) -> Metrics:
-    """Return a row's metrics: 2 D V operations.
+    """Return a row's metrics: 2 D V operations, and few passes over V numbers.
+
+    With logits l of the row, KL(clean || row) = logsumexp(l) - <p, l> - entropy(p).
 
     Args:
       params: the model, of which its layers are not needed.
       clean: what the clean run says at the row's token.
-      said: the `log_probabilities` of the clean run there.
+      said: its distribution there.
       shift: s after the last layer.
       frozen_norm: whether the final norm divides by the clean run's sigma.
     """
     resid = clean.final + shift
     scale = jnp.where(frozen_norm, clean.final_scale, transformer.final_scale(params, resid))
-    says = log_probabilities(params, resid, scale)
+    logits = logits_of(params, resid, scale)
+    whole, target = jax.nn.logsumexp(logits), logits[clean.target]
     return Metrics(
-        log_probability_drop=said[clean.target] - says[clean.target],
-        kl=(jnp.exp(said) * (said - says)).sum(),
-        target_rank=(says > says[clean.target]).sum(),
-        top_changed=says.argmax() != said.argmax(),
+        log_probability_drop=said.log_probability - (target - whole),
+        kl=whole - jnp.dot(said.probabilities, logits, precision="highest") - said.entropy,
+        target_rank=(logits > target).sum(),
+        top_changed=logits.argmax() != clean.top,
     )

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from hydra_jax.core import row as one_row
 from hydra_jax.core.edits import ATTN, WHOLE, Kind, WriteStatistics, replacement
 from hydra_jax.core.effects import Effects, effects
-from hydra_jax.core.metrics import Metrics, log_probabilities, metrics
+from hydra_jax.core.metrics import Metrics, Said, metrics
 from hydra_jax.core.prefill import LayerClean, Reading
 from hydra_jax.core.programs import Word
 from hydra_jax.core.row import Row
@@ -339,12 +339,13 @@ def metrics_of(
 
     def text(text: tuple[Reading, Float[Array, "N D"]]) -> Metrics:
         reading, shift = text
-        says = functools.partial(log_probabilities, params)
-        said = jax.lax.map(lambda one: says(*one), (reading.final, reading.final_scale), batch_size=at_once)
+        said = jax.lax.map(functools.partial(Said.of, params), reading, batch_size=at_once)
 
         def row(row: Any) -> Metrics:
             at, shift, frozen = row
-            return metrics(params, jax.tree.map(lambda leaf: leaf[at], reading), said[at], shift, frozen)
+            place: Any = at if layout.readings > 1 else 0
+            here, says = jax.tree.map(lambda leaf: leaf[place], (reading, said))
+            return metrics(params, here, says, shift, frozen)
 
         return jax.lax.map(row, (of, shift, frozen), batch_size=at_once)
 
