@@ -39,20 +39,17 @@ class Said(flax.struct.PyTreeNode):
 
     Attributes:
       probabilities: [V], p.
-      entropy: [], in nats.
-      log_probability: [], of the target.
+      logs: [V], log p, in nats.
     """
 
     probabilities: jax.Array
-    entropy: jax.Array
-    log_probability: jax.Array
+    logs: jax.Array
 
     @classmethod
     def of(cls, params: Params, clean: Reading) -> Said:
         """Return that of a reading."""
         logs = jax.nn.log_softmax(logits_of(params, clean.final, clean.final_scale))
-        probabilities = jnp.exp(logs)
-        return cls(probabilities, -(probabilities * logs).sum(), logs[clean.target])
+        return cls(jnp.exp(logs), logs)
 
 
 def metrics(
@@ -60,7 +57,8 @@ def metrics(
 ) -> Metrics:
     """Return a row's metrics: 2 D V operations, and few passes over V numbers.
 
-    With logits l of the row, KL(clean || row) = logsumexp(l) - <p, l> - entropy(p).
+    With logits l of the row, KL(clean || row) = <p, log p - l + logsumexp(l)>, summed as differences: p adds up to 1
+    only within rounding, of which l is large.
 
     Args:
       params: the model, of which its layers are not needed.
@@ -74,8 +72,8 @@ def metrics(
     logits = logits_of(params, resid, scale)
     whole, target = jax.nn.logsumexp(logits), logits[clean.target]
     return Metrics(
-        log_probability_drop=said.log_probability - (target - whole),
-        kl=whole - jnp.dot(said.probabilities, logits, precision="highest") - said.entropy,
+        log_probability_drop=said.logs[clean.target] - (target - whole),
+        kl=(said.probabilities * (said.logs - logits + whole)).sum(),
         target_rank=(logits > target).sum(),
         top_changed=logits.argmax() != clean.top,
     )
