@@ -37,6 +37,11 @@ GIVEN = "given in Python"
 """The source of prompts that no file has."""
 
 
+def _names(text: str) -> list[str]:
+    """Return names that are separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig:
     """The prompts of a sweep.
@@ -85,12 +90,15 @@ class ReadoutConfig:
     metrics: str = ""
     responders: str = LAYERS
 
+    def __post_init__(self) -> None:
+        one_of("readout.responders", self.responders, RESPONDERS)
+        for name in _names(self.metrics):
+            one_of("readout.metrics", name, METRICS)
+
     @property
     def asked_metrics(self) -> tuple[str, ...]:
         """The metrics that are asked for, in the order of the store."""
-        names = [name.strip() for name in self.metrics.split(",") if name.strip()]
-        chosen = [one_of("readout.metrics", name, METRICS) for name in names]
-        return tuple(name for name in METRICS if name in chosen)
+        return tuple(name for name in METRICS if name in _names(self.metrics))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,8 +324,6 @@ class SweepConfig:
     def __post_init__(self) -> None:
         one_of("prompts.kind", self.prompts.kind, prompt_sets.KINDS)
         one_of("prompts.target", self.prompts.target, TARGETS)
-        one_of("readout.responders", self.readout.responders, RESPONDERS)
-        _ = self.readout.asked_metrics
         if self.prompts.target == ANSWER:
             if self.readout.target not in (AUTO, ANSWER):
                 raise UserError("config.readout.target: prompts.target asks for another; give one of the two")
@@ -361,11 +367,6 @@ def sweep_config(config: Mapping[str, Any]) -> SweepConfig:
       UserError: if a key is unknown, or a value is of the wrong type or out of range.
     """
     return parse(SweepConfig, config, "config")
-
-
-def _names(text: str) -> list[str]:
-    """Return names that are separated by commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _layers(text: str, layers: int) -> set[int]:

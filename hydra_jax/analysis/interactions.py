@@ -52,10 +52,8 @@ def interactions(effects: xr.Dataset) -> xr.Dataset:
     Raises:
       UserError: if no two ablations were also made together, or no prompt is finished.
     """
-    swept = _some(pairs(effects))
+    swept, members, place = _members(effects)
     effects = stats.finished(effects)
-    members = sorted({index for first, second, _ in swept for index in (first, second)})
-    place = {index: number for number, index in enumerate(members)}
     total = effects["total_effect"].transpose("prompt", "ablated", "replacement").values
     single = total[:, members]
     joint = np.full((*single.shape[:2], len(members), single.shape[2]), np.nan, single.dtype)
@@ -82,16 +80,21 @@ def interactions(effects: xr.Dataset) -> xr.Dataset:
     )
 
 
+def _members(effects: xr.Dataset) -> tuple[list[Pair], list[int], dict[int, int]]:
+    """Return the pairs, the indices along `ablated` of those that are in any, and their places among these."""
+    swept = _some(pairs(effects))
+    members = sorted({index for first, second, _ in swept for index in (first, second)})
+    return swept, members, {index: number for number, index in enumerate(members)}
+
+
 def mean_matrices(effects: xr.Dataset) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Return names, and means over prompts and replacements of `interaction` and `woken` of `interactions`, [M, M].
 
     Raises:
       UserError: if no two ablations were also made together, or no prompt is finished.
     """
-    swept = _some(pairs(effects))
+    swept, members, place = _members(effects)
     effects = stats.finished(effects)
-    members = sorted({index for first, second, _ in swept for index in (first, second)})
-    place = {index: number for number, index in enumerate(members)}
     total = effects["total_effect"].mean(("prompt", "replacement"), dtype=np.float64).values
     every, named = ablations(effects), ablated_names(effects)
     interaction, woken = np.full((2, len(members), len(members)), np.nan)

@@ -39,6 +39,14 @@ def as_setting(argument: str, names: Any) -> str:
     return ", ".join(_joined(argument, one) for one in names)
 
 
+def ablation_settings(
+    kind: str, replacements: int, freeze: Names, paired: Any, match: str, **more: Any
+) -> dict[str, Any]:
+    """Return the settings of ablations that all questions have, and `more` of them."""
+    drawn = {"kind": kind, "replacements": replacements, "paired": is_paired(paired), "match": match}
+    return {**drawn, "freeze": as_setting("freeze", freeze), **more}
+
+
 def components_setting(names: Names) -> str:
     """Return what is to be ablated as the text of a setting, "" for None; for errors see `as_setting`."""
     text = as_setting("components", names)

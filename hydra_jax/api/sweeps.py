@@ -15,11 +15,11 @@ from hydra_jax.analysis import interactions as analysis
 from hydra_jax.api.arguments import (
     Names,
     Token,
+    ablation_settings,
     as_setting,
     component,
     components_setting,
     distinct,
-    is_paired,
     one,
     several,
     with_sources,
@@ -128,19 +128,15 @@ def sweep(
             "dtype": model.config.dtype,
             "precision": model.config.precision,
             "prompts": {"correct_only": correct_only, "limit": limit},
-            "ablation": {
-                "kind": kind,
-                "replacements": replacements,
-                "sites": sites,
-                "layers": layers,
-                "edges": edges,
-                "components": components_setting(components),
-                "freeze": as_setting("freeze", freeze),
-                "paired": is_paired(paired),
-                "match": match,
-                "interactions": interactions,
-                "cascade": cascade,
-            },
+            "ablation": ablation_settings(
+                *(kind, replacements, freeze, paired, match),
+                sites=sites,
+                layers=layers,
+                edges=edges,
+                components=components_setting(components),
+                interactions=interactions,
+                cascade=cascade,
+            ),
             "readout": {"metrics": as_setting("metrics", metrics), "responders": responders},
             "seed": seed,
             "rows": rows,
@@ -265,15 +261,9 @@ def ablate(
     together = name if name is None or isinstance(name, str | Component) else [list(name)]
     config = sweep_config(
         {
-            "ablation": {
-                "kind": kind,
-                "replacements": replacements,
-                "edges": False,
-                "components": components_setting(together),
-                "freeze": as_setting("freeze", freeze),
-                "paired": is_paired(paired),
-                "match": match,
-            },
+            "ablation": ablation_settings(
+                *(kind, replacements, freeze, paired, match), edges=False, components=components_setting(together)
+            ),
             "readout": {"metrics": as_setting("metrics", metrics), "responders": responders},
             "seed": seed,
         }
@@ -371,15 +361,7 @@ def cascade(
     config = sweep_config(
         {
             "model": model.name,
-            "ablation": {
-                "kind": kind,
-                "replacements": replacements,
-                "edges": False,
-                "freeze": as_setting("freeze", freeze),
-                "paired": is_paired(paired),
-                "match": match,
-                "cascade": steps,
-            },
+            "ablation": ablation_settings(*(kind, replacements, freeze, paired, match), edges=False, cascade=steps),
             "prompts": {"correct_only": False},
             "seed": seed,
         }

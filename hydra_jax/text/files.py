@@ -158,7 +158,7 @@ def _parquet(path: Path) -> list[tuple[str, Any]]:
 
 
 def _check_type(name: str, type: Any, path: Path) -> None:
-    import pyarrow.types as known  # type: ignore[import-untyped]
+    import pyarrow.types as known  # type: ignore[import-untyped]  # as above: only Parquet files want it
 
     value = type.value_type if known.is_dictionary(type) else type
     text = known.is_string(value) or known.is_large_string(value) or known.is_string_view(value) or known.is_null(value)

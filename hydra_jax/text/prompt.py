@@ -107,7 +107,7 @@ def integer(value: object) -> int | None:
     if dimensions:  # an array of one number is an array all the same
         return None
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)  # type: ignore[arg-type]  # whatever is no number raises
     except TypeError:
         return None
 
